@@ -1,0 +1,153 @@
+"""x86-64 facts: the register file's layout, flag and page-table bits, exception vectors, selectors.
+
+The register file is one flat array of 64-bit words, the form in which every room passes a vCPU's
+registers around (design decision 4).  Sources: Intel SDM vol. 1 ch. 3, vol. 3 ch. 4 and 6.
+"""
+
+from typing import Final
+
+# --- the register file: indices into an array of 64-bit words --------------------------------------
+# Words 0..17 are the general registers in instruction-encoding order, then RIP and RFLAGS.  A segment
+# register takes three words: selector, base, and limit | attributes (the attributes' own layout is the
+# engine's).  Words not named here belong to the engine.  (This is also how Unicorn's CPUX86State begins,
+# so that engine works on the array in place.)
+RAX: Final = 0
+RCX: Final = 1
+RDX: Final = 2
+RBX: Final = 3
+RSP: Final = 4
+RBP: Final = 5
+RSI: Final = 6
+RDI: Final = 7
+R8: Final = 8
+R9: Final = 9
+R10: Final = 10
+R11: Final = 11
+R12: Final = 12
+R13: Final = 13
+R14: Final = 14
+R15: Final = 15
+RIP: Final = 16
+RFLAGS: Final = 17
+ES: Final = 23
+CS: Final = 26
+SS: Final = 29
+DS: Final = 32
+FS: Final = 35
+GS: Final = 38
+SEGMENT_BASE: Final = 1  # added to ES..GS: the word with the segment's base address
+FS_BASE: Final = FS + SEGMENT_BASE
+GS_BASE: Final = GS + SEGMENT_BASE
+REGISTER_WORDS: Final = 64
+
+# --- RFLAGS ----------------------------------------------------------------------------------------
+EFLAGS_CF: Final = 1 << 0
+EFLAGS_RESERVED_ONE: Final = 1 << 1
+EFLAGS_TF: Final = 1 << 8
+EFLAGS_IF: Final = 1 << 9
+EFLAGS_DF: Final = 1 << 10
+EFLAGS_IOPL: Final = 3 << 12
+EFLAGS_NT: Final = 1 << 14
+EFLAGS_RF: Final = 1 << 16
+EFLAGS_VM: Final = 1 << 17
+EFLAGS_AC: Final = 1 << 18
+EFLAGS_VIF: Final = 1 << 19
+EFLAGS_VIP: Final = 1 << 20
+EFLAGS_ID: Final = 1 << 21
+EFLAGS_STATUS: Final = 0x8D5  # CF PF AF ZF SF OF
+EFLAGS_DEFINED: Final = 0x3F7FD7  # every flag that exists
+
+# --- exception vectors -----------------------------------------------------------------------------
+VECTOR_DE: Final = 0
+VECTOR_DB: Final = 1
+VECTOR_NMI: Final = 2
+VECTOR_BP: Final = 3
+VECTOR_OF: Final = 4
+VECTOR_BR: Final = 5
+VECTOR_UD: Final = 6
+VECTOR_NM: Final = 7
+VECTOR_DF: Final = 8
+VECTOR_TS: Final = 10
+VECTOR_NP: Final = 11
+VECTOR_SS: Final = 12
+VECTOR_GP: Final = 13
+VECTOR_PF: Final = 14
+VECTOR_MF: Final = 16
+VECTOR_AC: Final = 17
+VECTOR_MC: Final = 18
+VECTOR_XM: Final = 19
+VECTORS_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
+
+PFEC_PRESENT: Final = 1
+PFEC_WRITE: Final = 2
+PFEC_USER: Final = 4
+PFEC_RESERVED: Final = 8
+PFEC_INSN: Final = 16
+
+# --- control registers -----------------------------------------------------------------------------
+CR0_PE: Final = 1 << 0
+CR0_MP: Final = 1 << 1
+CR0_EM: Final = 1 << 2
+CR0_TS: Final = 1 << 3
+CR0_ET: Final = 1 << 4
+CR0_NE: Final = 1 << 5
+CR0_WP: Final = 1 << 16
+CR0_AM: Final = 1 << 18
+CR0_PG: Final = 1 << 31
+CR4_TSD: Final = 1 << 2
+CR4_DE: Final = 1 << 3
+CR4_PAE: Final = 1 << 5
+CR4_PGE: Final = 1 << 7
+CR4_MCE: Final = 1 << 6
+CR4_OSFXSR: Final = 1 << 9
+CR4_OSXMMEXCPT: Final = 1 << 10
+CR4_FSGSBASE: Final = 1 << 16
+CR4_OSXSAVE: Final = 1 << 18
+EFER_SCE: Final = 1 << 0
+EFER_LME: Final = 1 << 8
+EFER_LMA: Final = 1 << 10
+EFER_NX: Final = 1 << 11
+
+# --- paging ----------------------------------------------------------------------------------------
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 1 << PAGE_SHIFT
+PAGE_MASK: Final = PAGE_SIZE - 1
+ENTRIES: Final = 512  # entries in a page table of any level
+PTE_P: Final = 1 << 0
+PTE_RW: Final = 1 << 1
+PTE_US: Final = 1 << 2
+PTE_PWT: Final = 1 << 3
+PTE_PCD: Final = 1 << 4
+PTE_A: Final = 1 << 5
+PTE_D: Final = 1 << 6
+PTE_PSE: Final = 1 << 7  # L2, L3; in an L1 entry the same bit is PAT
+PTE_PAT: Final = 1 << 7
+PTE_G: Final = 1 << 8
+PTE_AVAIL: Final = 7 << 9
+PTE_AVAIL_HIGH: Final = 0x7FF << 52
+PTE_NX: Final = 1 << 63
+PTE_ADDRESS: Final = ((1 << 52) - 1) & ~PAGE_MASK  # the machine address in an entry
+L2_SHIFT: Final = 21
+L3_SHIFT: Final = 30
+L4_SHIFT: Final = 39
+
+
+def is_canonical(va: int) -> bool:
+    """Whether a 64-bit address is sign-extended from bit 47 (SDM vol. 1, 3.3.7.1)."""
+    return va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
+
+
+# --- MSRs ------------------------------------------------------------------------------------------
+MSR_TSC: Final = 0x10
+MSR_PLATFORM_ID: Final = 0x17
+MSR_APIC_BASE: Final = 0x1B
+MSR_FEATURE_CONTROL: Final = 0x3A
+MSR_BIOS_SIGN_ID: Final = 0x8B
+MSR_MISC_ENABLE: Final = 0x1A0
+MSR_PAT: Final = 0x277
+MSR_EFER: Final = 0xC000_0080
+MSR_STAR: Final = 0xC000_0081
+MSR_FS_BASE: Final = 0xC000_0100
+MSR_GS_BASE: Final = 0xC000_0101
+MSR_KERNEL_GS_BASE: Final = 0xC000_0102
+MSR_TSC_AUX: Final = 0xC000_0103

@@ -1,0 +1,150 @@
+"""Domains and vCPUs: the state that ring 0 keeps for each guest (Xen: struct domain, struct vcpu).
+
+Only state and its invariants live here; each mechanism's behaviour is in the module of its name.
+
+Locking.  `Domain.lock` protects all of a domain's state and every frame it owns; a vCPU's traps are handled
+holding it.  Two domains' locks are taken in ascending order of domid.  Whoever holds no lock, or must not
+wait, may only call `events.post` and `scheduler.kick`, which take none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi import layout
+from xenolith.abi.hypercalls import RUNSTATE_offline
+from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.events import EventChannels
+    from xenolith.hypervisor.grants import GrantTable
+    from xenolith.hypervisor.hypervisor import Hypervisor
+
+MAX_VCPUS: Final = 32
+
+
+class Vcpu:
+    """A virtual CPU."""
+
+    def __init__(self, domain: Domain, vcpu_id: int) -> None:
+        self.domain = domain
+        self.vcpu_id = vcpu_id
+        self.state = CpuState()
+        self.cpu: Cpu | None = None  # the execution context it is loaded on
+        self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise
+
+        # Address space and mode (Xen: arch.guest_table, guest_table_user, TF_kernel_mode).
+        self.kernel_mode = True
+        self.kernel_l4 = 0  # MFN; 0: none
+        self.user_l4 = 0  # MFN; 0: none
+        self.other_gs_base = 0  # of the mode it is not in: swapped on every mode switch
+        self.compatibility = False  # runs on CS/SS that are not 64-bit flat
+        self.flat_selectors: set[tuple[int, int]] = set()  # (CS, SS) pairs known to be 64-bit flat
+
+        # Traps (Xen: arch.pv).
+        self.kernel_sp = 0
+        self.kernel_ss = 0
+        self.trap_address = [0] * 256  # 0: no handler
+        self.trap_selector = [0] * 256
+        self.trap_flags = bytearray(256)
+        self.event_callback = 0
+        self.failsafe_callback = 0
+        self.syscall_callback = 0
+        self.syscall32_callback = 0
+        self.sysenter_callback = 0
+        self.failsafe_masks_events = False
+        self.syscall_masks_events = False
+        self.syscall32_masks_events = False
+        self.sysenter_masks_events = False
+        self.nmi_callback = 0
+        self.nmi_pending = False
+        self.nmi_masked = False
+        self.iopl = 0
+        self.task_switched = False  # what the guest set as CR0.TS
+        self.debug = [0] * 8
+        self.cr4 = 0  # what the guest wrote, of the bits it may have
+        self.gdt_frames: list[int] = []  # MFNs, each held as segment descriptor page
+        self.gdt_entries = 0
+        self.ldt_va = 0  # guest linear address, 0: none
+        self.ldt_entries = 0
+
+        # Shared with the guest: machine addresses in bytes, 0: none.
+        self.info = 0  # its vcpu_info
+        self.info_mfn = 0  # held frame after VCPUOP_register_vcpu_info
+        self.time_area_va = 0
+        self.runstate_area_va = 0
+
+        # Scheduling and time (hypervisor/scheduler.py, hypervisor/time.py).
+        self.online = False  # VCPUOP_up was called
+        self.initialised = False
+        self.blocked = False
+        self.poll_ports: tuple[int, ...] = ()
+        self.pause_count = 0
+        self.may_run = False  # False makes it leave the engine at the next trap boundary
+        self.runstate = RUNSTATE_offline
+        self.runstate_since = 0  # ns since boot
+        self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
+        self.singleshot_deadline = 0  # ns of system time, 0: not set
+        self.periodic_period = 0  # ns, 0: stopped
+        self.periodic_deadline = 0
+        self.virq_port = [0] * 24
+
+    @property
+    def kernel_l4_address(self) -> int:
+        """Machine address of the guest-kernel L4 table."""
+        return self.kernel_l4 << 12
+
+    def __repr__(self) -> str:
+        return f"d{self.domain.domid}v{self.vcpu_id}"
+
+
+class Domain:
+    """A domain."""
+
+    def __init__(self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int) -> None:
+        self.hypervisor = hypervisor
+        self.memory = hypervisor.memory
+        self.frames = hypervisor.frames
+        self.domid = domid
+        self.engine = engine  # None: dom0, whose code is Python
+        self.lock = threading.RLock()
+        self.privileged = domid == 0
+        self.uuid = bytes(16)
+        self.vcpus = [Vcpu(self, vcpu_id) for vcpu_id in range(max_vcpus)]
+
+        # Memory. Every frame it owns is in the frame table with its domid; these are the totals.
+        self.max_pages = 0
+        self.total_pages = 0
+        self.shared_info_mfn = 0
+        self.shared_info = 0  # machine address in bytes
+        self.xen_l4_entries: list[int] = [0] * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)
+        self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)
+        self.vm_assist = 0
+
+        # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
+        self.posted: deque[int] = deque()
+        self.events: EventChannels
+        self.grants: GrantTable
+
+        # Life cycle.
+        self.paused_by_control = 0
+        self.shutdown_reason: int | None = None
+        self.dying = False
+        self.crash_report = ""
+
+        # Accounting: traps by kind, see traps.py; CPU time in ns.
+        self.trap_counts = [0] * 64
+        self.hypercall_counts = [0] * 64
+        self.cpu_time = 0
+
+    @property
+    def shut_down(self) -> bool:
+        return self.shutdown_reason is not None
+
+    def __repr__(self) -> str:
+        return f"d{self.domid}"
+
+
+__all__ = ["MAX_VCPUS", "Domain", "Vcpu", "register_file"]

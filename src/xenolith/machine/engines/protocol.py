@@ -1,0 +1,143 @@
+"""The engine protocol: all that ring 0 asks of the thing that executes guest code.
+
+An `Engine` belongs to one domain.  It has one or more `Cpu`s, the execution contexts: Unicorn gives all vCPUs
+of a domain the same Cpu (its LOCK prefix is not atomic between engines), KVM one Cpu each.  A vCPU's
+state lives in a `CpuState`, which the hypervisor owns; `Cpu.load` puts it on an execution context, `Cpu.store` takes
+it back complete, so that it can be saved, sent away or loaded into another engine (design decision 3).
+
+A guest, its kernel too, must never get more than CPL-3 rights over memory and instructions.  The engine
+may *run* the guest kernel as it likes (Unicorn: CPL 1, which gives it a TLB of its own) as long as every
+privileged instruction still traps.
+
+Traps.  While a Cpu runs, every trap calls `on_trap(vector, error_code, address)` on the running thread.
+`vector` is an exception vector (0..31) or one of the TRAP_* values below.  In the callback the general
+registers, RIP and segment bases are current in `Cpu.regs` and may be changed there; RFLAGS only through
+`get_rflags`/`set_rflags`.  RIP is as the processor leaves it: after the instruction for `syscall`, #BP, #OF; at it
+for faults.  `int n` without a hardware gate is #GP with error code n << 3 | 2, RIP at it.  `on_trap` returns
+True to go on in the guest, False to leave `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from xenolith.abi.x86 import REGISTER_WORDS
+
+TRAP_SYSCALL: Final = 32
+TRAP_SYSENTER: Final = 33
+TRAP_CPUID: Final = 34  # engines that can intercept CPUID; RIP after it; answer by writing RAX RBX RCX RDX
+
+TrapHandler = Callable[[int, int, int], bool]
+
+
+class EngineError(Exception):
+    """The engine cannot run here, or failed; the text tells a person what and why."""
+
+
+def register_file() -> memoryview:
+    """A fresh register file: REGISTER_WORDS 64-bit words, see abi.x86."""
+    return memoryview(bytearray(REGISTER_WORDS * 8)).cast("Q")
+
+
+@dataclass(slots=True)
+class CpuState:
+    """A vCPU's processor state while it is on no Cpu.
+
+    `regs` follows abi.x86 (selectors and bases included; attributes are not portable).  `l4_mfn` is the page
+    table it runs on, `user` whether in guest-user mode.  `xsave` is an XSAVE image in the standard
+    (uncompacted) format; its header tells which components it holds.  `gdt_va`/`ldt_va` are linear addresses
+    in Xen's own part of the address space.
+    """
+
+    regs: memoryview = field(default_factory=register_file)
+    l4_mfn: int = 0
+    user: bool = False
+    task_switched: bool = False  # CR0.TS: the next FPU instruction raises #NM
+    debug: list[int] = field(default_factory=lambda: [0] * 8)  # DR0..DR7
+    xsave: bytearray = field(default_factory=lambda: bytearray(576))
+    xcr0: int = 3
+    gdt_va: int = 0
+    gdt_limit: int = 0xFFFF
+    ldt_va: int = 0
+    ldt_limit: int = 0  # 0: no LDT
+
+
+class Cpu(Protocol):
+    """An execution context.  All but `kick` is called by the thread that runs it."""
+
+    regs: memoryview  # the register file of the loaded vCPU, live
+    get_rflags: Callable[[], int]
+    set_rflags: Callable[[int], None]
+
+    def load(self, state: CpuState) -> None:
+        """Make this state the one that runs."""
+
+    def store(self, state: CpuState) -> None:
+        """Write the loaded state back, complete. It stays loaded."""
+
+    def run(self, on_trap: TrapHandler) -> None:
+        """Execute until `on_trap` returns False or the Cpu is kicked."""
+
+    def kick(self) -> None:
+        """Make `run` return soon. From any thread, at any time; one that comes before `run` makes it return at once."""
+
+    def switch_mode(self, l4_mfn: int, user: bool) -> None:
+        """Go on in guest-kernel or guest-user mode on this page table, of which nothing changed since it was last used.
+
+        Cached translations of the same mode and table may be kept: the hypervisor says when to flush.
+        """
+
+    def flush_tlb(self) -> None:
+        """Forget every cached translation, of both modes."""
+
+    def flush_page(self, va: int) -> None:
+        """Forget cached translations of the page at linear address `va`."""
+
+    def set_segment(self, segment: int, selector: int) -> None:
+        """Load ES, DS, FS or GS (abi.x86 index) as the instruction would: descriptor from the GDT or LDT.
+
+        Raises ValueError where the instruction would fault; the register is then null.
+        """
+
+    def set_code_stack(self, cs: int, ss: int) -> None:
+        """Load CS and SS for the code to be run next: 64-bit flat, or as their descriptors say (compatibility mode).
+
+        While the loaded CS and SS are 64-bit flat ones, the hypervisor may change their selectors directly in
+        `regs` to others which it knows to be 64-bit flat.  Raises ValueError where a return to these selectors
+        at CPL 3 would fault; nothing is changed then.
+        """
+
+    def set_task_switched(self, on: bool) -> None:
+        """CR0.TS."""
+
+    def set_debug(self, number: int, value: int) -> None:
+        """Load DR0-3, 6 or 7 with a value the hypervisor has checked."""
+
+    def set_ldt(self, va: int, limit: int) -> None:
+        """The LDT's linear address and limit (0: none)."""
+
+    def code_written(self, mfn: int) -> None:
+        """Ring 0 wrote to this frame: code translated from it is stale."""
+
+    def executable_mapped(self, mfn: int) -> None:
+        """An executable mapping of this frame was made, or a writable one withdrawn: its code may have changed."""
+
+
+class Engine(Protocol):
+    """A domain's engine."""
+
+    name: str
+    cpus_shared: bool  # True: all vCPUs run on one Cpu, one at a time
+    xcr0_mask: int  # XSAVE components that guest code can really use
+    l4_entries: dict[int, int]  # L4 slot -> entry: what the engine needs mapped in every address space
+
+    def cpu(self, vcpu_id: int) -> Cpu:
+        """The Cpu on which this vCPU runs; made when first asked for."""
+
+    def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """What CPUID would tell ring-3 code on this engine, before any policy: eax, ebx, ecx, edx."""
+
+    def close(self) -> None:
+        """Release everything. No Cpu may be running."""
