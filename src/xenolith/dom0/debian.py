@@ -31,7 +31,6 @@ import lzma
 import os
 import re
 import shutil
-import stat
 import subprocess
 import tarfile
 import tempfile
@@ -227,13 +226,12 @@ class Apt:
         """The package with the kernel image that a query (see `obtain`) stands for."""
         series = _SERIES.fullmatch(query)
         if series:
-            find = lambda: self._newest_of_series(series["series"], series["cloud"] or "")  # noqa: E731
-        else:
-            find = lambda: self._behind_metapackage(query)  # noqa: E731
-        return self._with_update(find, f"a kernel {query}" if series else f"a package {query}")
+            version, flavour = series["series"], series["cloud"] or ""
+            return self._with_update(lambda: self._newest_of_series(version, flavour), f"kernel {query}")
+        return self._with_update(lambda: self._behind_metapackage(query), f"package {query}")
 
     def package(self, name: str) -> Package:
-        return self._with_update(lambda: self._show([name]).get(name), f"a package {name}")
+        return self._with_update(lambda: self._show([name]).get(name), f"package {name}")
 
     def download(self, package: Package, into: Path) -> Path:
         """Downloads the package's .deb, its digest checked against the signed index by apt."""
@@ -270,7 +268,7 @@ class Apt:
             found = find()
         if found is None:
             raise GuestUnavailable(
-                f"apt's sources (/etc/apt) offer no {what.removeprefix('a ')} for amd64; "
+                f"apt's sources (/etc/apt) offer no {what} for amd64; "
                 "see `apt-cache pkgnames linux-image-` for what they offer, or " + _WAYS_OUT
             )
         return found
@@ -387,6 +385,3 @@ def _decompressed(name: str, stream: IO[bytes]) -> IO[bytes]:
             return stream
     raise ValueError(f"unknown compression of {name}")
 
-
-def is_executable(path: Path) -> bool:
-    return bool(path.stat().st_mode & stat.S_IXUSR)
