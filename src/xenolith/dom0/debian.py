@@ -37,7 +37,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 from urllib.parse import quote
 
 import zstandard
@@ -339,6 +339,7 @@ def _last_words(result: subprocess.CompletedProcess[str]) -> str:
 
 # --- deb(5) ------------------------------------------------------------------------------------------------
 
+
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER_BYTES = 60
 
@@ -378,10 +379,9 @@ def _decompressed(name: str, stream: IO[bytes]) -> IO[bytes]:
         case ".xz":
             return lzma.LZMAFile(stream)
         case ".gz":
-            return gzip.GzipFile(fileobj=stream)
+            return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
         case ".zst":
             return zstandard.ZstdDecompressor().stream_reader(stream)
         case ".tar":
             return stream
     raise ValueError(f"unknown compression of {name}")
-

@@ -1,0 +1,250 @@
+"""The root file system of a Debian guest: a cpio archive built here, byte by byte, with no root and no tools.
+
+The kernel unpacks an archive of the "newc" kind (cpio(5); Documentation/driver-api/early-userspace/buffer-format
+in Linux) into its first file system and starts /init. Ours holds busybox with a link for each of its applets,
+the device nodes /init needs before devtmpfs is there, the host files the user asked for, and /init itself.
+
+/init is process 1. It mounts what every program expects and then either starts a shell on the console or runs
+one command, whose output and exit status it puts between the marks of `dom0.framing`. Between the marks the
+terminal passes bytes through unchanged. The command gets an empty standard input.
+
+The archive is not compressed: taking it apart in the guest would cost more than copying it there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from xenolith.dom0.framing import RECORD_SEPARATOR
+
+COMMAND_KERNEL_ARGUMENTS: Final = "console=hvc0 quiet loglevel=0 panic=-1"
+"""The kernel's command line for running a command: nothing of the kernel's own comes between the marks."""
+SHELL_KERNEL_ARGUMENTS: Final = "console=hvc0 panic=-1"
+
+MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
+
+
+class InitramfsError(Exception):
+    """The initramfs cannot be built from what was given; the message says why."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A file of the archive: its path below the root, st_mode, contents (a link's target) and device number."""
+
+    path: str
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class HostFile:
+    """A file or directory of the host to put into the guest, with its permission bits."""
+
+    host: Path
+    guest: PurePosixPath
+
+    @classmethod
+    def parse(cls, argument: str) -> HostFile:
+        """HOST[:GUEST], as given to --file. Without GUEST the file keeps its absolute path."""
+        host, colon, guest = argument.partition(":")
+        if not host:
+            raise InitramfsError(f"--file {argument!r} names no host file; it is HOST or HOST:GUEST")
+        if colon and not guest.startswith("/"):
+            raise InitramfsError(f"--file {argument!r}: the path in the guest must be absolute, such as /root/data")
+        path = Path(host)
+        target = PurePosixPath(guest) if colon else PurePosixPath(os.path.abspath(path))
+        if guest.endswith("/"):
+            target /= path.name
+        if ".." in target.parts or not target.name:
+            raise InitramfsError(f"--file {argument!r}: {target} is not the name of a file in the guest")
+        return cls(path, target)
+
+
+def build_initramfs(
+    busybox: Path,
+    *,
+    command: Sequence[str] | None = None,
+    nonce: str = "",
+    files: Iterable[HostFile] = (),
+) -> bytes:
+    """The archive. With a command, /init runs it between marks with this nonce; without one, a shell.
+
+    Raises InitramfsError when a file cannot be read.
+    """
+    nodes = [*_base(), *_busybox(busybox)]
+    for file in files:
+        nodes.extend(_host_nodes(file))
+    if command is None:
+        nodes.append(Node("init", stat.S_IFREG | 0o755, _SHELL_INIT.encode()))
+    else:
+        nodes.append(Node("init", stat.S_IFREG | 0o755, _command_init(command, nonce)))
+    return pack(_with_parents(nodes))
+
+
+# --- /init -------------------------------------------------------------------------------------------------
+
+_SETUP: Final = """\
+#!/bin/busybox sh
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=${TERM:-linux}
+mount -a
+cd /root
+"""
+
+_SHELL_INIT: Final = (
+    _SETUP
+    + """\
+setsid cttyhack sh -l
+poweroff -f
+"""
+)
+
+# The second stty waits until the terminal has sent everything (tcsetattr with TCSADRAIN), without which the
+# domain would power off with the end of the output still in the kernel.
+_COMMAND_INIT: Final = (
+    _SETUP
+    + """\
+stty raw -echo
+printf '{separator}{nonce} begin\\n'
+( exec {command} ) </dev/null
+printf '{separator}{nonce} exit %d\\n' $?
+stty sane
+poweroff -f
+"""
+)
+
+_FSTAB: Final = """\
+proc /proc proc nosuid,nodev,noexec 0 0
+sysfs /sys sysfs nosuid,nodev,noexec 0 0
+devtmpfs /dev devtmpfs nosuid 0 0
+"""
+
+_PROFILE: Final = "PS1='\\w # '\n"
+
+
+def _command_init(command: Sequence[str], nonce: str) -> bytes:
+    if not command:
+        raise InitramfsError("no command to run")
+    if any("\0" in word for word in command):
+        raise InitramfsError("an argument of the command contains a NUL byte, which no program can be given")
+    quoted = b" ".join(os.fsencode(shlex.quote(word)) for word in command)
+    separator = f"\\{RECORD_SEPARATOR[0]:03o}"
+    before, after = _COMMAND_INIT.replace("{separator}", separator).replace("{nonce}", nonce).split("{command}")
+    return before.encode() + quoted + after.encode()
+
+
+def _base() -> Iterator[Node]:
+    for directory in ("dev", "proc", "sys", "run", "mnt", "etc", "root", "bin", "sbin", "usr/bin", "usr/sbin", "var"):
+        yield Node(directory, stat.S_IFDIR | 0o755)
+    yield Node("tmp", stat.S_IFDIR | 0o1777)
+    yield Node("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    yield Node("dev/null", stat.S_IFCHR | 0o666, device=(1, 3))
+    yield Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode())
+    yield Node("etc/mtab", stat.S_IFLNK | 0o777, b"/proc/mounts")
+    yield Node("etc/profile", stat.S_IFREG | 0o644, _PROFILE.encode())
+    yield Node("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\n")
+    yield Node("etc/group", stat.S_IFREG | 0o644, b"root:x:0:\n")
+    yield Node("etc/hostname", stat.S_IFREG | 0o644, b"xenolith\n")
+
+
+def _busybox(busybox: Path) -> Iterator[Node]:
+    yield Node("bin/busybox", stat.S_IFREG | 0o755, _read(busybox))
+    for applet in _applets(busybox):
+        if applet != "bin/busybox":
+            yield Node(applet, stat.S_IFLNK | 0o777, b"/bin/busybox")
+
+
+@cache
+def _applets(busybox: Path) -> tuple[str, ...]:
+    """The paths of its applets, as busybox itself tells (it is a static x86-64 program, so it runs here too)."""
+    try:
+        listed = subprocess.run([busybox.absolute(), "--list-full"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InitramfsError(f"{busybox} is not a busybox that runs on this machine: {error}") from error
+    return tuple(listed.stdout.split())
+
+
+# --- host files --------------------------------------------------------------------------------------------
+
+
+def _host_nodes(file: HostFile) -> Iterator[Node]:
+    """The nodes for a host file, or for a directory and all below it. Links inside a directory stay links."""
+    root = str(file.guest).lstrip("/")
+    if not file.host.is_dir():
+        yield _host_node(file.host, root, follow=True)
+        return
+    yield _host_node(file.host, root, follow=True)
+    for directory, names, files in os.walk(file.host):
+        for name in sorted(names + files):
+            path = Path(directory, name)
+            yield _host_node(path, f"{root}/{path.relative_to(file.host)}", follow=False)
+
+
+def _host_node(path: Path, guest: str, *, follow: bool) -> Node:
+    try:
+        status = path.stat() if follow else path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            return Node(guest, status.st_mode, os.fsencode(os.readlink(path)))
+    except OSError as error:
+        raise InitramfsError(f"cannot read {path}: {error.strerror}") from error
+    if stat.S_ISREG(status.st_mode):
+        return Node(guest, status.st_mode, _read(path))
+    if stat.S_ISDIR(status.st_mode):
+        return Node(guest, status.st_mode)
+    raise InitramfsError(f"{path} is neither a file, a directory nor a link, so it cannot be put into the guest")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InitramfsError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise InitramfsError(f"{path} is larger than 4 GiB, the most that an initramfs can hold of one file")
+    return data
+
+
+def _with_parents(nodes: list[Node]) -> list[Node]:
+    """Adds directories that nobody named before what is in them; a later node replaces an earlier one."""
+    result: dict[str, Node] = {}
+    for node in nodes:
+        for parent in reversed(PurePosixPath(node.path).parents[:-1]):
+            result.setdefault(str(parent), Node(str(parent), stat.S_IFDIR | 0o755))
+        earlier = result.get(node.path)
+        if earlier and stat.S_ISDIR(earlier.mode) != stat.S_ISDIR(node.mode):
+            raise InitramfsError(f"/{node.path} cannot be a directory and a file in the guest")
+        result[node.path] = node
+    return list(result.values())
+
+
+# --- cpio, newc --------------------------------------------------------------------------------------------
+
+
+def pack(nodes: Iterable[Node]) -> bytes:
+    """A cpio archive of the "newc" format. All files belong to root and have the time 0: same input, same bytes."""
+    pieces: list[bytes] = []
+    for inode, node in enumerate(nodes, start=1):
+        pieces += _member(inode, node)
+    pieces += _member(0, Node("TRAILER!!!", 0))
+    return b"".join(pieces)
+
+
+def _member(inode: int, node: Node) -> list[bytes]:
+    name = os.fsencode(node.path) + b"\0"
+    links = 2 if stat.S_ISDIR(node.mode) else 1
+    fields = (inode, node.mode, 0, 0, links, 0, len(node.data), 0, 0, *node.device, len(name), 0)
+    header = b"070701" + b"".join(b"%08X" % field for field in fields)
+    return [header, name, _padding(len(header) + len(name)), node.data, _padding(len(node.data))]
+
+
+def _padding(size: int) -> bytes:
+    return b"\0" * (-size % 4)
