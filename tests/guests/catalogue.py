@@ -1,0 +1,77 @@
+"""The tiny guests of ``guests/``: how each is run and what its console and its end must be.
+
+Each guest exercises one mechanism of the PV interface and prints a line for every check, ``ok N - what``
+or ``not ok N - what: got X expected Y``, then ``done PASSED=n FAILED=m``, and powers off. What a check
+expects is what was observed on Xen 4.17; where this hypervisor differs on purpose, the command line of
+the entry below says so to the guest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+PREBUILT = Path(__file__).resolve().parents[2] / "guests" / "prebuilt"
+
+# Shutdown reasons of Xen's public sched.h.
+POWEROFF, REBOOT, SUSPEND, CRASH = range(4)
+
+PASSED = re.compile(r"^done PASSED=[1-9]\d* FAILED=0$", re.MULTILINE)
+FAILED_CHECK = re.compile(r"^not ok .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One run of one guest: how to build its domain, and what must come of it."""
+
+    name: str  # of this run; also the test's id
+    file: str  # in guests/prebuilt
+    cmdline: str = ""
+    vcpus: int = 1
+    memory_mib: int = 32
+    shutdown_reason: int = POWEROFF
+    console: tuple[re.Pattern[str], ...] = (PASSED,)  # each must be found in the console's output
+
+    @property
+    def path(self) -> Path:
+        """The prebuilt ELF."""
+        return PREBUILT / self.file
+
+    def complaints(self, console: str, shutdown_reason: int | None) -> list[str]:
+        """What is wrong with this ending (``None``: it did not end); empty if all is as it must be."""
+        found = FAILED_CHECK.findall(console)
+        found += [f"the console never showed {p.pattern!r}" for p in self.console if not p.search(console)]
+        if shutdown_reason != self.shutdown_reason:
+            found.append(f"shutdown reason {shutdown_reason}, expected {self.shutdown_reason}")
+        return found
+
+
+def checks(name: str, file: str | None = None, *, cmdline: str = "", vcpus: int = 1, memory_mib: int = 32) -> Guest:
+    """A guest that must pass all its checks and power off."""
+    return Guest(name, file or f"{name}.elf", cmdline, vcpus, memory_mib)
+
+
+def ending(how: str, reason: int) -> Guest:
+    """A run of crash.elf: it says how it will end, and ends that way."""
+    said = re.compile(rf"^ending: {re.escape(how)}$", re.MULTILINE)
+    return Guest("ending-" + how.replace(" reason=", "-"), "crash.elf", how, 1, 32, reason, (said,))
+
+
+CATALOGUE: tuple[Guest, ...] = (
+    checks("hello", cmdline="console_io"),
+    checks("hello-page", cmdline="console_io"),
+    checks("exceptions"),
+    ending("shutdown reason=0", POWEROFF),
+    ending("shutdown reason=1", REBOOT),
+    ending("shutdown reason=3", CRASH),
+    ending("shutdown reason=7", 7),
+    ending("shutdown reason=256", POWEROFF),  # the reason is one byte
+    ending("no-handler", CRASH),
+    ending("no-stack", CRASH),
+    ending("read-only-stack", CRASH),
+    ending("no-iret-frame", CRASH),
+    ending("no-callback", CRASH),
+    ending("recursion", CRASH),
+    ending("no-user-tables", CRASH),
+)
