@@ -3,8 +3,9 @@
 The guest is what Debian ships and nothing else: the kernel image of a `linux-image-*` package and the
 statically linked shell and tools of `busybox-static`. `apt-get download` fetches both, so they are checked
 against the archive's signed index exactly as for an installation (apt-secure(8)); no file of the system
-changes. Where the system's package lists are absent or out of date, lists of our own are fetched from the
-system's sources with the system's keys into our cache directory (apt.conf(5): Dir::State, Dir::Cache).
+changes. Where they are installed already, the installed files are copied. Where the system's package lists are
+absent or out of date, lists of our own are fetched from the system's sources with the system's keys into our
+cache directory (apt.conf(5): Dir::State, Dir::Cache).
 
 A package is opened with the standard library: deb(5) is an ar archive holding a compressed tar.
 
@@ -42,7 +43,7 @@ from urllib.parse import quote
 
 import zstandard
 
-from xenolith.dom0.image import elf_of_image
+from xenolith.dom0.image import ImageError, elf_of_image
 
 DEFAULT_KERNEL = "linux-image-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
@@ -50,8 +51,8 @@ BUSYBOX_PACKAGE = "busybox-static"
 _SERIES = re.compile(r"(?P<series>\d+\.\d+)(?P<cloud>-cloud)?")
 _PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 _WAYS_OUT = (
-    "pass a kernel of your own with --kernel (a bzImage or ELF built for Xen PV) and its --ramdisk, "
-    "or run `xenolith guest debian` once where the archive can be reached and keep its cache directory"
+    "install the packages linux-image-amd64 and busybox-static, or pass a kernel of your own with --kernel "
+    "(a bzImage or ELF built for Xen PV) and its --ramdisk"
 )
 
 
@@ -135,7 +136,7 @@ def _fetch(store: Path, query: str) -> DebianGuest:
     kernel_home = _unpack(store, apt, kernel_package, re.compile(r"\./boot/vmlinuz-.+"), "vmlinuz")
     busybox_home = _unpack(store, apt, busybox_package, re.compile(r"\./(usr/)?bin/busybox"), "busybox")
     if not (kernel_home / "vmlinux").is_file():
-        _write_whole(kernel_home / "vmlinux", elf_of_image((kernel_home / "vmlinuz").read_bytes()))
+        write_whole(kernel_home / "vmlinux", _elf(kernel_home / "vmlinuz"))
     guest = DebianGuest(
         package=kernel_package.name,
         version=kernel_package.version,
@@ -146,7 +147,7 @@ def _fetch(store: Path, query: str) -> DebianGuest:
     record = asdict(guest) | {
         part: str(getattr(guest, part).relative_to(store)) for part in ("kernel", "elf", "busybox")
     }
-    _write_whole(_record_of(store, query), json.dumps(record, indent=1).encode())
+    write_whole(_record_of(store, query), json.dumps(record, indent=1).encode())
     return guest
 
 
@@ -155,14 +156,23 @@ def _unpack(store: Path, apt: Apt, package: Package, wanted: re.Pattern[str], na
     home = store / f"{package.name}_{quote(package.version, safe='~+')}"
     if (home / name).is_file():
         return home
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix="download-") as aside:
-        deb = apt.download(package, Path(aside))
-        _write_whole(home / name, file_of_deb(deb, wanted), mode=0o755)
+    content = apt.installed_file(package, wanted)
+    if content is None:
+        with tempfile.TemporaryDirectory(dir=store, prefix="download-") as aside:
+            content = file_of_deb(apt.download(package, Path(aside)), wanted)
+    home.mkdir(exist_ok=True)
+    write_whole(home / name, content, mode=0o755)
     return home
 
 
-def _write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+def _elf(kernel: Path) -> bytes:
+    try:
+        return elf_of_image(kernel.read_bytes())
+    except ImageError as error:
+        raise GuestUnavailable(f"{kernel}: {error}") from error
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Writes a file so that it is either absent or complete under its name, whenever the run is killed."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as aside:
         try:
@@ -198,7 +208,7 @@ def _locked(store: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Package:
-    """A version of a binary package that apt can download."""
+    """A version of a binary package that apt can download or has installed."""
 
     name: str
     version: str
@@ -218,8 +228,8 @@ class Apt:
         self._conf = state / "apt.conf"
         if shutil.which("apt-get") is None:
             raise GuestUnavailable(
-                "no apt-get on this machine, so the Debian guest cannot be fetched with its signatures checked; "
-                + _WAYS_OUT
+                "no apt-get on this machine, so a Debian guest cannot be fetched with its signatures checked; pass a "
+                "kernel of your own with --kernel (a bzImage or ELF built for Xen PV) and its --ramdisk"
             )
 
     def kernel_package(self, query: str) -> Package:
@@ -232,6 +242,17 @@ class Apt:
 
     def package(self, name: str) -> Package:
         return self._with_update(lambda: self._show([name]).get(name), f"package {name}")
+
+    def installed_file(self, package: Package, wanted: re.Pattern[str]) -> bytes | None:
+        """The file of the package (see `file_of_deb`), when this version is installed and we may read it."""
+        about = self._run(["dpkg-query", "-W", "-f", "${db:Status-Abbrev}${Version}", package.name])
+        if about.stdout != f"ii {package.version}":
+            return None
+        for path in self._run(["dpkg-query", "-L", package.name]).stdout.splitlines():
+            if wanted.fullmatch("." + path):
+                with contextlib.suppress(OSError):
+                    return Path(path).read_bytes()
+        return None
 
     def download(self, package: Package, into: Path) -> Path:
         """Downloads the package's .deb, its digest checked against the signed index by apt."""
@@ -257,7 +278,8 @@ class Apt:
         attempt.write_text(_apt_conf(self._state))
         result = self._run(["apt-get", "-q", "update"], conf=attempt)
         # One broken third-party source must not keep us from Debian's; what is missing shows when asked for.
-        if result.returncode and not any((self._state / "state/lists").glob("*_Packages*")):
+        # Without any network apt-get still ends with status 0: whether there are lists is what tells.
+        if not any((self._state / "state/lists").glob("*_Packages*")):
             raise GuestUnavailable(f"apt-get update failed: {_last_words(result)}; {_WAYS_OUT}")
         attempt.replace(self._conf)
 
@@ -288,7 +310,7 @@ class Apt:
         return self._show([kernel[0]]).get(kernel[0]) if kernel else package
 
     def _show(self, names: list[str]) -> dict[str, Package]:
-        """Those of the packages that apt could download, by name."""
+        """Those of the packages that apt could download or has installed, by name."""
         if not names:
             return {}
         shown = self._run(["apt-cache", "show", "--no-all-versions", *names]).stdout
@@ -296,14 +318,15 @@ class Apt:
         return {
             field["Package"]: Package(field["Package"], field["Version"], field.get("Depends", ""))
             for field in fields
-            if field.get("Filename") and field.get("Architecture") in ("amd64", "all")
+            if (field.get("Filename") or field.get("Status") == "install ok installed")
+            and field.get("Architecture") in ("amd64", "all")
         }
 
     def _run(
         self, command: list[str], *, cwd: Path | None = None, conf: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         conf = conf or self._conf
-        if conf.is_file():
+        if command[0].startswith("apt-") and conf.is_file():
             command = [command[0], "-c", str(conf), *command[1:]]
         environment = os.environ | {"LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
         try:
@@ -332,9 +355,12 @@ def _apt_conf(state: Path) -> str:
 
 
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:
-    """The errors of a failed apt run in one line, without its progress and warnings."""
-    errors = [line[3:] for line in result.stderr.splitlines() if line.startswith("E: ")]
-    return "; ".join(errors[:3]) or f"it ended with status {result.returncode}"
+    """The errors of a failed apt run in one line, without its progress; its warnings when there is no error."""
+    lines = result.stderr.splitlines()
+    errors = [line[3:] for line in lines if line.startswith("E: ")] or [
+        line[3:] for line in lines if line.startswith("W: ")
+    ]
+    return "; ".join(errors[:2]) or f"it ended with status {result.returncode}"
 
 
 # --- deb(5) ------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ _ELF_MAGIC: Final = b"\x7fELF"
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _XZ_MAGIC: Final = b"\xfd7zXZ\x00"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_ZSTD_STEP_BYTES: Final = 16 << 10  # zstd makes at most 128 KiB of 4 bytes: a step stays below 512 MiB
 _LZ4_LEGACY_MAGIC: Final = b"\x02\x21\x4c\x18"
 _LZ4_LEGACY_BLOCK_BYTES: Final = 8 << 20  # every block but the last decompresses to exactly this
 _OTHER_MAGICS: Final = {b"BZh": "bzip2", b"\x5d\x00\x00": "lzma", b"\x89LZO": "lzo"}
@@ -215,12 +216,14 @@ def _unxz(payload: memoryview) -> bytes:
 
 def _unzstd(payload: memoryview) -> bytes:
     # A kernel may use a window of 128 MiB (zstd -22 --ultra), more than the library allows unasked.
-    reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(payload)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
     pieces, total = [], 0
-    while total <= MAX_IMAGE_BYTES and (piece := reader.read(4 << 20)):
-        pieces.append(piece)
-        total += len(piece)
-    return b"".join(pieces)
+    for at in range(0, len(payload), _ZSTD_STEP_BYTES):
+        pieces.append(decompressor.decompress(payload[at : at + _ZSTD_STEP_BYTES]))
+        total += len(pieces[-1])
+        if decompressor.eof or total > MAX_IMAGE_BYTES:
+            return b"".join(pieces)
+    raise ImageError("the compressed kernel is truncated")
 
 
 def _unlz4_legacy(payload: memoryview) -> bytes:
