@@ -62,6 +62,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("hello", cmdline="console_io"),
     checks("hello-page", cmdline="console_io"),
     checks("exceptions"),
+    checks("paging"),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),
     ending("shutdown reason=3", CRASH),
