@@ -29,6 +29,7 @@ COMMAND_KERNEL_ARGUMENTS: Final = "console=hvc0 quiet loglevel=0 panic=-1"
 """The kernel's command line for running a command: nothing of the kernel's own comes between the marks."""
 SHELL_KERNEL_ARGUMENTS: Final = "console=hvc0 panic=-1"
 
+_MOUNTED_OVER: Final = ("proc", "sys", "dev")
 MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
 
 
@@ -67,6 +68,8 @@ class HostFile:
             target /= path.name
         if ".." in target.parts or not target.name:
             raise InitramfsError(f"--file {argument!r}: {target} is not the name of a file in the guest")
+        if len(target.parts) > 1 and target.parts[1] in _MOUNTED_OVER:
+            raise InitramfsError(f"--file {argument!r}: /init mounts over /{target.parts[1]}, which would hide it")
         return cls(path, target)
 
 
