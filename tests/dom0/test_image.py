@@ -152,7 +152,7 @@ def test_what_cannot_run_is_refused_with_the_reason(case: str) -> None:
 def test_a_decompression_bomb_is_stopped_at_the_limit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xenolith.dom0.image.MAX_IMAGE_BYTES", 32 << 20)
     bomb = COMPRESSORS[method](b"\x7fELF" + bytes(48 << 20))
-    with pytest.raises(ImageError, match="more than 32 MiB|damaged"):
+    with pytest.raises(ImageError, match="more than 32 MiB"):
         load_image(bzimage(bomb))
 
 

@@ -117,6 +117,7 @@ _ELF_MAGIC: Final = b"\x7fELF"
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _XZ_MAGIC: Final = b"\xfd7zXZ\x00"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_XZ_MEMORY_BYTES: Final = 256 << 20  # of the decoder; Linux uses dictionaries of up to 128 MiB
 _ZSTD_STEP_BYTES: Final = 16 << 10  # zstd makes at most 128 KiB of 4 bytes: a step stays below 512 MiB
 _LZ4_LEGACY_MAGIC: Final = b"\x02\x21\x4c\x18"
 _LZ4_LEGACY_BLOCK_BYTES: Final = 8 << 20  # every block but the last decompresses to exactly this
@@ -207,7 +208,7 @@ def _gunzip(payload: memoryview) -> bytes:
 
 
 def _unxz(payload: memoryview) -> bytes:
-    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=MAX_IMAGE_BYTES)
+    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
     elf = decompressor.decompress(payload, MAX_IMAGE_BYTES + 1)
     if not decompressor.eof and len(elf) <= MAX_IMAGE_BYTES:
         raise ImageError("the compressed kernel is truncated")
