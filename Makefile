@@ -1,0 +1,54 @@
+# make demo | test | quick | lint | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: help demo test quick lint bench clean
+
+help:
+	@echo "make demo    boot several domains side by side and show that they are isolated"
+	@echo "make test    all tests, booting the stock Debian kernels among them (apt fetches those once)"
+	@echo "make quick   the tests that take seconds"
+	@echo "make lint    ruff, mypy and the import directions"
+	@echo "make bench   the evaluation: tables of measurements, into bench/results"
+	@echo "make clean   remove .venv and caches (not the downloaded guests in ~/.cache/xenolith)"
+
+demo: $(READY)
+	@$(VENV)/bin/xenolith demo
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+quick: $(READY)
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+lint: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+bench: $(READY)
+	@$(VENV)/bin/pip install --quiet --editable '.[evaluation]'
+	@$(VENV)/bin/python -m bench
+
+# Debian splits venv's pip into python3-venv. Without it, a pip of the machine can fill a bare environment.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Xenolith needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "Xenolith runs on Linux on x86-64, not on $$(uname -sm)." >&2; exit 1; }
+	@echo "Preparing $(VENV) ..."
+	@rm -rf $(VENV)
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $(VENV); then \
+	    $(PYTHON) -m pip --quiet --python $(VENV)/bin/python install pip; \
+	else \
+	    echo "$(PYTHON) can make no virtual environment: install the package python3-venv (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; \
+	fi
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist src/*.egg-info
