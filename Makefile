@@ -40,7 +40,7 @@ $(READY): pyproject.toml
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "Xenolith runs on Linux on x86-64, not on $$(uname -sm)." >&2; exit 1; }
 	@echo "Preparing $(VENV) ..."
 	@rm -rf $(VENV)
-	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import ensurepip; ensurepip.version()' 2>/dev/null; then \
 	    $(PYTHON) -m venv $(VENV); \
 	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $(VENV); then \
 	    $(PYTHON) -m pip --quiet --python $(VENV)/bin/python install pip; \
