@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_offline
+from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class Vcpu:
         self.gdt_entries = 0
         self.ldt_va = 0  # guest linear address, 0: none
         self.ldt_entries = 0
+        self.ldt_frames: dict[int, int] = {}  # page of the LDT -> MFN held as segment descriptor page
+        self.base_changed = False  # set by operations that load a base pointer: flush before going on
+        self.restarted = False  # the hypercall at hand will be made again by the guest
 
         # Shared with the guest: machine addresses in bytes, 0: none.
         self.info = 0  # its vcpu_info
@@ -91,10 +96,23 @@ class Vcpu:
         self.periodic_deadline = 0
         self.virq_port = [0] * 24
 
-    @property
-    def kernel_l4_address(self) -> int:
-        """Machine address of the guest-kernel L4 table."""
-        return self.kernel_l4 << 12
+    def restart_hypercall(self, number: int, *arguments: int) -> int:
+        """Let the guest make this hypercall again with these arguments, so that nothing else has to wait for it.
+
+        The SYSCALL instruction is two bytes long.  The result is meaningless (Xen: hypercall_create_continuation).
+        """
+        regs = self.regs
+        regs[RAX] = number
+        for register, argument in zip((RDI, RSI, RDX, R10, R8), arguments, strict=False):
+            regs[register] = argument & 0xFFFF_FFFF_FFFF_FFFF
+        regs[RIP] -= 2
+        self.restarted = True
+        return 0
+
+    def set_xcr0(self, value: int) -> bool:
+        """Set XCR0 to a value that the engine can execute."""
+        self.state.xcr0 = value
+        return True
 
     def __repr__(self) -> str:
         return f"d{self.domain.domid}v{self.vcpu_id}"
@@ -120,8 +138,18 @@ class Domain:
         self.shared_info_mfn = 0
         self.shared_info = 0  # machine address in bytes
         self.xen_l4_entries: list[int] = [0] * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)
+        self.xen_frames: list[int] = []  # MFNs of Xen's frames that serve this domain alone
+        self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
+        self.flush_epoch = 1  # complete TLB flushes so far, see frames.py
+        self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries
+        self.ldt_in_use = False
         self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)
         self.vm_assist = 0
+
+        # What the engine wants to be told of (None: nothing).
+        self.caches_tables = False  # it caches page tables, not only translations
+        self.executable_mapped: Callable[[int], None] | None = None  # see Cpu.executable_mapped
+        self.entry_changed: Callable[[int], None] | None = None  # a present page-table entry changed: its word index
 
         # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
         self.posted: deque[int] = deque()

@@ -12,6 +12,7 @@ import bisect
 import ctypes
 import mmap
 import os
+import threading
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ class MachineMemory:
 
     Views of all of it, indexed by machine address divided by the item's size:
     `b` bytes, `h` 16-bit, `d` 32-bit, `q` 64-bit words; `words` is `q` as a numpy array (uint64).
-    MFN 0 is never handed out, so that 0 can mean "none".
+    MFN 0 is never handed out, so that 0 can mean "none".  Allocation and freeing may be done by any thread.
     """
 
     def __init__(self, frames: int) -> None:
@@ -54,6 +55,7 @@ class MachineMemory:
         self._starts = [1]  # free extents, ascending and never adjacent
         self._lengths = [frames - 1]
         self.free_frames = frames - 1
+        self._lock = threading.Lock()  # the innermost lock of all: nothing else is taken under it
 
     def page(self, mfn: int) -> memoryview:
         """The bytes of one frame, as a writable view."""
@@ -70,25 +72,27 @@ class MachineMemory:
         With `limit` all of them lie below that MFN.  Raises OutOfMemory.
         """
         count = 1 << order
-        for index, (start, length) in enumerate(zip(self._starts, self._lengths, strict=True)):
-            first = (start + count - 1) & -count
-            if first + count <= start + length:
-                if limit is not None and first + count > limit:
-                    break
-                self._take(index, first, count)
-                return first
+        with self._lock:
+            for index, (start, length) in enumerate(zip(self._starts, self._lengths, strict=True)):
+                first = (start + count - 1) & -count
+                if first + count <= start + length:
+                    if limit is not None and first + count > limit:
+                        break
+                    self._take(index, first, count)
+                    return first
         raise OutOfMemory(f"no {count} contiguous free frames ({self.free_frames} frames are free)")
 
     def allocate(self, count: int) -> Frames:
         """Take `count` frames from anywhere, lowest first; their MFNs, ascending. Raises OutOfMemory."""
-        if count > self.free_frames:
-            raise OutOfMemory(f"{count} frames wanted, {self.free_frames} are free")
         parts: list[Frames] = []
-        while count:
-            start, length = self._starts[0], min(self._lengths[0], count)
-            self._take(0, start, length)
-            parts.append(np.arange(start, start + length, dtype=np.uint64))
-            count -= length
+        with self._lock:
+            if count > self.free_frames:
+                raise OutOfMemory(f"{count} frames wanted, {self.free_frames} are free")
+            while count:
+                start, length = self._starts[0], min(self._lengths[0], count)
+                self._take(0, start, length)
+                parts.append(np.arange(start, start + length, dtype=np.uint64))
+                count -= length
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
 
     def free(self, first: int, count: int = 1) -> None:
@@ -98,6 +102,10 @@ class MachineMemory:
         )
         if result:
             raise OSError(ctypes.get_errno(), "cannot release machine memory to the host")
+        with self._lock:
+            self._give_back(first, count)
+
+    def _give_back(self, first: int, count: int) -> None:
         index = bisect.bisect(self._starts, first)
         self.free_frames += count
         if index < len(self._starts) and first + count == self._starts[index]:  # joins the next extent

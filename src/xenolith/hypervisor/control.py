@@ -1,0 +1,344 @@
+"""The control interface: what dom0 may ask of the hypervisor about other domains (paper 3.1; Xen: domctl).
+
+dom0's services and the toolstack use this, event channels, grants and xenstore, and nothing else of the hypervisor.
+Domains are named by domid.  Operations on a domain that does not exist raise NoSuchDomain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xenolith.abi import layout
+from xenolith.abi.errno import EINVAL
+from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED, SHUTDOWN_crash
+from xenolith.abi.x86 import (
+    CS,
+    DS,
+    EFLAGS_IF,
+    EFLAGS_RESERVED_ONE,
+    ES,
+    PAGE_SIZE,
+    PTE_A,
+    PTE_P,
+    PTE_RW,
+    PTE_US,
+    RFLAGS,
+    RIP,
+    RSI,
+    RSP,
+    SS,
+)
+from xenolith.hypervisor import descriptors, paging, time
+from xenolith.hypervisor.domain import MAX_VCPUS, Domain
+from xenolith.hypervisor.events import EventChannels
+from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
+from xenolith.hypervisor.grants import GrantTable
+from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.memory import Frames, OutOfMemory
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.hypervisor import Hypervisor
+
+XEN_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A  # entries of Xen's own upper tables
+WINDOW_TABLE: Final = PTE_P | PTE_RW | PTE_A
+
+
+class NoSuchDomain(Exception):
+    """No domain has this id."""
+
+
+class DomainCreateError(Exception):
+    """The domain cannot be made; the text says why and what to change."""
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """A domain as the toolstack lists it (Xen: XEN_DOMCTL_getdomaininfo)."""
+
+    domid: int
+    uuid: bytes
+    running: bool
+    blocked: bool
+    paused: bool
+    shutdown: bool
+    shutdown_reason: int | None
+    dying: bool
+    crash_report: str
+    total_pages: int
+    max_pages: int
+    online_vcpus: int
+    max_vcpus: int
+    cpu_time: int  # ns
+    traps: int
+
+
+class Control:
+    """The control hypercalls, made by dom0's Python code."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+
+    def _domain(self, domid: int) -> Domain:
+        domain = self._hypervisor.domain(domid)
+        if domain is None:
+            raise NoSuchDomain(f"there is no domain {domid}")
+        return domain
+
+    # --- life cycle ----------------------------------------------------------------------------------
+
+    def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
+        """Make an empty, paused domain; its domid. Raises DomainCreateError."""
+        hypervisor = self._hypervisor
+        if not 1 <= max_vcpus <= MAX_VCPUS:
+            raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
+        with hypervisor.lock:
+            domid = hypervisor.next_domid()
+            if domid >= DOMID_FIRST_RESERVED:
+                raise DomainCreateError("all domain ids are in use")
+            try:
+                engine = hypervisor.engine_factory(hypervisor.memory)
+            except EngineError as error:
+                raise DomainCreateError(f"the engine cannot be started: {error}") from error
+            domain = Domain(hypervisor, domid, engine, max_vcpus)
+            domain.uuid = uuid
+            domain.max_pages = max_pages
+            try:
+                self._set_up(domain)
+            except OutOfMemory as error:
+                engine.close()
+                raise DomainCreateError(f"not enough machine memory: {error}") from error
+            hypervisor.domains[domid] = domain
+        return domid
+
+    def _set_up(self, domain: Domain) -> None:
+        hypervisor, frames = self._hypervisor, domain.frames
+        engine = domain.engine
+        assert engine is not None
+        (domain.shared_info_mfn,) = frames.allocate_xen(1)
+        pages = len(domain.vcpus) * descriptors.PAGES_PER_VCPU
+        tables = frames.allocate_xen(2 + (pages + 511) // 512)
+        frames.share_with_guest(domain.shared_info_mfn, domain.domid)
+        domain.shared_info = domain.shared_info_mfn * PAGE_SIZE
+        domain.xen_frames = tables
+        l3, l2, *domain.window_l1 = tables
+        q = domain.memory.q
+        q[l3 << 9] = l2 << 12 | WINDOW_TABLE
+        for number, l1 in enumerate(domain.window_l1):
+            q[l2 << 9 | number] = l1 << 12 | WINDOW_TABLE
+        for vcpu in domain.vcpus:
+            page = descriptors.window_index(domain, vcpu.vcpu_id, layout.FIRST_RESERVED_GDT_PAGE)
+            q[page] = hypervisor.gdt_mfn << 12 | descriptors.WINDOW_ENTRY
+            vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
+            vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
+            vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1
+            vcpu.state.xcr0 = 1
+        entries = domain.xen_l4_entries
+        entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
+        for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
+            entries[slot - layout.XEN_FIRST_SLOT] = entry
+        if engine.cpus_shared:
+            domain.executable_mapped = engine.cpu(0).executable_mapped
+        domain.caches_tables = getattr(engine, "caches_tables", False)
+        domain.entry_changed = getattr(engine, "entry_changed", None)
+        domain.events = EventChannels(domain)
+        domain.grants = GrantTable(domain)
+
+    def destroy(self, domid: int) -> None:
+        """End a domain and give back all it has, except frames that others still map."""
+        hypervisor = self._hypervisor
+        domain = self._domain(domid)
+        with hypervisor.lock:
+            if domain.dying:
+                return
+            domain.dying = True
+        hypervisor.scheduler.stop(domain)
+        domain.events.close_all()
+        domain.grants.release_all()
+        with domain.lock:
+            for vcpu in domain.vcpus:
+                vcpu.cpu = None
+                descriptors.destroy_gdt(vcpu)
+                descriptors.unload_ldt(vcpu)
+                if vcpu.info_mfn:
+                    paging.put_page_and_type(domain, vcpu.info_mfn)
+                    vcpu.info_mfn = 0
+        if domain.engine is not None:
+            domain.engine.close()
+            domain.engine = None
+        domain.executable_mapped = domain.entry_changed = None
+        with domain.lock:
+            paging.relinquish(domain)
+            frames = domain.frames
+            frames.count_info[domain.shared_info_mfn] -= 1
+            frames.free_xen([domain.shared_info_mfn, *domain.xen_frames])
+        with hypervisor.lock:
+            del hypervisor.domains[domid]
+
+    def pause(self, domid: int) -> None:
+        """Stop the domain's vCPUs; none executes when this returns. Counts."""
+        self._hypervisor.scheduler.pause(self._domain(domid))
+
+    def unpause(self, domid: int) -> None:
+        """Undo one pause."""
+        self._hypervisor.scheduler.unpause(self._domain(domid))
+
+    def start(self, domid: int) -> None:
+        """Give a built domain its threads and let it run (the first unpause)."""
+        self._hypervisor.scheduler.start(self._domain(domid))
+
+    def crash(self, domid: int, why: str) -> None:
+        """Shut the domain down as crashed."""
+        from xenolith.hypervisor.scheduler import domain_shutdown
+
+        domain = self._domain(domid)
+        domain.crash_report = domain.crash_report or why
+        domain_shutdown(domain, SHUTDOWN_crash)
+
+    def info(self, domid: int) -> DomainInfo:
+        """A snapshot of the domain's state."""
+        return _info(self._domain(domid))
+
+    def list(self) -> list[DomainInfo]:
+        """All domains but dom0, by domid."""
+        with self._hypervisor.lock:
+            domains = [domain for domid, domain in sorted(self._hypervisor.domains.items()) if domid]
+        return [_info(domain) for domain in domains]
+
+    # --- building ------------------------------------------------------------------------------------
+
+    def populate(self, domid: int, count: int) -> Frames:
+        """Give the domain `count` frames at pfns 0, 1, ...; their MFNs. Raises DomainCreateError."""
+        domain = self._domain(domid)
+        hypervisor = self._hypervisor
+        if domain.total_pages + count > domain.max_pages:
+            raise DomainCreateError(f"{count} pages are more than the domain's limit of {domain.max_pages}")
+        try:
+            mfns = domain.memory.allocate(count)
+        except OutOfMemory as error:
+            free = domain.memory.free_frames
+            raise DomainCreateError(
+                f"the machine has {free >> 8} MiB free, the domain wants {count >> 8}"
+            ) from error
+        domain.frames.assign(mfns, domid)
+        hypervisor.m2p_words[mfns] = np.arange(count, dtype=np.uint64)
+        domain.total_pages += count
+        return mfns
+
+    def write_frames(self, domid: int, mfn: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write into consecutive frames of a domain that are in no use that forbids it.
+
+        Raises ValueError where one is not the domain's, or is a page table or descriptor page.
+        """
+        domain = self._domain(domid)
+        frames = domain.frames
+        count = (offset + len(data) + PAGE_SIZE - 1) // PAGE_SIZE
+        infos = frames.type_infos[mfn : mfn + count]
+        in_use = ((infos & np.uint64(TYPE_COUNT)) != 0) & ((infos & np.uint64(TYPE_MASK)) != np.uint64(TYPE_WRITABLE))
+        if mfn <= 0 or (frames.owners[mfn : mfn + count] != domid).any() or in_use.any():
+            raise ValueError(f"frames {mfn:#x}..{mfn + count - 1:#x} cannot be written for domain {domid}")
+        start = mfn * PAGE_SIZE + offset
+        domain.memory.b[start : start + len(data)] = data
+
+    def allocate_unbound(self, domid: int) -> int:
+        """A port of the domain's that dom0 may bind to."""
+        port = self._domain(domid).events.allocate_unbound(0)
+        if port < 0:
+            raise DomainCreateError(f"no event channel is free in domain {domid}")
+        return port
+
+    def shared_info_mfn(self, domid: int) -> int:
+        return self._domain(domid).shared_info_mfn
+
+    def initialise_shared_info(self, domid: int, max_pfn: int) -> None:
+        """As a domain finds it at boot: all events and upcalls masked, the clock set."""
+        domain = self._domain(domid)
+        memory, base = domain.memory.b, domain.shared_info
+        for vcpu in domain.vcpus:
+            memory[vcpu.info + layout.VCPU_INFO_UPCALL_MASK] = 1
+        memory[base + layout.SHARED_EVTCHN_MASK : base + layout.SHARED_EVTCHN_MASK + 512] = b"\xff" * 512
+        layout.U64.pack_into(memory, base + layout.SHARED_MAX_PFN, max_pfn)
+        time.set_wall_clock(domain)
+
+    def set_boot_context(self, domid: int, *, l4_mfn: int, entry: int, stack: int, start_info: int) -> None:
+        """vCPU 0 as the kernel is entered (public/xen.h, "start-of-day"). Raises DomainCreateError."""
+        domain = self._domain(domid)
+        vcpu = domain.vcpus[0]
+        with domain.lock:
+            result = paging.pin(domain, l4_mfn, paging.TYPE_L4)
+            if result:
+                raise DomainCreateError(f"the initial page tables were refused (errno {-result})")
+            result = set_initial_cr3(vcpu.domain, 0, l4_mfn, 0)
+            if result:
+                raise DomainCreateError(f"the initial base pointer was refused (errno {-result})")
+            regs = vcpu.regs
+            regs[RIP], regs[RSP], regs[RSI] = entry, stack, start_info
+            regs[RFLAGS] = EFLAGS_IF | EFLAGS_RESERVED_ONE
+            regs[CS], regs[SS] = layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64
+            regs[DS] = regs[ES] = layout.FLAT_RING3_SS64
+            vcpu.flat_selectors.add((layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64))
+            vcpu.kernel_sp = stack
+            vcpu.initialised = vcpu.online = True
+
+    # --- frames of other domains -----------------------------------------------------------------------
+
+    def map_foreign(self, domid: int, mfn: int) -> memoryview:
+        """A writable view of a domain's frame, which stays an ordinary writable frame until `unmap_foreign`.
+
+        Raises ValueError where it is not the domain's or is in use as something else.
+        """
+        domain = self._domain(domid)
+        with domain.lock:
+            result = paging.get_page_and_type(domain, mfn, TYPE_WRITABLE)
+        if result:
+            raise ValueError(f"frame {mfn:#x} of domain {domid} cannot be mapped writable (errno {-result})")
+        return domain.memory.page(mfn)
+
+    def unmap_foreign(self, domid: int, mfn: int) -> None:
+        """Give up what `map_foreign` returned."""
+        domain = self._domain(domid)
+        with domain.lock:
+            paging.put_page_and_type(domain, mfn)
+
+
+def set_initial_cr3(domain: Domain, vcpu_id: int, kernel_mfn: int, user_mfn: int) -> int:
+    """Load the base pointers of a vCPU that has none and is not running."""
+    vcpu = domain.vcpus[vcpu_id]
+    if vcpu.kernel_l4 or not kernel_mfn:
+        return -EINVAL
+    result = paging.get_page_and_type(domain, kernel_mfn, paging.TYPE_L4)
+    if result:
+        return result
+    if user_mfn:
+        result = paging.get_page_and_type(domain, user_mfn, paging.TYPE_L4)
+        if result:
+            paging.put_page_and_type(domain, kernel_mfn)
+            return result
+    vcpu.kernel_l4, vcpu.user_l4 = kernel_mfn, user_mfn
+    vcpu.state.l4_mfn, vcpu.state.user = kernel_mfn, False
+    return 0
+
+
+def _info(domain: Domain) -> DomainInfo:
+    vcpus = [vcpu for vcpu in domain.vcpus if vcpu.online]
+    paused = bool(domain.paused_by_control)
+    blocked = all(vcpu.blocked for vcpu in vcpus)
+    return DomainInfo(
+        domid=domain.domid,
+        uuid=domain.uuid,
+        running=not blocked and not paused and not domain.shut_down and not domain.dying,
+        blocked=blocked and not domain.shut_down,
+        paused=paused,
+        shutdown=domain.shut_down,
+        shutdown_reason=domain.shutdown_reason,
+        dying=domain.dying,
+        crash_report=domain.crash_report,
+        total_pages=domain.total_pages,
+        max_pages=domain.max_pages,
+        online_vcpus=len(vcpus),
+        max_vcpus=len(domain.vcpus),
+        cpu_time=domain.cpu_time,
+        traps=sum(domain.trap_counts) + sum(domain.hypercall_counts),
+    )

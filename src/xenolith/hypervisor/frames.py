@@ -1,0 +1,127 @@
+"""The frame table: who owns each machine frame, what it is used as, and how often (paper 3.3.3; Xen: struct page_info).
+
+Every frame has an owner, a *type* and two counts.  The existence count says how many references keep the frame
+from being freed (its allocation, each mapping, each use as a page table, ...).  The type count says how many uses
+need the frame to stay of its type: each writable mapping of a writable frame, each link to or pin of a page
+table, each use as a descriptor table.  A frame changes type only while its type count is zero, so it is never
+writable and a page table at once.  This is the security boundary between domains.
+
+Flat arrays indexed by MFN, each as a numpy array for whole tables and as a memoryview for single frames.
+
+A frame that stops being writable may still be writable through a stale TLB entry.  `stamp` holds the owner's
+`flush_epoch` of that moment; taking the frame for another type flushes the TLB first if no flush came since
+(Xen: tlbflush_timestamp).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_XEN
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from xenolith.machine.memory import MachineMemory
+
+# type_info: the type count in the low 32 bits, then flags, then the type.
+TYPE_COUNT: Final = (1 << 32) - 1
+VALIDATED: Final = 1 << 32  # every entry or descriptor of the frame was checked
+PINNED: Final = 1 << 33  # the guest holds one type and one existence reference by a pin operation
+TYPE_SHIFT: Final = 40
+TYPE_MASK: Final = 7 << TYPE_SHIFT
+TYPE_NONE: Final = 0
+TYPE_L1: Final = 1 << TYPE_SHIFT
+TYPE_L2: Final = 2 << TYPE_SHIFT
+TYPE_L3: Final = 3 << TYPE_SHIFT
+TYPE_L4: Final = 4 << TYPE_SHIFT
+TYPE_SEGDESC: Final = 5 << TYPE_SHIFT
+TYPE_WRITABLE: Final = 6 << TYPE_SHIFT
+TYPE_SHARED: Final = 7 << TYPE_SHIFT  # Xen's own frames, shared with a guest
+TYPE_NAMES: Final = ("none", "L1", "L2", "L3", "L4", "segment descriptors", "writable", "shared")
+
+# count_info: the existence count in the low 32 bits.
+EXISTENCE_COUNT: Final = (1 << 32) - 1
+ALLOCATED: Final = 1 << 32  # one of the references is the allocation itself
+
+
+def is_page_table(type_info: int) -> bool:
+    return TYPE_L1 <= type_info & TYPE_MASK <= TYPE_L4
+
+
+class FrameTable:
+    """Owner, type and counts of every machine frame."""
+
+    def __init__(self, memory: MachineMemory) -> None:
+        self.memory = memory
+        self.frames = memory.frames
+        self.owners: npt.NDArray[np.uint16] = np.full(memory.frames, DOMID_INVALID, dtype=np.uint16)
+        self.type_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
+        self.count_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
+        self.stamps: npt.NDArray[np.uint32] = np.zeros(memory.frames, dtype=np.uint32)
+        self.owner = memoryview(self.owners)
+        self.type_info = memoryview(self.type_infos)
+        self.count_info = memoryview(self.count_infos)
+        self.stamp = memoryview(self.stamps)
+
+    def allocate_xen(self, count: int = 1) -> list[int]:
+        """Frames for the hypervisor itself, cleared; their MFNs. Raises OutOfMemory."""
+        mfns = self.memory.allocate(count)
+        self.owners[mfns] = DOMID_XEN
+        self.count_infos[mfns] = ALLOCATED | 1
+        return [int(mfn) for mfn in mfns]
+
+    def allocate_xen_extent(self, order: int) -> int:
+        """2**order contiguous frames for the hypervisor itself; the first MFN. Raises OutOfMemory."""
+        first = self.memory.allocate_extent(order)
+        self.owners[first : first + (1 << order)] = DOMID_XEN
+        self.count_infos[first : first + (1 << order)] = ALLOCATED | 1
+        return first
+
+    def free_xen(self, mfns: list[int]) -> None:
+        """Give back frames of the hypervisor's own."""
+        for mfn in mfns:
+            self.release(mfn)
+
+    def share_with_guest(self, mfn: int, domid: int) -> None:
+        """Let a domain map this Xen frame writable, as its shared_info (Xen: share_xen_page_with_guest)."""
+        self.owner[mfn] = domid
+        self.type_info[mfn] = TYPE_WRITABLE | VALIDATED | 1
+        self.count_info[mfn] += 1
+
+    def assign(self, mfns: npt.NDArray[np.uint64], domid: int) -> None:
+        """Make freshly allocated frames the domain's, each with its allocation's reference."""
+        self.owners[mfns] = domid
+        self.type_infos[mfns] = TYPE_NONE
+        self.count_infos[mfns] = ALLOCATED | 1
+        self.stamps[mfns] = 0
+
+    def release(self, mfn: int) -> None:
+        """The last reference is gone: the frame returns to the free pool, cleared."""
+        self.owner[mfn] = DOMID_INVALID
+        self.type_info[mfn] = 0
+        self.count_info[mfn] = 0
+        self.memory.free(mfn)
+
+    def valid(self, mfn: int) -> bool:
+        """Whether this machine has such a frame (Xen: mfn_valid)."""
+        return 0 < mfn < self.frames
+
+    def get_page(self, mfn: int, domid: int) -> bool:
+        """Take an existence reference if the frame is this domain's."""
+        if not 0 < mfn < self.frames or self.owner[mfn] != domid or not self.count_info[mfn]:
+            return False
+        self.count_info[mfn] += 1
+        return True
+
+    def describe(self, mfn: int) -> str:
+        """A frame for the log."""
+        info = self.type_info[mfn]
+        return (
+            f"mfn {mfn:#x} owner d{self.owner[mfn]} count {self.count_info[mfn] & EXISTENCE_COUNT} "
+            f"type {TYPE_NAMES[(info & TYPE_MASK) >> TYPE_SHIFT]} type count {info & TYPE_COUNT}"
+            + " validated" * bool(info & VALIDATED)
+            + " pinned" * bool(info & PINNED)
+        )

@@ -1,0 +1,522 @@
+"""Direct paging with validation (paper 3.3.3; Xen: arch/x86/pv/mm.c and arch/x86/mm.c).
+
+The guest's page tables are the ones the processor walks.  The guest may read them; every change goes
+through Xen.  A frame becomes a page table of level n when it is pinned, linked from level n+1 or loaded as
+base pointer: then every entry is checked and takes its references (`validate`).  From then on single entries
+change through `modify_entry`.  When the last such use is gone all references are dropped (`devalidate`).
+
+References an entry holds: an L1 entry one existence reference on the frame it maps, and one type reference
+(writable) if it maps it writable; an L2..L4 entry one existence and one type reference on the table below.
+
+Functions here need the lock of the domain concerned.  They return 0 or a negative Xen errno.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xenolith.abi.errno import EBUSY, EINVAL
+from xenolith.abi.hypercalls import DOMID_XEN
+from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
+from xenolith.abi.x86 import (
+    PAGE_SIZE,
+    PTE_A,
+    PTE_AVAIL,
+    PTE_AVAIL_HIGH,
+    PTE_D,
+    PTE_G,
+    PTE_NX,
+    PTE_P,
+    PTE_RW,
+    PTE_US,
+)
+from xenolith.hypervisor import tlb
+from xenolith.hypervisor.frames import (
+    ALLOCATED,
+    EXISTENCE_COUNT,
+    PINNED,
+    TYPE_COUNT,
+    TYPE_L1,
+    TYPE_L2,
+    TYPE_L3,
+    TYPE_L4,
+    TYPE_MASK,
+    TYPE_NONE,
+    TYPE_SEGDESC,
+    TYPE_SHIFT,
+    TYPE_WRITABLE,
+    VALIDATED,
+)
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Domain
+
+FRAME: Final = 0x000F_FFFF_FFFF_F000
+ADJUSTABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_AVAIL | PTE_AVAIL_HIGH | PTE_NX
+# Bits a guest may not set in a present entry. Global is tolerated in L1 entries and has no effect.
+DISALLOWED: Final = ~(ADJUSTABLE | FRAME) & (1 << 64) - 1
+L1_DISALLOWED: Final = DISALLOWED & ~PTE_G
+# Changes of these bits alone move no reference (Xen: FASTPATH_FLAG_WHITELIST).
+UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A | PTE_US
+COUNTED: Final = ~UNCOUNTED & (1 << 64) - 1
+GUEST_KERNEL: Final = 1 << 52  # Xen's mark on an L1 entry that the guest gave without the user bit
+INVALID_M2P_ENTRY: Final = (1 << 64) - 1
+
+_U64 = np.uint64
+_FRAME = _U64(FRAME)
+_TYPE_COUNT = _U64(TYPE_COUNT)
+_TYPE_MASK = _U64(TYPE_MASK)
+_TYPE_WRITABLE = _U64(TYPE_WRITABLE)
+
+
+def adjust_l1(entry: int) -> int:
+    """An L1 entry as it is stored: guest-kernel pages too need the user bit, since the kernel runs at CPL 3."""
+    if entry & GUEST_KERNEL:
+        return entry | PTE_US
+    return entry | PTE_US | PTE_G if entry & PTE_US else entry | PTE_US | GUEST_KERNEL
+
+
+# --- frame types -----------------------------------------------------------------------------------
+
+
+def get_page_type(domain: Domain, mfn: int, wanted: int) -> int:
+    """Take a type reference on a frame of this domain, of which the caller holds an existence reference.
+
+    Changes the type, validating a page table or descriptor page, if nothing uses the frame otherwise.
+    """
+    frames = domain.frames
+    info = frames.type_info[mfn]
+    if not info & TYPE_COUNT:
+        if info & TYPE_MASK != wanted:
+            if frames.stamp[mfn] == domain.flush_epoch and (info & TYPE_MASK == TYPE_WRITABLE or domain.caches_tables):
+                tlb.flush_domain(domain)
+            info = wanted | (VALIDATED if wanted == TYPE_WRITABLE else 0)
+        if info & VALIDATED:
+            frames.type_info[mfn] = info + 1
+            return 0
+        frames.type_info[mfn] = wanted | 1
+        result = validate(domain, mfn, wanted)
+        frames.type_info[mfn] = 0 if result else wanted | VALIDATED | 1
+        return result
+    if info & TYPE_MASK != wanted or not info & VALIDATED:  # in other use, or being (de)validated
+        return -EINVAL
+    frames.type_info[mfn] = info + 1
+    return 0
+
+
+def put_page_type(domain: Domain, mfn: int) -> None:
+    """Drop a type reference; the last one of a page table drops all that its entries hold."""
+    frames = domain.frames
+    info = frames.type_info[mfn] - 1
+    frames.type_info[mfn] = info
+    if not info & TYPE_COUNT:
+        frames.stamp[mfn] = domain.flush_epoch
+        kind = info & TYPE_MASK
+        if TYPE_L1 <= kind <= TYPE_L4 and info & VALIDATED:
+            devalidate(domain, mfn, kind)
+            frames.type_info[mfn] = kind
+
+
+def get_page_and_type(domain: Domain, mfn: int, wanted: int) -> int:
+    """Take an existence and a type reference on one of the domain's frames."""
+    if not domain.frames.get_page(mfn, domain.domid):
+        return -EINVAL
+    result = get_page_type(domain, mfn, wanted)
+    if result:
+        put_page(domain, mfn)
+    return result
+
+
+def put_page(domain: Domain, mfn: int) -> None:
+    """Drop an existence reference; with the last one the frame is freed."""
+    count_info = domain.frames.count_info
+    count_info[mfn] -= 1
+    if not count_info[mfn] & EXISTENCE_COUNT:
+        free_frames(domain, [mfn])
+
+
+def put_page_and_type(domain: Domain, mfn: int) -> None:
+    put_page_type(domain, mfn)
+    put_page(domain, mfn)
+
+
+def free_frames(domain: Domain, mfns: list[int]) -> None:
+    """Frames without references left return to the machine; no TLB may know them any more."""
+    tlb.flush_domain(domain)
+    frames = domain.frames
+    m2p = domain.hypervisor.m2p
+    for mfn in mfns:
+        owner = frames.owner[mfn]
+        m2p[mfn] = INVALID_M2P_ENTRY
+        frames.release(mfn)
+        if owner == domain.domid:
+            domain.total_pages -= 1
+        elif owner != DOMID_XEN and (other := domain.hypervisor.domain(owner)) is not None:
+            other.total_pages -= 1  # the last mapping of a frame that its owner had given up
+
+
+# --- whole tables ----------------------------------------------------------------------------------
+
+
+def validate(domain: Domain, mfn: int, kind: int) -> int:
+    """Check every entry of a frame that is to become a page table or descriptor page, and take its references."""
+    if kind == TYPE_L1:
+        return _validate_l1(domain, mfn)
+    if kind == TYPE_SEGDESC:
+        from xenolith.hypervisor.descriptors import validate_descriptor_page
+
+        return validate_descriptor_page(domain, mfn)
+    return _validate_upper(domain, mfn, kind)
+
+
+def devalidate(domain: Domain, mfn: int, kind: int) -> None:
+    """Drop all references that the entries of a former page table hold. The entries themselves stay."""
+    if kind == TYPE_L1:
+        _devalidate_l1(domain, mfn)
+        return
+    below = kind - (1 << TYPE_SHIFT)
+    table = domain.memory.table(mfn)
+    for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
+        if kind != TYPE_L4 or not XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
+            _put_table(domain, int(table[slot]), mfn, below)
+    if domain.entry_changed is not None:
+        domain.entry_changed(mfn << 9)
+
+
+def _validate_l1(domain: Domain, mfn: int) -> int:
+    frames = domain.frames
+    table = domain.memory.table(mfn)
+    slots = np.flatnonzero(table & _U64(PTE_P))
+    if not len(slots):
+        return 0
+    entries = table[slots]
+    if (entries & _U64(L1_DISALLOWED)).any():
+        return -EINVAL
+    targets = (entries & _FRAME) >> _U64(12)
+    if int(targets.max()) >= frames.frames:
+        return -EINVAL
+    foreign = frames.owners[targets] != domain.domid
+    if foreign.any():
+        return -EINVAL
+    writable = targets[(entries & _U64(PTE_RW)) != 0]
+    if len(writable):
+        infos = frames.type_infos[writable]
+        changes = (infos & _TYPE_MASK) != _TYPE_WRITABLE
+        if changes.any():
+            if (infos[changes] & _TYPE_COUNT).any():
+                return -EBUSY
+            fresh = writable[changes]
+            if domain.caches_tables and (frames.stamps[fresh] == domain.flush_epoch).any():
+                tlb.flush_domain(domain)
+            frames.type_infos[fresh] = _U64(TYPE_WRITABLE | VALIDATED)
+        np.add.at(frames.type_infos, writable, _U64(1))
+    np.add.at(frames.count_infos, targets, _U64(1))
+    kernel = (entries & _U64(PTE_US)) == 0
+    marked = (entries & _U64(GUEST_KERNEL)) != 0
+    adjusted = entries | _U64(PTE_US)
+    adjusted[kernel] |= _U64(GUEST_KERNEL)
+    adjusted[~kernel & ~marked] |= _U64(PTE_G)
+    table[slots] = adjusted
+    if domain.executable_mapped is not None:
+        for target in targets[(entries & _U64(PTE_NX)) == 0].tolist():
+            domain.executable_mapped(target)
+    return 0
+
+
+def _devalidate_l1(domain: Domain, mfn: int) -> None:
+    frames = domain.frames
+    table = domain.memory.table(mfn)
+    entries = table[np.flatnonzero(table & _U64(PTE_P))]
+    if not len(entries):
+        return
+    targets = (entries & _FRAME) >> _U64(12)
+    writable = targets[(entries & _U64(PTE_RW)) != 0]
+    np.subtract.at(frames.type_infos, writable, _U64(1))
+    frames.stamps[writable] = domain.flush_epoch
+    np.subtract.at(frames.count_infos, targets, _U64(1))
+    unused = targets[(frames.count_infos[targets] & _U64(EXISTENCE_COUNT)) == 0]
+    if len(unused):
+        free_frames(domain, np.unique(unused).tolist())
+    if domain.entry_changed is not None:
+        domain.entry_changed(mfn << 9)
+
+
+def _validate_upper(domain: Domain, mfn: int, kind: int) -> int:
+    """L2, L3 and L4 tables: take the tables below, and Xen's slots into an L4."""
+    below = kind - (1 << TYPE_SHIFT)
+    table = domain.memory.table(mfn)
+    if kind == TYPE_L4:
+        table[XEN_FIRST_SLOT : XEN_LAST_SLOT + 1] = domain.xen_l4_entries
+    taken: list[int] = []
+    result = 0
+    for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
+        if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
+            continue
+        entry = int(table[slot])
+        result = _get_table(domain, entry, mfn, below)
+        if result:
+            break
+        taken.append(slot)
+        table[slot] = entry | PTE_US
+    if result:
+        for slot in taken:
+            _put_table(domain, int(table[slot]), mfn, below)
+    return result
+
+
+def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
+    """Take the references of a present L2..L4 entry in table `holder`."""
+    if entry & DISALLOWED:
+        return -EINVAL
+    mfn = (entry & FRAME) >> 12
+    result = get_page_and_type(domain, mfn, below)
+    if result and domain.frames.valid(mfn):
+        return _get_linear(domain, entry, holder, below + (1 << TYPE_SHIFT))
+    return result
+
+
+def _put_table(domain: Domain, entry: int, holder: int, below: int) -> None:
+    mfn = (entry & FRAME) >> 12
+    if mfn == holder:
+        return  # a linear map of the table itself holds nothing
+    if domain.frames.type_info[mfn] & TYPE_MASK == below + (1 << TYPE_SHIFT):
+        _put_linear(domain, mfn, holder)
+    else:
+        put_page_and_type(domain, mfn)
+
+
+# --- linear page tables ----------------------------------------------------------------------------
+# An entry may point read-only to a table of its own level: itself, or another one already validated.  A table
+# may not both contain such entries to others and be the target of one, or chains and loops would keep
+# references alive for ever (XSA-240).  `domain.linear` counts entries (positive) or uses (negative) per table.
+
+
+def _get_linear(domain: Domain, entry: int, holder: int, level: int) -> int:
+    mfn = (entry & FRAME) >> 12
+    if entry & PTE_RW:
+        return -EINVAL
+    if mfn == holder:
+        return 0
+    frames, linear = domain.frames, domain.linear
+    info = frames.type_info[mfn]
+    if info & TYPE_MASK != level or not info & VALIDATED or not info & TYPE_COUNT:
+        return -EINVAL
+    if linear.get(holder, 0) < 0 or linear.get(mfn, 0) > 0 or not frames.get_page(mfn, domain.domid):
+        return -EINVAL
+    linear[holder] = linear.get(holder, 0) + 1
+    linear[mfn] = linear.get(mfn, 0) - 1
+    frames.type_info[mfn] = info + 1
+    return 0
+
+
+def _put_linear(domain: Domain, mfn: int, holder: int) -> None:
+    linear = domain.linear
+    linear[holder] -= 1
+    linear[mfn] += 1
+    for table in (holder, mfn):
+        if not linear[table]:
+            del linear[table]
+    put_page_and_type(domain, mfn)
+
+
+# --- single entries --------------------------------------------------------------------------------
+
+
+def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None) -> int:
+    """Change an entry of a validated L1 table. `index` counts 64-bit words of machine memory.
+
+    Frames are taken from `source` (default: the domain itself), which may differ for dom0 alone.
+    """
+    frames, q = domain.frames, domain.memory.q
+    old = q[index]
+    if new & PTE_P:
+        if new & L1_DISALLOWED:
+            return -EINVAL
+        new = adjust_l1(new)
+        target = (new & FRAME) >> 12
+        if old & PTE_P and not (old ^ new) & COUNTED:
+            q[index] = new
+            if domain.entry_changed is not None:
+                domain.entry_changed(index)
+            if (old ^ new) & PTE_NX and not new & PTE_NX and domain.executable_mapped is not None:
+                domain.executable_mapped(target)
+            return 0
+        if not 0 < target < frames.frames:
+            return -EINVAL
+        if frames.owner[target] != (domain if source is None else source).domid:
+            return -EINVAL
+        if not frames.count_info[target] & EXISTENCE_COUNT:
+            return -EINVAL
+        if new & PTE_RW:
+            info = frames.type_info[target]
+            if info & TYPE_MASK == TYPE_WRITABLE:
+                frames.type_info[target] = info + 1
+            elif get_page_type(domain if source is None else source, target, TYPE_WRITABLE):
+                return -EBUSY
+        frames.count_info[target] += 1
+        q[index] = new
+        if not new & PTE_NX and domain.executable_mapped is not None:
+            domain.executable_mapped(target)
+    else:
+        q[index] = new
+    if old & PTE_P:
+        if domain.entry_changed is not None:
+            domain.entry_changed(index)
+        put_l1_target(domain, old)
+    return 0
+
+
+def put_l1_target(domain: Domain, old: int) -> None:
+    """Drop what a present L1 entry held."""
+    frames = domain.frames
+    target = (old & FRAME) >> 12
+    if old & PTE_RW:
+        info = frames.type_info[target] - 1
+        frames.type_info[target] = info
+        if not info & TYPE_COUNT:
+            frames.stamp[target] = domain.flush_epoch
+        if domain.executable_mapped is not None:
+            domain.executable_mapped(target)
+    elif frames.type_info[target] & TYPE_MASK == TYPE_SEGDESC and domain.ldt_in_use:
+        from xenolith.hypervisor.descriptors import drop_ldt
+
+        drop_ldt(domain)
+    count = frames.count_info[target] - 1
+    frames.count_info[target] = count
+    if not count & EXISTENCE_COUNT:
+        free_frames(domain, [target])
+
+
+def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
+    """Change an entry of a validated L2..L4 table (`kind`). `index` counts 64-bit words of machine memory."""
+    holder = index >> 9
+    if kind == TYPE_L4 and XEN_FIRST_SLOT <= index & 511 <= XEN_LAST_SLOT:
+        return -EINVAL
+    q = domain.memory.q
+    old = q[index]
+    below = kind - (1 << TYPE_SHIFT)
+    if new & PTE_P:
+        if new & DISALLOWED:
+            return -EINVAL
+        if old & PTE_P and not (old ^ new) & COUNTED:
+            q[index] = new | PTE_US
+            if domain.entry_changed is not None:
+                domain.entry_changed(index)
+            return 0
+        result = _get_table(domain, new, holder, below)
+        if result:
+            return result
+        new |= PTE_US
+    q[index] = new
+    if old & PTE_P:
+        if domain.entry_changed is not None:
+            domain.entry_changed(index)
+        _put_table(domain, old, holder, below)
+    return 0
+
+
+def modify_entry(domain: Domain, address: int, new: int, preserve_ad: bool, source: Domain | None = None) -> int:
+    """Write a word at a machine address of the domain's, as a page-table entry if the frame is a page table.
+
+    `address` is 8-byte aligned, the frame is referenced by the caller.  A frame that is no page table is written
+    as plain memory if it may be writable (Xen: do_mmu_update).
+    """
+    index = address >> 3
+    mfn = address >> 12
+    info = domain.frames.type_info[mfn]
+    kind = info & TYPE_MASK
+    if TYPE_L1 <= kind <= TYPE_L4 and info & TYPE_COUNT:
+        if preserve_ad:
+            new |= domain.memory.q[index] & (PTE_A | PTE_D)
+        if kind == TYPE_L1:
+            return modify_l1(domain, index, new, source)
+        return modify_upper(domain, index, new, kind)
+    result = get_page_type(domain, mfn, TYPE_WRITABLE)
+    if result:
+        return result
+    domain.memory.q[index] = new
+    put_page_type(domain, mfn)
+    if domain.executable_mapped is not None:
+        domain.executable_mapped(mfn)
+    return 0
+
+
+# --- pins and base pointers ------------------------------------------------------------------------
+
+
+def pin(domain: Domain, mfn: int, kind: int) -> int:
+    """Make a frame a page table of level `kind` and keep it one (MMUEXT_PIN_Ln_TABLE)."""
+    result = get_page_and_type(domain, mfn, kind)
+    if result:
+        return result
+    type_info = domain.frames.type_info
+    if type_info[mfn] & PINNED:
+        put_page_and_type(domain, mfn)
+        return -EINVAL
+    type_info[mfn] |= PINNED
+    return 0
+
+
+def unpin(domain: Domain, mfn: int) -> int:
+    """Drop the references of a pin (MMUEXT_UNPIN_TABLE)."""
+    frames = domain.frames
+    if not frames.get_page(mfn, domain.domid):
+        return -EINVAL
+    pinned = frames.type_info[mfn] & PINNED
+    if pinned:
+        frames.type_info[mfn] &= ~PINNED
+        put_page_and_type(domain, mfn)
+    put_page(domain, mfn)
+    return 0 if pinned else -EINVAL
+
+
+def replace_base(domain: Domain, new: int, old: int) -> int:
+    """Take L4 table `new` (0: none) as a base pointer in place of `old` (0: none)."""
+    if new == old:
+        return 0
+    if new:
+        result = get_page_and_type(domain, new, TYPE_L4)
+        if result:
+            return result
+    return 0
+
+
+def drop_base(domain: Domain, old: int) -> None:
+    """Drop the references of a former base pointer (0: none)."""
+    if old:
+        put_page_and_type(domain, old)
+
+
+def relinquish(domain: Domain) -> None:
+    """Give back everything a dead domain holds in page tables and frames (Xen: domain_relinquish_resources).
+
+    No vCPU of it may run any more.  Frames that others still map stay with it until they are unmapped.
+    """
+    frames = domain.frames
+    for vcpu in domain.vcpus:
+        drop_base(domain, vcpu.kernel_l4)
+        drop_base(domain, vcpu.user_l4)
+        vcpu.kernel_l4 = vcpu.user_l4 = 0
+    owned = np.flatnonzero(frames.owners == domain.domid)
+    for mfn in owned[(frames.type_infos[owned] & _U64(PINNED)) != 0].tolist():
+        unpin(domain, mfn)
+    # Read-only linear maps and rings of tables can keep each other alive: break them level by level.
+    for kind in (TYPE_L4, TYPE_L3, TYPE_L2, TYPE_L1):
+        for mfn in owned.tolist():
+            info = frames.type_info[mfn]
+            if info & TYPE_MASK == kind and info & TYPE_COUNT and info & VALIDATED:
+                frames.type_info[mfn] = info & ~VALIDATED
+                devalidate(domain, mfn, kind)
+    allocated = owned[(frames.count_infos[owned] & _U64(ALLOCATED)) != 0]
+    frames.count_infos[allocated] -= _U64(ALLOCATED + 1)
+    unused = allocated[(frames.count_infos[allocated] & _U64(EXISTENCE_COUNT)) == 0].astype(np.uint64)
+    frames.owners[unused] = 0x7FF4
+    frames.type_infos[unused] = TYPE_NONE
+    domain.total_pages -= len(unused)
+    domain.hypervisor.m2p_words[unused] = _U64(INVALID_M2P_ENTRY)
+    domain.memory.free_many(unused)
+
+
+__all__ = ["PAGE_SIZE", "TYPE_L1", "TYPE_L2", "TYPE_L3", "TYPE_L4"]

@@ -1,0 +1,173 @@
+"""Direct writes to page tables (paper 3.3.3 "writable page tables"; Xen: arch/x86/pv/ro-page-fault.c).
+
+A guest that asked for it (VMASST_TYPE_writable_pagetables) may write to an L1 table that it has mapped read-only: the
+write faults and is carried out here as a validated update.  Instructions are decoded with iced-x86.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register
+
+from xenolith.abi.hypercalls import VMASST_TYPE_writable_pagetables
+from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, PTE_P, PTE_RW, RAX, RIP
+from xenolith.hypervisor import paging
+from xenolith.hypervisor.emulate import fetch
+from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, VALIDATED
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Vcpu
+    from xenolith.machine.engines.protocol import Cpu
+
+MASK64: Final = (1 << 64) - 1
+ENABLED: Final = 1 << VMASST_TYPE_writable_pagetables
+
+# Register numbers in instruction-encoding order, for the 64- and 32-bit general registers.
+_GENERAL: Final = {
+    **{getattr(Register, name): number for number, name in enumerate(
+        ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
+    )},
+    **{getattr(Register, name): number for number, name in enumerate(
+        ("EAX", "ECX", "EDX", "EBX", "ESP", "EBP", "ESI", "EDI", *(f"R{n}D" for n in range(8, 16)))
+    )},
+}  # fmt: skip
+_IMMEDIATES: Final = frozenset(
+    (OpKind.IMMEDIATE8, OpKind.IMMEDIATE32, OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE8TO32, OpKind.IMMEDIATE32TO64)
+)
+
+
+def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
+    """Carry out the faulting write to `va` if it hits an L1 table of the guest's; False: it is the guest's fault."""
+    domain = vcpu.domain
+    if not domain.vm_assist & ENABLED:
+        return False
+    from xenolith.hypervisor.mmu import l1_entry_index
+
+    mapping = l1_entry_index(vcpu, va)
+    if mapping < 0:
+        return False
+    q = domain.memory.q
+    entry = q[mapping]
+    mfn = (entry & paging.FRAME) >> 12
+    if not entry & PTE_P or entry & PTE_RW or domain.frames.owner[mfn] != domain.domid:
+        return False
+    info = domain.frames.type_info[mfn]
+    if info & TYPE_MASK != TYPE_L1 or not info & VALIDATED or not info & TYPE_COUNT:
+        return False
+    return _carry_out(vcpu, cpu, va, mfn << 9 | va >> 3 & 511)
+
+
+def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
+    code = fetch(vcpu, cpu.regs[RIP], 15)
+    instruction = Decoder(64, code, ip=cpu.regs[RIP]).decode()
+    if not instruction or (instruction.op0_kind != OpKind.MEMORY and instruction.op1_kind != OpKind.MEMORY):
+        return False
+    size = _operand_size(instruction)
+    if size not in (4, 8) or va & size - 1:
+        return False
+    q = vcpu.domain.memory.q
+    whole = q[index]
+    shift = (va & 7) * 8
+    mask = (1 << size * 8) - 1
+    old = whole >> shift & mask
+    outcome = _new_value(cpu, instruction, old, mask)
+    if outcome is None:
+        return False
+    new, write_back, flags = outcome
+    merged = whole & ~(mask << shift) & MASK64 | (new & mask) << shift
+    if merged != whole and paging.modify_l1(vcpu.domain, index, merged):
+        return False
+    for register, value in write_back:
+        cpu.regs[register] = value
+    if flags is not None:
+        cpu.set_rflags(cpu.get_rflags() & ~flags[0] | flags[1])
+    cpu.regs[RIP] = instruction.next_ip
+    return True
+
+
+def _operand_size(instruction: Instruction) -> int:
+    for operand in range(instruction.op_count):
+        if instruction.op_kind(operand) == OpKind.REGISTER:
+            register = instruction.op_register(operand)
+            if Register.RAX <= register <= Register.R15:
+                return 8
+            if Register.EAX <= register <= Register.R15D:
+                return 4
+            return 0
+    for operand in range(instruction.op_count):
+        if instruction.op_kind(operand) in (OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE32TO64):
+            return 8
+        if instruction.op_kind(operand) in (OpKind.IMMEDIATE8TO32, OpKind.IMMEDIATE32):
+            return 4
+    # Bit operations with an immediate have a one-byte immediate whatever their size: REX.W tells.
+    return 8 if instruction.mnemonic in (Mnemonic.BTR, Mnemonic.BTS, Mnemonic.BTC) else 0
+
+
+_Outcome = tuple[int, list[tuple[int, int]], tuple[int, int] | None]
+
+
+def _new_value(cpu: Cpu, instruction: Instruction, old: int, mask: int) -> _Outcome | None:
+    """The value to store, registers to write, and (flags to clear, flags to set); None if not understood."""
+    regs = cpu.regs
+    mnemonic = instruction.mnemonic
+    source_operand = 0 if instruction.op1_kind == OpKind.MEMORY else 1
+    kind = instruction.op_kind(source_operand)
+    register = -1
+    if kind == OpKind.REGISTER:
+        register = _GENERAL.get(instruction.op_register(source_operand), -1)
+        if register < 0:
+            return None
+        source = regs[register] & mask
+    elif kind in _IMMEDIATES:
+        source = instruction.immediate(source_operand) & mask
+    else:
+        return None
+    if mnemonic == Mnemonic.MOV:
+        return source, [], None
+    if mnemonic == Mnemonic.XCHG and register >= 0:
+        return source, [(register, old)], None
+    if mnemonic in (Mnemonic.BTR, Mnemonic.BTS, Mnemonic.BTC):
+        bits = mask.bit_length()
+        if register >= 0 and source >= bits:
+            return None  # a bit string reaches beyond the operand
+        bit = 1 << source % bits
+        new = {Mnemonic.BTR: old & ~bit, Mnemonic.BTS: old | bit, Mnemonic.BTC: old ^ bit}[mnemonic]
+        return new, [], (EFLAGS_CF, EFLAGS_CF if old & bit else 0)
+    if mnemonic == Mnemonic.CMPXCHG and register >= 0:
+        accumulator = regs[RAX] & mask
+        if accumulator == old:
+            return source, [], (EFLAGS_STATUS, _subtract_flags(accumulator, old, mask))
+        return old, [(RAX, old)], (EFLAGS_STATUS, _subtract_flags(accumulator, old, mask))
+    if mnemonic == Mnemonic.AND:
+        return old & source, [], (EFLAGS_STATUS, _logic_flags(old & source, mask))
+    if mnemonic == Mnemonic.OR:
+        return old | source, [], (EFLAGS_STATUS, _logic_flags(old | source, mask))
+    if mnemonic == Mnemonic.XOR:
+        return old ^ source, [], (EFLAGS_STATUS, _logic_flags(old ^ source, mask))
+    if mnemonic == Mnemonic.XADD and register >= 0:
+        new = old + source & mask
+        flags = _subtract_flags(new, source, mask)  # same ZF, SF, PF; carry and overflow follow
+        carry = EFLAGS_CF if old + source > mask else 0
+        return new, [(register, old)], (EFLAGS_STATUS, flags & ~EFLAGS_CF | carry)
+    return None
+
+
+def _logic_flags(value: int, mask: int) -> int:
+    """ZF, SF and PF of a result; CF and OF clear."""
+    parity = 0x04 if (value & 0xFF).bit_count() % 2 == 0 else 0
+    sign = 0x80 if value & (mask + 1 >> 1) else 0
+    return parity | sign | (0x40 if value == 0 else 0)
+
+
+def _subtract_flags(left: int, right: int, mask: int) -> int:
+    """Status flags of left - right."""
+    result = left - right & mask
+    flags = _logic_flags(result, mask)
+    if left < right:
+        flags |= EFLAGS_CF
+    if (left ^ right ^ result) & 0x10:
+        flags |= 0x10
+    if (left ^ right) & (left ^ result) & (mask + 1 >> 1):
+        flags |= 0x800
+    return flags
