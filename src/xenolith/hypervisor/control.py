@@ -244,7 +244,7 @@ class Control:
 
     def allocate_unbound(self, domid: int) -> int:
         """A port of the domain's that dom0 may bind to."""
-        port = self._domain(domid).events.allocate_unbound(0)
+        port = self._domain(domid).events.alloc_unbound(0)
         if port < 0:
             raise DomainCreateError(f"no event channel is free in domain {domid}")
         return port
@@ -292,6 +292,8 @@ class Control:
         domain = self._domain(domid)
         with domain.lock:
             result = paging.get_page_and_type(domain, mfn, TYPE_WRITABLE)
+            if not result:
+                domain.foreign_mapped[mfn] += 1
         if result:
             raise ValueError(f"frame {mfn:#x} of domain {domid} cannot be mapped writable (errno {-result})")
         return domain.memory.page(mfn)
@@ -300,6 +302,7 @@ class Control:
         """Give up what `map_foreign` returned."""
         domain = self._domain(domid)
         with domain.lock:
+            domain.foreign_mapped[mfn] -= 1
             paging.put_page_and_type(domain, mfn)
 
 

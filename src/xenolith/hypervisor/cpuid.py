@@ -19,7 +19,8 @@ XEN_VERSION: Final = 4 << 16 | 17
 # Feature bits by leaf and register that no guest sees.
 # 1.edx: PSE(3) MCE(7) APIC(9) MTRR(12) PGE(13) MCA(14) PSE36(17) DS(21) ACPI(22) TM(29) PBE(31)
 HIDDEN_1_EDX: Final = sum(1 << bit for bit in (3, 7, 9, 12, 13, 14, 17, 21, 22, 29, 31))
-# 1.ecx: DTES64(2) MONITOR(3) DSCPL(4) VMX(5) SMX(6) EIST(7) TM2(8) xTPR(14) PDCM(15) PCID(17) DCA(18) x2APIC(21) TSC_DEADLINE(24)
+# 1.ecx: DTES64(2) MONITOR(3) DSCPL(4) VMX(5) SMX(6) EIST(7) TM2(8) xTPR(14) PDCM(15) PCID(17) DCA(18)
+# x2APIC(21) TSC_DEADLINE(24)
 HIDDEN_1_ECX: Final = sum(1 << bit for bit in (2, 3, 4, 5, 6, 7, 8, 14, 15, 17, 18, 21, 24))
 OSXSAVE: Final = 1 << 27
 XSAVE: Final = 1 << 26
@@ -28,11 +29,13 @@ HYPERVISOR: Final = 1 << 31
 HIDDEN_7_EBX: Final = sum(1 << bit for bit in (0, 1, 2, 7, 10, 12, 14, 15, 20, 25))
 # 7.ecx: UMIP(2) PKU(3) OSPKE(4) WAITPKG(5) CET_SS(7) LA57(16) RDPID(22) BUS_LOCK(24) ENQCMD(29) SGX_LC(30) PKS(31)
 HIDDEN_7_ECX: Final = sum(1 << bit for bit in (2, 3, 4, 5, 7, 16, 22, 24, 29, 30, 31))
-# 7.edx: UINTR(5) MD_CLEAR(10) RTM_ALWAYS_ABORT(11) HYBRID(15) PCONFIG(18) ARCH_LBR(19) CET_IBT(20) AMX(22,24,25), speculation control (26,27,28,29,30,31)
+# 7.edx: UINTR(5) MD_CLEAR(10) RTM_ALWAYS_ABORT(11) HYBRID(15) PCONFIG(18) ARCH_LBR(19) CET_IBT(20) AMX(22,24,25),
+# speculation control (26..31)
 HIDDEN_7_EDX: Final = sum(1 << bit for bit in (5, 10, 11, 15, 18, 19, 20, 22, 24, 25, 26, 27, 28, 29, 30, 31))
 # 80000001.edx repeats 1.edx on AMD; PAGE1GB(26) RDTSCP(27)
 HIDDEN_80000001_EDX: Final = HIDDEN_1_EDX & 0x0183_F3FF | 1 << 26 | 1 << 27
-# 80000001.ecx: SVM(2) EXTAPIC(3) OSVW(9) IBS(10) SKINIT(12) WDT(13) LWP(15) NODEID(19) TOPOEXT(22) PERFCTR(23,24,28) MONITORX(29)
+# 80000001.ecx: SVM(2) EXTAPIC(3) OSVW(9) IBS(10) SKINIT(12) WDT(13) LWP(15) NODEID(19) TOPOEXT(22)
+# PERFCTR(23,24,28) MONITORX(29)
 HIDDEN_80000001_ECX: Final = sum(1 << bit for bit in (2, 3, 9, 10, 12, 13, 15, 19, 22, 23, 24, 28, 29))
 XSAVE_FEATURES: Final = 0b0111  # D.1.eax: XSAVEOPT, XSAVEC, XGETBV1; XSAVES is for ring 0 only
 

@@ -10,13 +10,14 @@ wait, may only call `events.post` and `scheduler.kick`, which take none.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
+from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Domain:
         self.flush_epoch = 1  # complete TLB flushes so far, see frames.py
         self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries
         self.ldt_in_use = False
+        self.foreign_mapped: Counter[int] = Counter()  # MFNs that dom0 has mapped, each time it did
         self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)
         self.vm_assist = 0
 
@@ -166,6 +168,32 @@ class Domain:
         self.trap_counts = [0] * 64
         self.hypercall_counts = [0] * 64
         self.cpu_time = 0
+
+    def references(self) -> Iterator[tuple[int, int | None]]:
+        """Every reference to a frame that the domain's own state holds, beyond its page tables and pins.
+
+        (MFN, the type it needs or None); for the invariant checker.
+        """
+        for vcpu in self.vcpus:
+            for table in (vcpu.kernel_l4, vcpu.user_l4):
+                if table:
+                    yield table, TYPE_L4
+            for mfn in (*vcpu.gdt_frames, *vcpu.ldt_frames.values()):
+                yield mfn, TYPE_SEGDESC
+            if vcpu.info_mfn:
+                yield vcpu.info_mfn, TYPE_WRITABLE
+        for mfn in (*self.foreign_mapped.elements(), *self.shared_frames()):
+            yield mfn, TYPE_WRITABLE
+        if self.shared_info_mfn:
+            yield self.shared_info_mfn, TYPE_WRITABLE
+
+    def shared_frames(self) -> list[int]:
+        """Frames of Xen's that are shared with the domain, besides shared_info: its grant table."""
+        return []
+
+    def granted_frames(self) -> frozenset[int]:
+        """Frames of other domains that it has mapped by grant."""
+        return frozenset()
 
     @property
     def shut_down(self) -> bool:

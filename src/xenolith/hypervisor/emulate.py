@@ -167,7 +167,7 @@ def _simple_address(regs: memoryview, modrm: int, rex: int) -> int | None:
     """The address of a [register] operand; None for other forms."""
     if modrm >> 6 or modrm & 7 in (4, 5):
         return None
-    return regs[modrm & 7 | (rex & 1) << 3]  # type: ignore[no-any-return]
+    return regs[modrm & 7 | (rex & 1) << 3]
 
 
 def _special_register(vcpu: Vcpu, cpu: Cpu, opcode: int, number: int, register: int) -> bool:

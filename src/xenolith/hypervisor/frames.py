@@ -61,10 +61,10 @@ class FrameTable:
         self.type_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
         self.count_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
         self.stamps: npt.NDArray[np.uint32] = np.zeros(memory.frames, dtype=np.uint32)
-        self.owner = memoryview(self.owners)
-        self.type_info = memoryview(self.type_infos)
-        self.count_info = memoryview(self.count_infos)
-        self.stamp = memoryview(self.stamps)
+        self.owner = self.owners.data
+        self.type_info = self.type_infos.data
+        self.count_info = self.count_infos.data
+        self.stamp = self.stamps.data
 
     def allocate_xen(self, count: int = 1) -> list[int]:
         """Frames for the hypervisor itself, cleared; their MFNs. Raises OutOfMemory."""

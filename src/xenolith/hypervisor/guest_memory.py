@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xenolith.abi.layout import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from xenolith.abi.layout import HYPERVISOR_VIRT_END
 from xenolith.abi.x86 import PAGE_MASK, PAGE_SIZE, PTE_P, PTE_RW, PTE_US
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def translate(vcpu: Vcpu, va: int, rights: int) -> int:
 
     `rights` is READ or WRITE.  Hypervisor-reserved and non-canonical addresses give -1.
     """
-    if va >= 0x0000_8000_0000_0000 and not HYPERVISOR_VIRT_END <= va < 1 << 64 or va < 0:
+    if (va >= 0x0000_8000_0000_0000 and not HYPERVISOR_VIRT_END <= va < 1 << 64) or va < 0:
         return -1
     q = vcpu.domain.memory.q
     table = vcpu.kernel_l4 if vcpu.kernel_mode else vcpu.user_l4

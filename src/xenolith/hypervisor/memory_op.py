@@ -70,7 +70,8 @@ def _extents(vcpu: Vcpu, operation: int, start: int, argument: int) -> int:
     data = copy_from_guest(vcpu, argument, layout.MEMORY_RESERVATION.size)
     if data is None:
         return start
-    extents_va, count, order, _, domid, _, _ = layout.MEMORY_RESERVATION.unpack(data)
+    fields: tuple[int, ...] = layout.MEMORY_RESERVATION.unpack(data)
+    extents_va, count, order, _, domid = fields[:5]
     domain = vcpu.domain
     if count >> 32 - EXTENT_SHIFT or start >= count or domid not in (DOMID_SELF, domain.domid):
         return start

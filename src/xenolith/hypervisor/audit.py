@@ -1,0 +1,139 @@
+"""The invariant checker: recounts every type and every reference from the page tables themselves.
+
+`check` believes nothing that the frame table says beyond owners and which frames are page tables; it derives both
+counts of every frame from who really refers to it and compares.  Run at the end of every guest test.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_XEN
+from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
+from xenolith.abi.x86 import PTE_P, PTE_RW
+from xenolith.hypervisor.frames import (
+    ALLOCATED,
+    EXISTENCE_COUNT,
+    PINNED,
+    TYPE_COUNT,
+    TYPE_L1,
+    TYPE_L4,
+    TYPE_MASK,
+    TYPE_NAMES,
+    TYPE_SHIFT,
+    TYPE_WRITABLE,
+    VALIDATED,
+)
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.hypervisor import Hypervisor
+
+FRAME: Final = 0x000F_FFFF_FFFF_F000
+_U64 = np.uint64
+
+
+class _Recount:
+    """Expected counts of every frame, and what was found wrong."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self.frames = hypervisor.frames
+        self.counts = np.zeros(self.frames.frames, dtype=np.int64)
+        self.types = np.zeros(self.frames.frames, dtype=np.int64)
+        self.problems: list[str] = []
+
+    def refer(self, mfn: int, kind: int | None = None) -> None:
+        """One existence reference, and a type reference that needs type `kind`."""
+        self.counts[mfn] += 1
+        if kind is not None:
+            self.types[mfn] += 1
+            found = self.frames.type_info[mfn] & TYPE_MASK
+            if found != kind:
+                self.problems.append(
+                    f"used as {TYPE_NAMES[kind >> TYPE_SHIFT]}: {self.frames.describe(mfn)}"
+                )
+
+
+def check(hypervisor: Hypervisor) -> list[str]:
+    """Every violated invariant of the frame table, as text. No vCPU may be running."""
+    frames = hypervisor.frames
+    recount = _Recount(hypervisor)
+    infos = frames.type_infos
+    kinds = infos & _U64(TYPE_MASK)
+    in_use = (infos & _U64(TYPE_COUNT)) != 0
+    recount.counts[(frames.count_infos & _U64(ALLOCATED)) != 0] += 1
+    pinned = (infos & _U64(PINNED)) != 0
+    recount.counts[pinned] += 1
+    recount.types[pinned] += 1
+    for mfn in np.flatnonzero(in_use & (kinds >= _U64(TYPE_L1)) & (kinds <= _U64(TYPE_L4))).tolist():
+        if not frames.type_info[mfn] & VALIDATED:
+            recount.problems.append(f"in use but never validated: {frames.describe(mfn)}")
+        elif int(kinds[mfn]) == TYPE_L1:
+            _check_l1(hypervisor, recount, mfn)
+        else:
+            _check_upper(hypervisor, recount, mfn, int(kinds[mfn]))
+    for domain in hypervisor.domains.values():
+        for mfn, kind in domain.references():
+            recount.refer(mfn, kind)
+    _compare(hypervisor, recount)
+    return recount.problems
+
+
+def _check_l1(hypervisor: Hypervisor, recount: _Recount, mfn: int) -> None:
+    """Every mapping: of a frame that the table's owner may reach, writable only if that frame is writable."""
+    frames = hypervisor.frames
+    table = hypervisor.memory.table(mfn)
+    entries = table[(table & _U64(PTE_P)) != 0]
+    targets = (entries & _U64(FRAME)) >> _U64(12)
+    owner = frames.owner[mfn]
+    domain = hypervisor.domain(owner)
+    granted = domain.granted_frames() if domain is not None else frozenset()
+    for target in targets[frames.owners[targets] != owner].tolist():
+        if target not in granted:
+            recount.problems.append(f"d{owner} maps a frame of another: {frames.describe(target)}")
+    writable = targets[(entries & _U64(PTE_RW)) != 0]
+    for target in writable[(frames.type_infos[writable] & _U64(TYPE_MASK)) != _U64(TYPE_WRITABLE)].tolist():
+        recount.problems.append(f"mapped writable by L1 table {mfn:#x}: {frames.describe(target)}")
+    np.add.at(recount.counts, targets, 1)
+    np.add.at(recount.types, writable, 1)
+
+
+def _check_upper(hypervisor: Hypervisor, recount: _Recount, mfn: int, kind: int) -> None:
+    """Every link: to a table of the level below of the same owner (or a read-only one of the same level)."""
+    frames = hypervisor.frames
+    table = hypervisor.memory.table(mfn)
+    domain = hypervisor.domain(frames.owner[mfn])
+    for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
+        entry = int(table[slot])
+        target = (entry & FRAME) >> 12
+        if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
+            if domain is None or entry & ~0x60 != domain.xen_l4_entries[slot - XEN_FIRST_SLOT] & ~0x60:
+                recount.problems.append(f"Xen's slot {slot} of L4 {mfn:#x} holds {entry:#x}")
+            continue
+        if target == mfn and not entry & PTE_RW:
+            continue
+        if frames.owner[target] != frames.owner[mfn]:
+            recount.problems.append(f"L{kind >> TYPE_SHIFT} table {mfn:#x} links a frame of another: {target:#x}")
+        below = kind - (1 << TYPE_SHIFT)
+        linear = frames.type_info[target] & TYPE_MASK == kind and not entry & PTE_RW
+        recount.refer(target, kind if linear else below)
+
+
+def _compare(hypervisor: Hypervisor, recount: _Recount) -> None:
+    frames = hypervisor.frames
+    counts = (frames.count_infos & _U64(EXISTENCE_COUNT)).astype(np.int64)
+    types = (frames.type_infos & _U64(TYPE_COUNT)).astype(np.int64)
+    owned = (frames.owners != DOMID_INVALID) & (frames.owners != DOMID_XEN)
+    for mfn in np.flatnonzero(owned & ((counts != recount.counts) | (types != recount.types))).tolist():
+        recount.problems.append(
+            f"recounted {recount.counts[mfn]} references, {recount.types[mfn]} of type: {frames.describe(mfn)}"
+        )
+    free = frames.owners == DOMID_INVALID
+    for mfn in np.flatnonzero(free & (counts + types + recount.counts != 0)).tolist():
+        recount.problems.append(f"free but referred to: {frames.describe(mfn)}")
+    for domain in hypervisor.domains.values():
+        owns = int(((frames.owners == domain.domid) & ((frames.count_infos & _U64(ALLOCATED)) != 0)).sum())
+        extra = 1 + len(domain.shared_frames()) if domain.domid else 0
+        if domain.domid and domain.total_pages < owns - extra:
+            recount.problems.append(f"{domain!r} owns {owns} frames and is charged for {domain.total_pages}")
