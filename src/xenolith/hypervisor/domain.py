@@ -37,6 +37,9 @@ class Vcpu:
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
         self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise
+        self.thread = 0  # identity of the thread that runs its Cpu
+        self.in_guest = False  # set under the domain's lock; executing guest code, or about to
+        self.flush_requested = False  # flush the TLB before executing guest code again
 
         # Address space and mode (Xen: arch.guest_table, guest_table_user, TF_kernel_mode).
         self.kernel_mode = True

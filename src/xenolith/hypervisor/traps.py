@@ -114,6 +114,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
     from xenolith.hypervisor.hypercall_table import HYPERCALL_TABLE as table  # it imports this module
 
     def on_trap(vector: int, error_code: int, address: int) -> bool:
+        vcpu.in_guest = False
         with lock:
             if vector == TRAP_SYSCALL:
                 if vcpu.kernel_mode:
@@ -152,13 +153,30 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
             info = vcpu.info
             if h[info >> 1] & 0xFF and not b[info + 1]:
                 upcall(vcpu, cpu)
+            if vcpu.flush_requested:
+                vcpu.flush_requested = False
+                cpu.flush_tlb()
+            vcpu.in_guest = vcpu.may_run
             return vcpu.may_run
 
     return on_trap
 
 
+def prepare_entry(vcpu: Vcpu, cpu: Cpu) -> bool:
+    """Make a loaded vCPU ready to execute guest code: events, NMI, TLB. False if it may not run after all.
+
+    The caller holds the domain's lock, and clears `in_guest` when the engine returns.
+    """
+    deliver_events(vcpu, cpu)
+    if vcpu.flush_requested:
+        vcpu.flush_requested = False
+        cpu.flush_tlb()
+    vcpu.in_guest = vcpu.may_run
+    return vcpu.may_run
+
+
 def deliver_events(vcpu: Vcpu, cpu: Cpu) -> None:
-    """Apply posted events, and bounce to the event callback if one is pending and unmasked; for entry to the guest."""
+    """Apply posted events, and bounce to the event callback if one is pending and unmasked."""
     if vcpu.domain.posted:
         events.drain(vcpu.domain)
     if vcpu.nmi_pending and not vcpu.nmi_masked and vcpu.nmi_callback:
