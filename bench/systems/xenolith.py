@@ -1,0 +1,52 @@
+"""Xenolith: one domain by `xenolith run`, on one of its engines."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+from bench.kernel import debian_kernel
+from bench.session import Session
+from bench.systems.base import Absent, Boot, Form, System
+
+PROGRAM = "xenolith.cli.main"
+
+
+class Xenolith(System):
+    """Our own domains. `engine` is what --engine takes."""
+
+    counts_traps = True
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self.name = f"xenolith-{engine}"
+        self.title = f"Xenolith, {engine}"
+
+    def prepare(self) -> str:
+        if not _is_installed():
+            raise Absent(f"{PROGRAM} cannot be imported by {sys.executable}: `pip install -e .` there")
+        if self.engine != "unicorn" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            raise Absent("/dev/kvm is missing or may not be opened")
+        return f"Xenolith {metadata.version('xenolith')}, Linux {debian_kernel().release}"
+
+    @contextmanager
+    def start(self, boot: Boot) -> Iterator[Session]:
+        kernel = debian_kernel()
+        command = [
+            sys.executable, "-m", PROGRAM, "run", "--engine", self.engine, "--memory", str(boot.memory_mib),
+            "--kernel", str(kernel.bzimage if boot.form is Form.BZIMAGE else kernel.elf),
+            "--ramdisk", str(boot.initramfs), "--cmdline", boot.command_line("hvc0"), "--stats",
+        ]  # fmt: skip
+        with Session(command) as session:
+            yield session
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec(PROGRAM) is not None
+    except ModuleNotFoundError:
+        return False
