@@ -89,6 +89,19 @@ class Control:
 
     # --- life cycle ----------------------------------------------------------------------------------
 
+    def create_dom0(self) -> Domain:
+        """Make domain 0, whose one vCPU is the Python code that calls this. Once, before any other domain.
+
+        dom0 makes its event-channel and grant hypercalls as calls of the methods of `events` and `grants`.
+        """
+        hypervisor = self._hypervisor
+        domain = Domain(hypervisor, 0, None, 1)
+        domain.events = EventChannels(domain)
+        domain.grants = GrantTable(domain)
+        with hypervisor.lock:
+            hypervisor.domains[0] = domain
+        return domain
+
     def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
         """Make an empty, paused domain; its domid. Raises DomainCreateError."""
         hypervisor = self._hypervisor
