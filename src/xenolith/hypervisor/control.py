@@ -36,6 +36,7 @@ from xenolith.hypervisor.domain import MAX_VCPUS, Domain
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.statistics import Counters, counters
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import Frames, OutOfMemory
 
@@ -213,6 +214,10 @@ class Control:
     def info(self, domid: int) -> DomainInfo:
         """A snapshot of the domain's state."""
         return _info(self._domain(domid))
+
+    def counters(self, domid: int) -> Counters:
+        """What the domain did, counted by kind."""
+        return counters(self._domain(domid))
 
     def list(self) -> list[DomainInfo]:
         """All domains but dom0, by domid."""
