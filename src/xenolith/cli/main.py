@@ -1,0 +1,49 @@
+"""The `xenolith` command (also installed as `xl`): a group whose subcommands are imported when they are used.
+
+Importing numpy, the engines and the parsers takes longer than printing a usage line, so every subcommand is a module
+and an attribute, looked up only when it is called or its help is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Final
+
+import click
+
+SUBCOMMANDS: Final = {
+    "run": ("xenolith.cli.run", "run", "Boot one domain in the foreground: a shell, or one command."),
+    "demo": ("xenolith.cli.demo", "demo", "Boot several domains side by side and show that they are isolated."),
+    "guest": ("xenolith.cli.guest", "guest", "Obtain a guest operating system to boot."),
+}
+"""Name -> (module, attribute, one line for the list)."""
+
+
+class Subcommands(click.Group):
+    """A group that knows its commands by name and loads them late."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in SUBCOMMANDS:
+            return None
+        module, attribute, _ = SUBCOMMANDS[cmd_name]
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in SUBCOMMANDS.items()])
+
+
+@click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="xenolith", prog_name="xenolith")
+def xenolith() -> None:
+    """A Xen virtual machine monitor in Python."""
+
+
+def main() -> None:
+    """The entry point."""
+    xenolith(prog_name="xenolith")

@@ -1,0 +1,178 @@
+"""Domain 0: the privileged domain, whose kernel and programs are this Python process (paper 3.1; design decision 7).
+
+`Dom0` owns what a booted dom0 has running: the control interface, the xenstore and the console back-ends.  It
+makes domains (as libxl does: create, build, connect, introduce, describe in xenstore), notices when one shuts down or
+crashes, and takes them apart again.  It reaches a guest only through control calls and event channels.
+
+What becomes of a domain that has ended (restart, preserve, ...) is policy, and not decided here: a domain that shut
+down keeps its memory and its console's scroll-back until `destroy`.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid as uuids
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+from xenolith.abi.errno import ESRCH
+from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
+from xenolith.abi.x86 import PAGE_SHIFT
+from xenolith.dom0.builder import BuiltDomain, build
+from xenolith.dom0.console import Console
+from xenolith.dom0.event_thread import EventThread
+from xenolith.dom0.image import KernelImage
+from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
+from xenolith.hypervisor.hypervisor import Hypervisor
+
+PAGES_PER_MIB: Final = 1 << 20 - PAGE_SHIFT
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """What a domain is made of."""
+
+    name: str
+    image: KernelImage
+    ramdisk: bytes = b""
+    cmdline: str = ""
+    memory_mib: int = 128
+    vcpus: int = 1
+    uuid: uuids.UUID = field(default_factory=uuids.uuid4)
+
+
+class GuestDomain:
+    """A domain that dom0 made."""
+
+    def __init__(self, config: DomainConfig, built: BuiltDomain, console: Console) -> None:
+        self.config = config
+        self.domid = built.domid
+        self.built = built
+        self.console = console
+        self.ports: list[int] = []  # dom0's, to the guest's console and xenstore ports
+        self.started = False
+        self._ended = threading.Condition()
+        self._end: DomainInfo | None = None
+
+    @property
+    def end(self) -> DomainInfo | None:
+        """How it shut down, or None while it has not."""
+        return self._end
+
+    def wait(self, timeout: float | None = None) -> DomainInfo | None:
+        """Wait until it has shut down, at most `timeout` seconds; how, or None when the time is up."""
+        with self._ended:
+            self._ended.wait_for(lambda: self._end, timeout)
+            return self._end
+
+    def set_end(self, end: DomainInfo) -> None:
+        """Called by Dom0 when it notices."""
+        with self._ended:
+            self._end = end
+            self._ended.notify_all()
+
+
+class Dom0:
+    """Domain 0 on a hypervisor, with its services running.
+
+    Methods may be called by any thread, each domain's by one at a time.
+    """
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self.hypervisor = hypervisor
+        self.control = Control(hypervisor)
+        self.domains: dict[int, GuestDomain] = {}
+        self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []
+        """Called on dom0's event thread with each domain that shuts down, once it has been noted as ended."""
+        self._lock = threading.Lock()
+        self._events = self.control.create_dom0().events
+        self._thread = EventThread(hypervisor.log)
+        port = self._events.bind_virq(VIRQ_DOM_EXC, 0)
+        if port < 0:
+            raise DomainCreateError(f"dom0 cannot bind VIRQ_DOM_EXC (errno {-port})")
+        self._events.set_handler(port, self._thread.on_event(self._note_ended_domains))
+
+    # --- life cycle ----------------------------------------------------------------------------------
+
+    def create(self, config: DomainConfig) -> GuestDomain:
+        """Make a domain, connect it to dom0's services and leave it paused. Raises DomainCreateError."""
+        pages = config.memory_mib * PAGES_PER_MIB
+        domid = self.control.create_domain(config.uuid.bytes, config.vcpus, pages)
+        try:
+            built = build(self.control, domid, config.image, pages, config.ramdisk, config.cmdline)
+            domain = self._connect(config, built)
+        except BaseException:
+            self.control.destroy(domid)
+            raise
+        with self._lock:
+            self.domains[domid] = domain
+        return domain
+
+    def _connect(self, config: DomainConfig, built: BuiltDomain) -> GuestDomain:
+        port = self._bind(built.domid, built.console_port)
+        console = Console(self.control.map_foreign(built.domid, built.console_mfn), lambda: self._events.send(port))
+        domain = GuestDomain(config, built, console)
+        domain.ports.append(port)
+        self._events.set_handler(port, self._thread.on_event(console.service))
+        return domain
+
+    def _bind(self, domid: int, remote_port: int) -> int:
+        """Connect a port of dom0's to an unbound one of the domain's."""
+        remote = self.hypervisor.domain(domid)
+        port = self._events.bind_interdomain(remote, remote_port) if remote else -ESRCH
+        if port < 0:
+            raise DomainCreateError(f"dom0 cannot bind port {remote_port} of domain {domid} (errno {-port})")
+        return port
+
+    def start(self, domain: GuestDomain) -> None:
+        """Let a created domain run."""
+        domain.started = True
+        self.control.start(domain.domid)
+
+    def destroy(self, domain: GuestDomain) -> None:
+        """End a domain, whatever it is doing, and give back all it had. What it printed stays readable."""
+        with self._lock:
+            if self.domains.pop(domain.domid, None) is None:
+                return
+        if domain.started:
+            self.control.pause(domain.domid)
+        domain.console.close()
+        for port in domain.ports:
+            self._events.close(port)
+        self.control.unmap_foreign(domain.domid, domain.built.console_mfn)
+        end = self.control.info(domain.domid)
+        self.control.destroy(domain.domid)
+        if domain.end is None:
+            domain.set_end(end)
+
+    def close(self) -> None:
+        """Destroy all domains and stop dom0's services."""
+        for domain in list(self.domains.values()):
+            self.destroy(domain)
+        self._thread.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- on the event thread -----------------------------------------------------------------------------
+
+    def _note_ended_domains(self) -> None:
+        """VIRQ_DOM_EXC: some domain has shut down (libxl and xenstored look for it in the same way)."""
+        for info in self.control.list():
+            domain = self.domains.get(info.domid)
+            if domain is None or not info.shutdown or domain.end is not None:
+                continue
+            if info.shutdown_reason == SHUTDOWN_suspend:
+                domain.console.service()
+            else:
+                domain.console.close()
+            domain.set_end(info)
+            for hook in self.shutdown_hooks:
+                hook(domain)

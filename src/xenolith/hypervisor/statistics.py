@@ -1,0 +1,58 @@
+"""A domain's counters by name (compare Xen's perfc): what it trapped for, and which hypercalls it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi import hypercalls, x86
+from xenolith.hypervisor import traps
+from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Domain
+
+HYPERCALL_NAMES: Final = {
+    number: name.removeprefix("HYPERVISOR_")
+    for name, number in vars(hypercalls).items()
+    if name.startswith("HYPERVISOR_")
+}
+TRAP_NAMES: Final = {
+    **{
+        number: "#" + name.removeprefix("VECTOR_") for name, number in vars(x86).items() if name.startswith("VECTOR_")
+    },
+    TRAP_SYSCALL: "syscall",
+    TRAP_SYSENTER: "sysenter",
+    TRAP_CPUID: "cpuid",
+    traps.COUNT_SYSCALL_BOUNCE: "system call of a program",
+    traps.COUNT_UPCALL: "event upcall",
+    traps.COUNT_PAGE_TABLE_WRITE: "page table write",
+    traps.COUNT_PRIVILEGED: "privileged instruction",
+}
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a domain did since it was made.
+
+    `traps` by kind; page table writes are page faults too, and privileged instructions general protection faults.
+    `hypercalls` by name, those inside a multicall not counted.  `cpu_time` in ns.
+    """
+
+    cpu_time: int
+    traps: dict[str, int]
+    hypercalls: dict[str, int]
+
+
+def counters(domain: Domain) -> Counters:
+    """A snapshot, the largest counts first."""
+    return Counters(
+        domain.cpu_time,
+        _by_name(domain.trap_counts, TRAP_NAMES, "trap"),
+        _by_name(domain.hypercall_counts, HYPERCALL_NAMES, "hypercall"),
+    )
+
+
+def _by_name(counts: list[int], names: dict[int, str], what: str) -> dict[str, int]:
+    named = {names.get(number, f"{what} {number}"): count for number, count in enumerate(counts) if count}
+    return dict(sorted(named.items(), key=lambda item: -item[1]))
