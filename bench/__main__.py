@@ -69,7 +69,7 @@ def main(
     reported: Path | None,
 ) -> None:
     """Compare Xenolith with native Linux and with what one would use instead."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that systems under test are stopped too
     try:
         systems = _systems(system_names)

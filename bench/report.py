@@ -26,7 +26,8 @@ comparable, and only as ratios; absolute times move with the machine.
 METHOD = """\
 ## Method
 
-- One virtual CPU and 512 MB everywhere. Native Linux is held to one CPU, in a chroot on a tmpfs.
+- One virtual CPU and 512 MB everywhere. Native Linux is held to one CPU, in a chroot on a tmpfs; so is
+  User-Mode Linux, which is far slower on two.
 - Programs are static, built from `bench/workloads`; the macro workloads use Debian's own tcc, SQLite,
   lighttpd, dbench and busybox. Every program checks its result.
 - Each row first repeats its operation until a clock can see it, which warms it up too, then repeats that for

@@ -42,7 +42,7 @@ class Session:
     command: Sequence[str]
     directory: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    cpu: int | None = None  # pin the process to this CPU
+    cpu: int | None = None  # pin the process and its children to this CPU
 
     def __enter__(self) -> Session:
         self.console: list[str] = []
@@ -56,10 +56,13 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             start_new_session=True,
+            preexec_fn=None if self.cpu is None else self._pin,  # in the child, before it can start others
         )
-        if self.cpu is not None:
-            os.sched_setaffinity(self.process.pid, {self.cpu})
         return self
+
+    def _pin(self) -> None:
+        assert self.cpu is not None
+        os.sched_setaffinity(0, {self.cpu})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,11 @@ from enum import Enum
 from pathlib import Path
 
 from bench.session import Session
+
+
+def last_cpu() -> int:
+    """The CPU for systems that are held to one."""
+    return max(os.sched_getaffinity(0))
 
 
 class Absent(Exception):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from bench.image import busybox
 from bench.session import Session
-from bench.systems.base import Absent, Boot, System
+from bench.systems.base import Absent, Boot, System, last_cpu
 
 # Arguments: busybox, the archive, then the command to run inside. /bench/run mounts /tmp and sets up lo:
 # the latter changes nothing where lo is up already, and in a user namespace it may fail without harm.
@@ -54,7 +54,7 @@ class Native(System):
     def start(self, boot: Boot) -> Iterator[Session]:
         rows = [str(boot.budget), str(boot.macro_budget), ",".join(boot.rows)]
         command = [*_unshare(), "sh", "-c", ENTER, "sh", str(busybox()), str(boot.initramfs), *rows]
-        with Session(command, cpu=max(os.sched_getaffinity(0))) as session:
+        with Session(command, cpu=last_cpu()) as session:
             yield session
 
 

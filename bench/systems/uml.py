@@ -1,6 +1,8 @@
 """User-Mode Linux: a Linux kernel that is an ordinary program, and runs its processes under ptrace.
 
 It cannot run a stock kernel image; Debian's package user-mode-linux has a kernel built for it.
+The kernel and its processes are processes of the host, which take turns: on one CPU a system call costs a
+quarter of what it costs where each turn wakes up another CPU, so they are held to one.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 
 from bench.packages import PackageError, only_file, unpacked, version
 from bench.session import Session
-from bench.systems.base import Absent, Boot, Form, System
+from bench.systems.base import Absent, Boot, Form, System, last_cpu
 
 
 class UserModeLinux(System):
@@ -35,5 +37,5 @@ class UserModeLinux(System):
             "con0=null,fd:1", "con=null", "ssl=null", *boot.command_line("tty0").split(),
         ]  # fmt: skip
         # Its memory is a file that must be on a tmpfs, or every write goes to a disk.
-        with Session(command, environment={"TMPDIR": "/dev/shm"}) as session:
+        with Session(command, environment={"TMPDIR": "/dev/shm"}, cpu=last_cpu()) as session:
             yield session

@@ -2,8 +2,8 @@
  * Pipes and context switches: the paper's table 4.
  *
  * As in lmbench's lat_ctx, processes in a ring of pipes pass a token on; whoever holds it first sums an
- * array of its own.  What one process alone needs for the pipe and the sum is measured too and taken
- * off, so that the switch remains, with the cache and TLB misses it causes.
+ * array of its own.  What one process alone needs for as many pipes and sums is measured right after and
+ * taken off, so that the switch remains, with the cache and TLB misses it causes.
  */
 #include "rows.h"
 
@@ -50,7 +50,7 @@ enum { MOST_PROCESSES = 16 };
 static int ring[MOST_PROCESSES][2];
 static int *array;
 static size_t array_length;
-static double hop_overhead; /* seconds for one token through a pipe and one sum, without a switch */
+static int own_pipe[2]; /* for hops without a switch */
 
 static void sum_array(void)
 {
@@ -70,24 +70,13 @@ static int hop(int from, int to)
     return write(to, &token, 1) == 1;
 }
 
-static double overhead_of_a_hop(void)
+/* Seconds for so many hops of a token through a pipe of this process alone. */
+static double hop_alone(long count)
 {
-    int pipe_fds[2];
-    long count = 16;
-    double seconds;
-
-    must(pipe(pipe_fds), "pipe");
-    must(write(pipe_fds[1], "t", 1), "write to a pipe");
-    do {
-        count *= 2;
-        double start = now();
-        for (long i = 0; i < count; i++)
-            hop(pipe_fds[0], pipe_fds[1]);
-        seconds = now() - start;
-    } while (seconds < 0.02);
-    close(pipe_fds[0]);
-    close(pipe_fds[1]);
-    return seconds / count;
+    double start = now();
+    while (count--)
+        hop(own_pipe[0], own_pipe[1]);
+    return now() - start;
 }
 
 static void allocate_array(int kilobytes)
@@ -102,7 +91,8 @@ static void allocate_array(int kilobytes)
 static void start_ring(const struct row *row)
 {
     allocate_array(row->kilobytes);
-    hop_overhead = overhead_of_a_hop();
+    must(pipe(own_pipe), "pipe");
+    must(write(own_pipe[1], "t", 1), "write to a pipe");
     for (int i = 0; i < row->processes; i++)
         must(pipe(ring[i]), "pipe");
     /* Process 0 is this one; process i reads from pipe i-1 and writes to pipe i. */
@@ -118,7 +108,7 @@ static void start_ring(const struct row *row)
 static double context_switch(const struct row *row, long count)
 {
     int last = row->processes - 1;
-    long rounds = (count + last) / row->processes;
+    long rounds = (count + last) / row->processes, hops = rounds * row->processes;
     double start = now();
 
     for (long i = 0; i < rounds; i++) {
@@ -128,8 +118,8 @@ static double context_switch(const struct row *row, long count)
             die("read from a pipe");
         sum_array();
     }
-    double per_hop = (now() - start) / (rounds * row->processes);
-    return (per_hop - hop_overhead) * count;
+    double seconds = now() - start - hop_alone(hops);
+    return seconds / hops * count; /* at least one round is made, even for fewer hops */
 }
 
 #define CONTEXT_SWITCH(P, K) {"ctx_" #P "p_" #K "k", "us", LATENCY, 1e6, context_switch, start_ring, P, K}
