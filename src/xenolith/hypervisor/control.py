@@ -74,6 +74,7 @@ class DomainInfo:
     max_vcpus: int
     cpu_time: int  # ns
     traps: int
+    engine: str
 
 
 class Control:
@@ -362,4 +363,5 @@ def _info(domain: Domain) -> DomainInfo:
         max_vcpus=len(domain.vcpus),
         cpu_time=domain.cpu_time,
         traps=sum(domain.trap_counts) + sum(domain.hypercall_counts),
+        engine=domain.engine.name if domain.engine else "python",
     )
