@@ -1,0 +1,25 @@
+"""Switching a machine on: machine memory, an engine, the hypervisor on them, and dom0 as its first domain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from xenolith.abi.x86 import PAGE_SHIFT
+from xenolith.dom0.services import Dom0
+from xenolith.hypervisor.hypervisor import Hypervisor
+from xenolith.machine.engines.select import choose
+from xenolith.machine.memory import MachineMemory
+
+XEN_MIB: Final = 16  # Xen's own frames: descriptor windows, shared_info, what the engines map
+XEN_SHARE: Final = 128  # and one part in this many: the machine-to-physical table, with its alignment
+
+
+def power_on(domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2) -> Dom0:
+    """A machine with memory for domains of these sizes, and room for Xen itself.
+
+    Host memory is used only as guests touch theirs.  Raises EngineError when the engine cannot run here.
+    """
+    mib = sum(domains_mib)
+    memory = MachineMemory(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
+    return Dom0(Hypervisor(memory, choose(engine), pcpus=pcpus))
