@@ -86,9 +86,7 @@ class CannotRun(click.ClickException):
     exit_code = Status.CANNOT_RUN
 
 
-@click.command(
-    epilog=EXIT_STATUS_HELP, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": None}
-)
+@click.command(epilog=EXIT_STATUS_HELP, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": None})
 @click.option(
     "--engine",
     type=click.Choice(["auto", "unicorn", "kvm"]),
