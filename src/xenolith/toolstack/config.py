@@ -1,0 +1,174 @@
+"""The configuration of a domain, as typed data.
+
+One `DomainConfig` says everything that the toolstack was told about a domain; `configreader` makes it from xl.cfg text,
+`configjson` prints it, programs may fill it in themselves. A field that is None was not given: what stands for it is
+decided where it is used, and properties such as `memory_kib` give the decision that a PV domain gets here.
+
+Source: xl.cfg(5) for the keys and their meaning, libxl's domain configuration (as `xl create -n` prints it) for the
+grouping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from uuid import UUID, uuid4
+
+from xenolith.toolstack.cpuidspec import CpuidPolicy
+from xenolith.toolstack.devicespec import Channel, IomemRange, P9Share, PciDevice, PortRange, VirtualFramebuffer
+from xenolith.toolstack.diskspec import Disk
+from xenolith.toolstack.vifspec import Nic
+
+DEFAULT_MEMORY_KIB = 32 * 1024  # libxl's, when neither memory nor maxmem is given
+
+
+class DomainType(StrEnum):
+    PV = "pv"
+    PVH = "pvh"
+    HVM = "hvm"
+
+
+class Action(StrEnum):
+    """What happens to a domain that has shut down; the values are xl.cfg's names."""
+
+    DESTROY = "destroy"
+    RESTART = "restart"
+    RENAME_RESTART = "rename-restart"
+    PRESERVE = "preserve"
+    COREDUMP_DESTROY = "coredump-destroy"
+    COREDUMP_RESTART = "coredump-restart"
+    SOFT_RESET = "soft-reset"
+
+
+class TscMode(StrEnum):
+    DEFAULT = "default"
+    ALWAYS_EMULATE = "always_emulate"
+    NATIVE = "native"
+    NATIVE_PARAVIRT = "native_paravirt"
+
+
+@dataclass(slots=True)
+class SchedulerParameters:
+    """Per-domain parameters; which of them count depends on the scheduler."""
+
+    weight: int | None = None
+    cap: int | None = None  # percent of one pCPU, 0 is no cap
+    period: int | None = None
+    extratime: int | None = None
+    slice: int | None = None
+    latency: int | None = None
+
+
+@dataclass(slots=True)
+class DomainConfig:
+    """Everything that is known of a domain before it exists."""
+
+    name: str
+    uuid: UUID = field(default_factory=uuid4)
+    type: DomainType = DomainType.PV
+
+    # What runs in it.
+    kernel: str | None = None
+    ramdisk: str | None = None
+    cmdline: str | None = None
+    bootloader: str | None = None
+    bootloader_args: list[str] = field(default_factory=list)
+    device_tree: str | None = None
+
+    # What it gets.
+    target_memory_kib: int | None = None
+    max_memory_kib: int | None = None
+    video_memory_kib: int | None = None
+    shadow_memory_kib: int | None = None
+    vcpus: int | None = None
+    max_vcpus: int = 0  # 0: not given
+    hard_affinity: list[frozenset[int]] | None = None  # one set of pCPUs per vCPU, from vCPU 0 on
+    soft_affinity: list[frozenset[int]] | None = None
+    numa_placement: bool | None = None
+    pool: str | None = None
+    scheduler: SchedulerParameters = field(default_factory=SchedulerParameters)
+    max_grant_frames: int | None = None
+    max_maptrack_frames: int | None = None
+    max_grant_version: int | None = None
+    max_event_channels: int = 0  # 0: the default
+
+    # What it sees of the machine.
+    tsc_mode: TscMode = TscMode.DEFAULT
+    localtime: bool | None = None
+    rtc_timeoffset: int = 0
+    e820_host: bool | None = None
+    cpuid: CpuidPolicy = field(default_factory=CpuidPolicy)
+    msr_relaxed: bool | None = None
+    nested_hvm: bool | None = None
+    hap: bool | None = None
+    out_of_sync_page_tables: bool | None = None
+    acpi: bool | None = None
+    vpmu: bool | None = None
+    altp2m: str | None = None
+    vmtrace_kib: int = 0
+
+    # Devices.
+    disks: list[Disk] = field(default_factory=list)
+    nics: list[Nic] = field(default_factory=list)
+    channels: list[Channel] = field(default_factory=list)
+    p9_shares: list[P9Share] = field(default_factory=list)
+    framebuffers: list[VirtualFramebuffer] = field(default_factory=list)
+    pci_devices: list[PciDevice] = field(default_factory=list)
+    ioports: list[PortRange] = field(default_factory=list)
+    irqs: list[int] = field(default_factory=list)
+    iomem: list[IomemRange] = field(default_factory=list)
+    passthrough: str | None = None
+
+    # What it is to the host.
+    driver_domain: bool | None = None
+    disable_migrate: bool | None = None
+    seclabel: str | None = None  # after the domain was built, when it differs from the label it is built with
+    init_seclabel: str | None = None
+    suspend_evtchn_compat: bool | None = None
+
+    # What becomes of it.
+    on_poweroff: Action = Action.DESTROY
+    on_reboot: Action = Action.RESTART
+    on_watchdog: Action = Action.DESTROY
+    on_crash: Action = Action.DESTROY
+    on_soft_reset: Action = Action.SOFT_RESET
+
+    ignored_keys: list[str] = field(default_factory=list)  # given, meant for something that this toolstack lacks
+
+    @property
+    def memory_kib(self) -> int:
+        """The memory the domain starts with."""
+        if self.target_memory_kib is not None:
+            return self.target_memory_kib
+        return DEFAULT_MEMORY_KIB if self.max_memory_kib is None else self.max_memory_kib
+
+    @property
+    def memory_ceiling_kib(self) -> int:
+        """The memory the domain may ever have."""
+        return max(self.memory_kib, self.max_memory_kib or 0)
+
+    @property
+    def vcpus_online(self) -> int:
+        """How many vCPUs are online when the domain starts."""
+        return self.vcpus or 1
+
+    @property
+    def vcpus_ceiling(self) -> int:
+        """How many vCPUs the domain has, online or not."""
+        return max(self.max_vcpus, self.vcpus_online)
+
+    def unsupported(self) -> list[str]:
+        """The keys whose effect a PV domain of this toolstack cannot be given; creating it must not ignore them."""
+        asked = {
+            f'type="{self.type}"': self.type is not DomainType.PV,
+            "pci": bool(self.pci_devices),
+            "ioports": bool(self.ioports),
+            "irqs": bool(self.irqs),
+            "iomem": bool(self.iomem),
+            "vfb": bool(self.framebuffers),
+            "device_tree": self.device_tree is not None,
+            "nestedhvm": bool(self.nested_hvm),
+            "altp2m": self.altp2m not in (None, "disabled"),
+            "vmtrace_buf_kb": bool(self.vmtrace_kib),
+        }
+        return [name for name, given in asked.items() if given] + self.ignored_keys
