@@ -1,0 +1,148 @@
+"""A guest's way to the store: the page with a request ring, a response ring and four indices.
+
+The guest may write the whole page at any moment and with anything. So each index is read once, checked (no more than a
+ring's worth may be between producer and consumer), and only then used; request bytes are copied out before anyone looks
+at them; our own two indices are kept here and only ever written to the page, never believed from it. A guest that
+breaks the indices or the protocol gets the reason in the page's ``error`` field and is not served again until it asks
+for a fresh start (``connection`` = reconnect, which we announce in ``server_features``), and no other domain notices.
+Sources: public header io/xs_wire.h, docs/misc/xenstore-ring.txt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from xenolith.abi import xs_wire
+from xenolith.abi.xs_wire import INDEX, RING_SIZE, RingError
+from xenolith.dom0.xenstore.connection import Connection
+from xenolith.dom0.xenstore.xenstored import Xenstored
+
+_MASK: Final = 0xFFFFFFFF
+_FEATURES: Final = xs_wire.SERVER_FEATURE_RECONNECTION | xs_wire.SERVER_FEATURE_ERROR
+
+
+class RingConnection(Connection):
+    """A guest's connection. Everything but :meth:`on_event` needs the service's lock."""
+
+    def __init__(
+        self,
+        daemon: Xenstored,
+        domid: int,
+        page: memoryview,
+        notify: Callable[[], None],
+        wake: Callable[[Connection], None],
+    ) -> None:
+        """``page``: the domain's 4096-byte interface page; ``notify()`` sends its event channel."""
+        if page.nbytes != xs_wire.INTERFACE_PAGE_SIZE or page.format != "B" or page.readonly:
+            raise ValueError(
+                f"domain {domid}: a writable 4096-byte page of bytes is needed, not {page.nbytes} of {page.format!r}"
+            )
+        super().__init__(daemon, domid, wake)
+        self.notify: Final = notify
+        """Called without the lock, and possibly once more while the domain is released: it must tolerate that."""
+        self._page: memoryview | None = page
+        self._req_cons = self._get(page, xs_wire.REQ_CONS)
+        self._rsp_prod = self._get(page, xs_wire.RSP_PROD)
+        self._put(page, xs_wire.SERVER_FEATURES, _FEATURES)
+        self._put(page, xs_wire.CONNECTION, xs_wire.Connection.CONNECTED)
+        self._put(page, xs_wire.ERROR, RingError.NONE)
+
+    def detach(self) -> None:
+        """Let go of the page: nothing touches it after this."""
+        self._page = None
+
+    def on_event(self) -> None:
+        """The guest has sent its event channel. Any thread; never blocks."""
+        self._wake(self)
+
+    def serve(self, limit: int) -> bool:
+        """One turn: take requests, run at most ``limit`` of them, give answers. True if the guest is to be notified."""
+        page = self._page
+        if page is None:
+            return False
+        moved = self._pull(page)
+        self.process(limit)
+        return self._push(page) or moved
+
+    @property
+    def wants_turn(self) -> bool:
+        """Whether there is more to do without the guest's help."""
+        page = self._page
+        if page is None or self.failure:
+            return False
+        if self.has_request:
+            return self.listening
+        return self.wants_input and self._get(page, xs_wire.REQ_PROD) != self._req_cons
+
+    def _pull(self, page: memoryview) -> bool:
+        if self._get(page, xs_wire.CONNECTION) == xs_wire.Connection.RECONNECT:
+            self._start_over(page)
+            return True
+        if not self.wants_input:
+            return False
+        produced = self._get(page, xs_wire.REQ_PROD)
+        count = (produced - self._req_cons) & _MASK
+        if count > RING_SIZE:
+            self.fail(RingError.RINGIDX)
+            return False
+        if not count:
+            return False
+        self.feed(_copy_out(page, xs_wire.REQ_RING, self._req_cons, count))
+        self._req_cons = produced
+        self._put(page, xs_wire.REQ_CONS, produced)
+        return True
+
+    def _push(self, page: memoryview) -> bool:
+        if not self.failure and not self.output_waiting:
+            return False
+        used = (self._rsp_prod - self._get(page, xs_wire.RSP_CONS)) & _MASK
+        if used > RING_SIZE and not self.failure:
+            self.fail(RingError.RINGIDX)
+        if self.failure:
+            return self._show_failure(page)
+        chunk = self.output(RING_SIZE - used)
+        if not chunk:
+            return False
+        _copy_in(page, xs_wire.RSP_RING, self._rsp_prod, chunk)
+        self._rsp_prod = (self._rsp_prod + len(chunk)) & _MASK
+        self._put(page, xs_wire.RSP_PROD, self._rsp_prod)
+        self.sent(len(chunk))
+        return True
+
+    def _show_failure(self, page: memoryview) -> bool:
+        if self._get(page, xs_wire.ERROR) == self.failure:
+            return False
+        self._put(page, xs_wire.ERROR, self.failure)
+        return True
+
+    def _start_over(self, page: memoryview) -> None:
+        self.daemon.reset(self)
+        self.forget_stream()
+        self.failure = RingError.NONE
+        self._req_cons = self._rsp_prod = 0
+        for index in (xs_wire.REQ_CONS, xs_wire.REQ_PROD, xs_wire.RSP_CONS, xs_wire.RSP_PROD, xs_wire.ERROR):
+            self._put(page, index, 0)
+        self._put(page, xs_wire.CONNECTION, xs_wire.Connection.CONNECTED)
+
+    @staticmethod
+    def _get(page: memoryview, offset: int) -> int:
+        value: int = INDEX.unpack_from(page, offset)[0]
+        return value
+
+    @staticmethod
+    def _put(page: memoryview, offset: int, value: int) -> None:
+        INDEX.pack_into(page, offset, value)
+
+
+def _copy_out(page: memoryview, ring: int, index: int, count: int) -> bytes:
+    start = index % RING_SIZE
+    first = min(count, RING_SIZE - start)
+    return bytes(page[ring + start : ring + start + first]) + bytes(page[ring : ring + count - first])
+
+
+def _copy_in(page: memoryview, ring: int, index: int, chunk: bytes) -> None:
+    start = index % RING_SIZE
+    first = min(len(chunk), RING_SIZE - start)
+    page[ring + start : ring + start + first] = chunk[:first]
+    page[ring : ring + len(chunk) - first] = chunk[first:]
