@@ -16,10 +16,10 @@ from xenolith.hypervisor.frames import FrameTable
 from xenolith.hypervisor.paging import INVALID_M2P_ENTRY
 from xenolith.hypervisor.scheduler import Scheduler
 from xenolith.hypervisor.time import TimerQueue
-from xenolith.machine.clock import Clock, RealClock
+from xenolith.machine.clock import Clock
 from xenolith.machine.engines.protocol import Engine
 from xenolith.machine.memory import MachineMemory
-from xenolith.machine.tsc import tsc_hz
+from xenolith.machine.tsc import frequency, host_clock
 
 LOG_LINES: Final = 2048
 M2P_ALIAS_SLOT: Final = 258  # L4 slot of the machine-to-physical table's second mapping, see Hypervisor.m2p_va
@@ -44,13 +44,13 @@ class Hypervisor:
         pcpus: int = 2,
     ) -> None:
         self.memory = memory
-        self.clock: Clock = clock or RealClock()
+        self.clock: Clock = clock or host_clock()
         self.engine_factory = engine_factory
         self.lock = threading.RLock()  # protects `domains`; taken before any domain's lock
         self.domains: dict[int, Domain] = {}
         self._last_domid = 0
         self._log: deque[str] = deque(maxlen=LOG_LINES)
-        self.tsc_hz = tsc_hz()
+        self.tsc_hz = frequency()
         self.frames = FrameTable(memory)
         self._set_up_m2p()
         self._set_up_gdt()
