@@ -1,0 +1,221 @@
+"""The hypervisor area: the little that a guest's address space holds for KVM's sake, in L4 slot 257.
+
+A guest runs at CPL 3, and the virtual processor delivers its traps as any x86-64 processor does: through an
+IDT, to CPL 0, on the stack that the TSS names (Intel SDM vol. 3, ch. 6 and 7).  There each trap finds three bytes,
+`out vector, al` and `hlt`: the OUT makes KVM return to Python, which reads the frame from the stack.
+
+    +0x0000 IDT              32 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault
+    +0x1000 trap stubs       `out vector, al; hlt` for each
+    +0x2000 GDT              CPL-0 code and data for the stubs, the flat CPL-3 pair
+    +0x3000 syscall page     where LSTAR points; the only page that CPL 3 can reach (it may execute it)
+    +0x4000 entry stubs      what runs at CPL 0 before a guest is entered, see EntryStubs
+    +0x10000 + n * 0x4000    TSS with I/O bitmap, trap stack and entry list of vCPU n, each on its own page
+    +0x40000000              on hosts that shadow page tables: all machine memory (supervisor, never executable)
+
+Everything but the syscall page is for CPL 0 alone.  The alias of machine memory is used by the entry stubs only, and
+is left out on hosts whose processor walks the guest's tables itself: there CPL 0 and CPL 3 share the
+processor's speculation, and nothing needs it.
+"""
+
+from __future__ import annotations
+
+from struct import pack, pack_into
+from typing import Final
+
+import numpy as np
+
+from xenolith.abi.x86 import (
+    ENTRIES,
+    L2_SHIFT,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_A,
+    PTE_D,
+    PTE_NX,
+    PTE_P,
+    PTE_PSE,
+    PTE_RW,
+    PTE_US,
+)
+from xenolith.machine.memory import MachineMemory
+
+SLOT: Final = 257
+AREA: Final = 0xFFFF_8080_0000_0000
+IDT: Final = AREA
+TRAP_STUBS: Final = AREA + 0x1000
+GDT: Final = AREA + 0x2000
+SYSCALL_PAGE: Final = AREA + 0x3000
+ENTRY_STUBS: Final = AREA + 0x4000
+PER_CPU: Final = AREA + 0x1_0000
+PER_CPU_SIZE: Final = 0x4000
+ALIAS: Final = AREA + 0x4000_0000
+MAX_CPUS: Final = (0x20_0000 - 0x1_0000) // PER_CPU_SIZE
+
+# --- ports: how a stub says what happened ----------------------------------------------------------
+TRAP_VECTORS: Final = 32  # ports 0..31 are exception vectors
+PORT_ENTRY_DONE: Final = 0x40
+PORT_SYSCALL32: Final = 0x41
+PORT_SYSCALL: Final = 0xFB  # the one port that CPL 3 may reach, where SYSCALL arrives at CPL 3; nothing real uses it
+
+# --- selectors and descriptors ---------------------------------------------------------------------
+CODE0: Final = 0x10
+DATA0: Final = 0x18
+USER_CODE32: Final = 0x23
+USER_DATA: Final = 0x2B
+USER_CODE64: Final = 0x33
+TSS_SELECTOR: Final = 0x40
+_DESCRIPTORS: Final = {
+    CODE0: 0x00AF_9B00_0000_FFFF,
+    DATA0: 0x00CF_9300_0000_FFFF,
+    USER_DATA: 0x00CF_F300_0000_FFFF,
+    USER_CODE64: 0x00AF_FB00_0000_FFFF,
+}
+GDT_LIMIT: Final = (USER_CODE64 | 7) & 0xFF
+IDT_LIMIT: Final = TRAP_VECTORS * 16 - 1
+_INTERRUPT_GATE: Final = 0x8E
+_GATES_FOR_CPL3: Final = (3, 4)
+
+# --- TSS -------------------------------------------------------------------------------------------
+_TSS_RSP0: Final = 4
+_TSS_IO_BITMAP: Final = 102
+_TSS_SIZE: Final = 104
+_IO_BITMAP_PORTS: Final = 256
+TSS_LIMIT: Final = _TSS_SIZE + _IO_BITMAP_PORTS // 8  # one byte of ones after the bitmap
+
+LIST_WORDS: Final = PAGE_SIZE // 8
+FRAME_WORDS: Final = 6  # of a trap, from the top of the stack down: SS RSP RFLAGS CS RIP error code
+
+_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
+_SUPERVISOR: Final = PTE_P | PTE_A | PTE_D
+_STUB_SIZE: Final = 4
+_HLT: Final = b"\xf4"
+
+
+class EntryStubs:
+    """Code that runs at CPL 0 on the way into the guest, driven by a list that RSP points to.
+
+    A piece takes its operand from the list with POP; the list says with RET which piece comes next.
+
+    - `rewrite_entries(n)`: n times `pop rdi; lock or qword [rdi], 0`, then RET.  On a host that shadows page tables a
+      store in guest context is what makes KVM drop its shadow of that one entry; a locked OR of nothing stores the
+      entry as it is, even while another vCPU's hypercall changes it.
+    - `rewrite_tables(n)`: the same with a single byte, for which KVM drops its shadow of the whole table.
+    - `flush`: `pop rdi; mov cr3, rdi`, for hosts whose processor walks the tables itself.
+    - `go`: `pop rdi; iretq` into the guest.  `done`: back to Python instead.
+    """
+
+    MOST: Final = 120  # entries a list can hold of either kind
+    _ENTRY: Final = bytes.fromhex("5f f0 48 83 0f 00")  # pop rdi; lock or qword [rdi], 0
+    _TABLE: Final = bytes.fromhex("5f f0 80 0f 00")  # pop rdi; lock or byte [rdi], 0
+    _RET: Final = b"\xc3"
+
+    def __init__(self) -> None:
+        entries = self._ENTRY * self.MOST + self._RET
+        tables = self._TABLE * self.MOST + self._RET
+        flush = bytes.fromhex("5f 0f 22 df c3")  # pop rdi; mov cr3, rdi; ret
+        go = bytes.fromhex("5f 48 cf")  # pop rdi; iretq
+        done = bytes((0xE6, PORT_ENTRY_DONE)) + _HLT
+        self._entries_end = ENTRY_STUBS + len(self._ENTRY) * self.MOST
+        self._tables_end = ENTRY_STUBS + len(entries) + len(self._TABLE) * self.MOST
+        self.flush = self._tables_end + 1
+        self.go = self.flush + len(flush)
+        self.done = self.go + len(go)
+        self.code = entries + tables + flush + go + done
+
+    def rewrite_entries(self, count: int) -> int:
+        return self._entries_end - len(self._ENTRY) * count
+
+    def rewrite_tables(self, count: int) -> int:
+        return self._tables_end - len(self._TABLE) * count
+
+
+class CpuPages:
+    """One vCPU's pages of the area: where its trap frames appear and its entry lists go."""
+
+    def __init__(self, memory: MachineMemory, number: int, mfns: list[int]) -> None:
+        tss_mfn, stack_mfn, list_mfn = mfns
+        self.tss_va = PER_CPU + number * PER_CPU_SIZE
+        self.list_va = self.tss_va + 0x2000
+        stack_top = self.tss_va + 0x1000 + PAGE_SIZE
+        end = (stack_mfn + 1) * ENTRIES
+        self.frame = memory.q[end - FRAME_WORDS : end]  # error code, RIP, CS, RFLAGS, RSP, SS
+        self.list = memory.q[list_mfn * ENTRIES : (list_mfn + 1) * ENTRIES]
+        tss = memory.page(tss_mfn)
+        tss[:] = bytes(_TSS_SIZE) + b"\xff" * (PAGE_SIZE - _TSS_SIZE)
+        pack_into("<Q", tss, _TSS_RSP0, stack_top)
+        pack_into("<H", tss, _TSS_IO_BITMAP, _TSS_SIZE)
+        self._syscall_bits = tss[_TSS_SIZE + PORT_SYSCALL // 8 :]
+
+    def allow_syscall_port(self) -> None:
+        """Let CPL 3 execute the OUT of the syscall page: on hosts where SYSCALL does not change the CPL."""
+        self._syscall_bits[0] &= ~(1 << PORT_SYSCALL % 8) & 0xFF
+
+
+class HypervisorArea:
+    """The area of one domain: its frames, the L4 entry that maps it, and what is on it.
+
+    `alias`: whether machine memory is mapped for the entry stubs.
+    """
+
+    def __init__(self, memory: MachineMemory, alias: bool) -> None:
+        self._memory = memory
+        self.stubs = EntryStubs()
+        shared = 5
+        tables = 3
+        alias_tables = -(-memory.size >> L2_SHIFT + 9) if alias else 0
+        self._frames = memory.allocate(tables + shared + alias_tables)
+        mfns = [int(mfn) for mfn in self._frames]
+        l3, l2, l1 = mfns[:tables]
+        idt, traps, gdt, syscall, entry = mfns[tables : tables + shared]
+        memory.q[l3 << 9] = l2 << PAGE_SHIFT | _TABLE
+        memory.q[l2 << 9] = l1 << PAGE_SHIFT | _TABLE
+        self._l1 = memory.q[l1 << 9 : l1 + 1 << 9]
+        self._map(IDT, idt, _SUPERVISOR | PTE_NX)
+        self._map(TRAP_STUBS, traps, _SUPERVISOR)
+        self._map(GDT, gdt, _SUPERVISOR | PTE_RW | PTE_NX)  # the processor sets descriptors' accessed bits
+        self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | PTE_US)
+        self._map(ENTRY_STUBS, entry, _SUPERVISOR)
+        if alias:
+            self._map_alias(l3, mfns[tables + shared :])
+        self._write_idt(memory.page(idt))
+        for vector in range(TRAP_VECTORS):
+            memory.page(traps)[vector * _STUB_SIZE :][:3] = bytes((0xE6, vector)) + _HLT
+        for selector, descriptor in _DESCRIPTORS.items():
+            memory.q[(gdt << 9) + (selector >> 3)] = descriptor
+        memory.page(syscall)[:6] = bytes((0xE6, PORT_SYSCALL)) + _HLT + bytes((0xE6, PORT_SYSCALL32)) + _HLT
+        memory.page(entry)[: len(self.stubs.code)] = self.stubs.code
+        self.l4_entry = l3 << PAGE_SHIFT | _TABLE
+
+    SYSCALL32_STUB: Final = SYSCALL_PAGE + 3
+
+    def cpu_pages(self, number: int) -> CpuPages:
+        """Set up the pages of vCPU `number`; call once for each."""
+        frames = self._memory.allocate(3)
+        self._frames = np.concatenate((self._frames, frames))
+        mfns = [int(mfn) for mfn in frames]
+        for page, mfn in enumerate(mfns):
+            self._map(PER_CPU + number * PER_CPU_SIZE + page * PAGE_SIZE, mfn, _SUPERVISOR | PTE_RW | PTE_NX)
+        return CpuPages(self._memory, number, mfns)
+
+    def release(self) -> None:
+        """Give the frames back. Nothing may map them any more."""
+        self._memory.free_many(self._frames)
+
+    def _map(self, va: int, mfn: int, flags: int) -> None:
+        self._l1[va - AREA >> PAGE_SHIFT] = mfn << PAGE_SHIFT | flags
+
+    def _map_alias(self, l3: int, l2s: list[int]) -> None:
+        q = self._memory.q
+        for gib, l2 in enumerate(l2s):
+            q[(l3 << 9) + 1 + gib] = l2 << PAGE_SHIFT | _TABLE
+            for slot in range(ENTRIES):
+                address = (gib * ENTRIES + slot) << L2_SHIFT
+                if address < self._memory.size:
+                    q[(l2 << 9) + slot] = address | _SUPERVISOR | PTE_RW | PTE_NX | PTE_PSE
+
+    def _write_idt(self, page: memoryview) -> None:
+        for vector in range(TRAP_VECTORS):
+            handler = TRAP_STUBS + vector * _STUB_SIZE
+            kind = _INTERRUPT_GATE | (3 << 5 if vector in _GATES_FOR_CPL3 else 0)
+            gate = pack("<HHBBHII", handler & 0xFFFF, CODE0, 0, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
+            page[vector * 16 : vector * 16 + 16] = gate

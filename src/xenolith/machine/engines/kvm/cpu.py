@@ -1,0 +1,808 @@
+"""One virtual processor of KVM as an execution context (`Cpu` of the engine protocol).
+
+The path of a trap: KVM_RUN returns with KVM_EXIT_IO because a stub of the hypervisor area executed OUT; the kernel
+has left the general and system registers in the shared kvm_run page (KVM_CAP_SYNC_REGS), the processor has
+left RIP, CS, RFLAGS and RSP on the trap stack.  Both are read as plain memory into the register file, the trap handler
+runs, and the registers go back the same way.  No ioctl but KVM_RUN takes part.
+
+Hardware CS and SS are always the same two selectors; the ones that the guest knows live in the register file.  Some
+hosts insist on that, and it costs nothing on the others.  Loads of other selectors fault for want of a
+descriptor and are carried out here, from the guest's own GDT (see segment_loads).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import threading
+import time
+from array import array
+from struct import Struct, pack_into, unpack_from
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi import layout
+from xenolith.abi.x86 import (
+    CR0_TS,
+    CR4_OSFXSR,
+    CR4_OSXMMEXCPT,
+    CR4_OSXSAVE,
+    CR4_PAE,
+    CS,
+    DS,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
+    EFER_SCE,
+    EFLAGS_AC,
+    EFLAGS_DEFINED,
+    EFLAGS_DF,
+    EFLAGS_IF,
+    EFLAGS_IOPL,
+    EFLAGS_NT,
+    EFLAGS_RESERVED_ONE,
+    EFLAGS_RF,
+    EFLAGS_TF,
+    EFLAGS_VM,
+    ES,
+    FS,
+    FS_BASE,
+    GS,
+    GS_BASE,
+    MSR_STAR,
+    PAGE_SHIFT,
+    R8,
+    R11,
+    R15,
+    RAX,
+    RCX,
+    RFLAGS,
+    RIP,
+    SEGMENT_BASE,
+    SS,
+    VECTOR_BP,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_OF,
+    VECTOR_PF,
+    VECTOR_UD,
+    VECTORS_WITH_ERROR_CODE,
+)
+from xenolith.machine.engines.kvm import api, area, segment_loads
+from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState, EngineError, TrapHandler, register_file
+from xenolith.machine.engines.unicorn import paging, segments
+from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
+from xenolith.machine.engines.unicorn.segments import Segment
+
+if TYPE_CHECKING:
+    from xenolith.machine.engines.kvm.engine import KvmEngine
+
+KICK_SIGNAL: Final = signal.SIGRTMIN + 6
+
+_CR0: Final = 0x8005_0033  # PG AM WP NE ET MP PE
+_EFER: Final = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
+_MSR_LSTAR: Final = 0xC000_0082
+_MSR_CSTAR: Final = 0xC000_0083
+_MSR_SFMASK: Final = 0xC000_0084
+_FIRST: Final = Struct("<8Q")  # the eight registers whose order differs: see abi.x86 and api.RUN_REGS
+_SELECTORS: Final = Struct("<8xQ16xQ16xQ16xQ")  # of DS ES FS GS: limit, selector, type, present
+_ENTRY_FLAGS: Final = EFLAGS_DEFINED & ~(EFLAGS_IOPL | EFLAGS_VM)
+_ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
+_SEGMENT_OFFSETS: Final = {
+    ES: api.SREGS_ES,
+    CS: api.SREGS_CS,
+    SS: api.SREGS_SS,
+    DS: api.SREGS_DS,
+    FS: api.SREGS_FS,
+    GS: api.SREGS_GS,
+}
+_DATA_SEGMENTS: Final = (ES, DS, FS, GS)
+_NULL_IMAGE: Final = api.SEGMENT.pack(0, 0xFFFF_FFFF, 0, 3, 1, 3, 1, 1, 0, 1, 0, 0)
+_FLAT_CODE: Final = api.SEGMENT.pack(0, 0xFFFF_FFFF, area.USER_CODE64, 0xB, 1, 3, 0, 1, 1, 1, 0, 0)
+_FLAT_STACK: Final = api.SEGMENT.pack(0, 0xFFFF_FFFF, area.USER_DATA, 3, 1, 3, 1, 1, 0, 1, 0, 0)
+_CODE0: Final = api.SEGMENT.pack(0, 0xFFFF_FFFF, area.CODE0, 0xB, 1, 0, 0, 1, 1, 1, 0, 0)
+_DATA0: Final = api.SEGMENT.pack(0, 0xFFFF_FFFF, area.DATA0, 3, 1, 0, 1, 1, 0, 1, 0, 0)
+_ERROR_IDT: Final = 2  # error code of a fault that INT n caused
+_LONG_CODE: Final = DESC_L
+
+# 64-bit words of the kvm_run page
+_RUN_FIRST: Final = api.RUN_REGS
+_RUN_R8: Final = api.RUN_REGS // 8 + 8
+_RUN_RSP: Final = api.RUN_REGS // 8 + 6
+_RUN_RIP: Final = api.RUN_REGS // 8 + 16
+_RUN_RFLAGS: Final = api.RUN_REGS // 8 + 17
+_RUN_RDI: Final = api.RUN_REGS // 8 + 5
+_RUN_FS_BASE: Final = (api.RUN_SREGS + api.SREGS_FS) // 8
+_RUN_GS_BASE: Final = (api.RUN_SREGS + api.SREGS_GS) // 8
+_RUN_CR0: Final = (api.RUN_SREGS + api.SREGS_CR0) // 8
+_RUN_CR2: Final = (api.RUN_SREGS + api.SREGS_CR2) // 8
+_RUN_CR3: Final = (api.RUN_SREGS + api.SREGS_CR3) // 8
+_RUN_CS: Final = slice(api.RUN_SREGS + api.SREGS_CS, api.RUN_SREGS + api.SREGS_CS + api.SEGMENT.size)
+_RUN_SS: Final = slice(api.RUN_SREGS + api.SREGS_SS, api.RUN_SREGS + api.SREGS_SS + api.SEGMENT.size)
+_RUN_SELECTORS: Final = api.RUN_SREGS + api.SREGS_DS
+_RUN_CPL: Final = api.RUN_SREGS + api.SREGS_SS + 16  # SS.DPL
+_RUN_EXIT_REASON: Final = api.RUN_EXIT_REASON // 4
+_RUN_DIRTY: Final = api.RUN_DIRTY_REGS // 8
+_RUN_PORT: Final = api.RUN_IO_PORT // 2
+
+_RUN_GUEST: Final = slice(api.RUN_REGS, api.RUN_SREGS + api.SREGS_SIZE)
+_PAGE: Final = -0x1000 & (1 << 64) - 1
+_MASK64: Final = (1 << 64) - 1
+_WITH_ERROR_CODE: Final = VECTORS_WITH_ERROR_CODE
+EFLAGS_OF: Final = 1 << 11
+_DIRECTION_IN: Final = 0
+_IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
+_XSTATE_BV: Final = 512  # in an XSAVE image
+
+_thread = threading.local()
+
+
+class KvmCpu:
+    """A vCPU of KVM. See the engine protocol for the methods that are not explained here."""
+
+    def __init__(self, engine: KvmEngine, number: int, vm_fd: int) -> None:
+        self._engine = engine
+        self._memory = engine.memory
+        self._stubs = engine.area.stubs
+        self._pages = engine.area.cpu_pages(number)
+        self._fd = ioctl(vm_fd, api.KVM_CREATE_VCPU, number)
+        self._map = mmap.mmap(self._fd, engine.run_size)
+        self._run = memoryview(self._map)
+        self._run_q = self._run.cast("Q")
+        self._run_d = self._run.cast("I")
+        self._run_h = self._run.cast("H")
+        self.regs = register_file()
+        self._file = self.regs.cast("B")
+        self._cs = _FLAT_CODE
+        self._ss = _FLAT_STACK
+        self._selectors = _SELECTORS.unpack(bytes(_SELECTORS.size))
+        self._l4_mfn = 0
+        self._user = False
+        self._task_switched = False
+        self._debug = [0] * 8
+        self._xcr0 = 1
+        self._gdt = (0, 0)  # linear address and limit
+        self._ldt = (0, 0)
+        self._flush = False
+        self._interrupted_in_stubs = False
+        self._kicked = False
+        self._kick_lock = threading.Lock()
+        self._running_thread: int | None = None
+        self._masked_for = 0  # the thread whose signal mask KVM_RUN uses
+        self.in_guest = False
+        self.departures = 0  # how often it has left guest code
+        if engine.traits.syscall_cpl == 3:
+            self._pages.allow_syscall_port()
+        self._set_up()
+
+    # --- registers outside of `run` ------------------------------------------------------------------
+
+    def get_rflags(self) -> int:
+        return self.regs[RFLAGS]
+
+    def set_rflags(self, value: int) -> None:
+        self.regs[RFLAGS] = value & _ENTRY_FLAGS | _ALWAYS_SET
+
+    def load(self, state: CpuState) -> None:
+        self.regs[:] = state.regs
+        self.set_rflags(state.regs[RFLAGS])
+        self._gdt = (state.gdt_va, state.gdt_limit)
+        self._ldt = (state.ldt_va, state.ldt_limit)
+        self.switch_mode(state.l4_mfn, state.user)
+        for segment in _DATA_SEGMENTS:
+            self.load_selector(segment, state.regs[segment] & 0xFFFF)
+        self.regs[FS_BASE] = state.regs[FS_BASE]  # as WRMSR may have set them
+        self.regs[GS_BASE] = state.regs[GS_BASE]
+        self._load_code_stack(state.regs[CS] & 0xFFFF, state.regs[SS] & 0xFFFF)
+        self.set_task_switched(state.task_switched)
+        self._debug = list(state.debug)
+        self._load_debug()
+        self._load_extended(state)
+        self._flush = True
+
+    def store(self, state: CpuState) -> None:
+        state.regs[:] = self.regs
+        state.l4_mfn = self._l4_mfn
+        state.user = self._user
+        state.task_switched = self._task_switched
+        state.gdt_va, state.gdt_limit = self._gdt
+        state.ldt_va, state.ldt_limit = self._ldt
+        registers = bytearray(api.DEBUGREGS.size)
+        ioctl(self._fd, api.KVM_GET_DEBUGREGS, registers)
+        state.debug = [*self._debug[:6], api.DEBUGREGS.unpack(registers)[4], self._debug[7]]
+        image = bytearray(api.XSAVE_SIZE)
+        ioctl(self._fd, api.KVM_GET_XSAVE, image)
+        state.xsave = image[: self._engine.xsave_size]
+        state.xcr0 = self._xcr0
+
+    def switch_mode(self, l4_mfn: int, user: bool) -> None:
+        self._l4_mfn = l4_mfn
+        self._user = user
+        self._run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
+
+    def flush_tlb(self) -> None:
+        self._flush = True
+        if self.in_guest:
+            self._wait_until_out()
+
+    def flush_page(self, va: int) -> None:
+        self._flush = True
+        if self.in_guest:
+            self._wait_until_out()
+
+    def set_segment(self, segment: int, selector: int) -> None:
+        try:
+            self.load_selector(segment, selector)
+        except ValueError:
+            self._write_segment(segment, 0, segments.NULL)
+            raise
+
+    def set_code_stack(self, cs: int, ss: int) -> None:
+        code = segments.code_segment(cs, self._descriptor)
+        if ss & ~segments.SELECTOR_RPL or not code.flags & _LONG_CODE:
+            stack = segments.stack_segment(ss, self._descriptor)
+        else:
+            stack = segments.NULL  # a null SS is good enough for 64-bit code
+        if code.flags & _LONG_CODE:
+            self._cs, self._ss = _FLAT_CODE, _FLAT_STACK
+        else:
+            self._cs = _image(code, area.USER_CODE32)
+            self._ss = _image(stack, area.USER_DATA)
+        for index, selector, segment in ((CS, cs, code), (SS, ss, stack)):
+            self.regs[index] = selector
+            self.regs[index + 1] = segment.base
+            self.regs[index + 2] = segment.limit | segment.flags << 32
+
+    def set_task_switched(self, on: bool) -> None:
+        self._task_switched = on
+        self._run_q[_RUN_CR0] = _CR0 | (CR0_TS if on else 0)
+
+    def set_debug(self, number: int, value: int) -> None:
+        self._debug[number] = value
+        self._load_debug()
+
+    def set_ldt(self, va: int, limit: int) -> None:
+        self._ldt = (va, limit)
+
+    def try_xcr0(self, value: int) -> bool:
+        """Whether KVM takes this XCR0."""
+        try:
+            ioctl(self._fd, api.KVM_SET_XCRS, bytearray(api.XCRS.pack(1, 0, 0, 0, value, *(0,) * 45)))
+        except OSError:
+            return False
+        return True
+
+    def set_xcr0(self, value: int) -> None:
+        """Load XCR0 with a value that the hypervisor has checked against `Engine.xcr0_mask`."""
+        self._xcr0 = value
+        if self._engine.traits.xcr0_settable and not self.try_xcr0(value):
+            raise EngineError(f"KVM refuses XCR0 = {value:#x}")
+
+    def code_written(self, mfn: int) -> None:
+        """Nothing: the processor sees writes to code by itself."""
+
+    def executable_mapped(self, mfn: int) -> None:
+        """Nothing, likewise."""
+
+    # --- running ------------------------------------------------------------------------------------
+
+    def run(self, on_trap: TrapHandler) -> None:
+        self._enter_thread()
+        try:
+            if self._kicked:
+                self._kicked = False
+                return
+            self._loop(on_trap)
+        finally:
+            self.in_guest = False
+            with self._kick_lock:
+                self._running_thread = None
+
+    def _loop(self, on_trap: TrapHandler) -> None:
+        regs, file = self.regs, self._file
+        run, run_q, run_d, run_h = self._run, self._run_q, self._run_d, self._run_h
+        frame = self._pages.frame
+        engine = self._engine
+        entries, tables = engine.changed_entries, engine.changed_tables
+        fd = self._fd
+        unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
+        unpack_selectors = _SELECTORS.unpack_from
+        while True:
+            self.in_guest = True  # before looking for changed entries: see `flush_tlb`
+            by_stubs = bool(entries or tables or self._flush or engine.rewriting) and self._prepare_entry()
+            rip = regs[RIP]
+            if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
+                # No processor can go there; the jump, or the return, faults.
+                self.in_guest = False
+                if not on_trap(VECTOR_GP, 0, 0):
+                    return
+                continue
+            rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi = unpack_first(file)
+            pack_first(run, _RUN_FIRST, rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp)
+            run_q[_RUN_R8 : _RUN_R8 + 8] = regs[R8 : R15 + 1]
+            run_q[_RUN_RIP] = rip
+            run_q[_RUN_RFLAGS] = regs[RFLAGS]
+            run_q[_RUN_FS_BASE] = regs[FS_BASE]
+            run_q[_RUN_GS_BASE] = regs[GS_BASE]
+            run[_RUN_CS] = self._cs
+            run[_RUN_SS] = self._ss
+            run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
+            if by_stubs:
+                self._divert_to_stubs()
+            result = run_ioctl(fd, api.KVM_RUN, 0)
+            self.in_guest = False
+            self.departures += 1
+            if result:
+                if self._interrupted():
+                    if self._kicked:
+                        self._kicked = False
+                        return
+                    continue
+            elif run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO:
+                self._unexpected_exit()
+                if not on_trap(VECTOR_UD, 0, 0):
+                    return
+                continue
+
+            rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp = unpack_first(run, _RUN_FIRST)
+            regs[R8 : R15 + 1] = run_q[_RUN_R8 : _RUN_R8 + 8]
+            regs[FS_BASE] = run_q[_RUN_FS_BASE]
+            regs[GS_BASE] = run_q[_RUN_GS_BASE]
+            if unpack_selectors(run, _RUN_SELECTORS) != self._selectors:
+                self._selectors_changed()
+            vector = run_h[_RUN_PORT]
+            if vector < area.TRAP_VECTORS:
+                error_code, regs[RIP], selector, regs[RFLAGS], rsp, _ = frame
+                pack_first(file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
+                if vector == VECTOR_PF:
+                    more = on_trap(VECTOR_PF, error_code, run_q[_RUN_CR2])
+                else:
+                    more = self._exception(on_trap, vector, error_code, selector)
+            else:
+                pack_first(file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
+                if vector == area.PORT_SYSCALL and run_q[_RUN_RIP] & _PAGE == area.SYSCALL_PAGE:
+                    if self._cs is not _FLAT_CODE:
+                        self._code_segment_changed(area.USER_CODE64)
+                    regs[RIP] = rcx
+                    regs[RFLAGS] = run_q[_RUN_R8 + 3] & _ENTRY_FLAGS | _ALWAYS_SET
+                    more = on_trap(TRAP_SYSCALL, 0, 0)
+                else:
+                    more = self._other_port(on_trap, vector)
+            if not more:
+                return
+            if self._kicked:
+                self._kicked = False
+                return
+
+    # --- entering by way of the stubs -----------------------------------------------------------------
+
+    def _prepare_entry(self) -> bool:
+        """Before an entry with translations to forget. True: go through the stubs, which do it on the way."""
+        engine = self._engine
+        if not engine.traits.shadows_page_tables:
+            return self._flush
+        self._flush = False  # KVM's shadow follows the tables, but for the entries that are noted
+        if len(engine.cpus) == 1:
+            return bool(engine.changed_entries or engine.changed_tables)
+        # Another vCPU must not slip into the guest while the rewriting is under way.
+        with engine.rewrite_lock:
+            engine.rewriting = True
+            while engine.changed_entries or engine.changed_tables:
+                self._rewrite_apart()
+            engine.rewriting = False
+        return False
+
+    def _divert_to_stubs(self) -> None:
+        """Make the entry that kvm_run holds go through the stubs that forget translations first."""
+        run_q, stubs, engine = self._run_q, self._stubs, self._engine
+        while len(engine.changed_entries) > stubs.MOST or len(engine.changed_tables) > stubs.MOST:
+            saved = bytes(self._run[_RUN_GUEST])
+            self._rewrite_apart()
+            self._run[_RUN_GUEST] = saved
+        pieces = self._take_changes()
+        if self._flush:
+            self._flush = False
+            pieces.append((stubs.flush, [run_q[_RUN_CR3]]))
+        if not pieces:
+            return
+        frame = [run_q[_RUN_RIP], area.USER_CODE64, run_q[_RUN_RFLAGS], run_q[_RUN_RSP], area.USER_DATA]
+        if self._cs is not _FLAT_CODE:  # IRETQ would look for a descriptor
+            saved = bytes(self._run[_RUN_GUEST])
+            self._start_stubs(pieces + [(stubs.done, [])])
+            self._run_stubs()
+            self._run[_RUN_GUEST] = saved
+            return
+        self._start_stubs(pieces + [(stubs.go, [run_q[_RUN_RDI], *frame])])
+
+    def _take_changes(self) -> list[tuple[int, list[int]]]:
+        """Take noted changes, as many as a list holds, as stubs and their operands."""
+        engine, stubs = self._engine, self._stubs
+        pieces = []
+        taken = [engine.changed_tables.pop() for _ in range(min(len(engine.changed_tables), stubs.MOST))]
+        if taken:
+            pieces.append((stubs.rewrite_tables(len(taken)), [area.ALIAS + (mfn << PAGE_SHIFT) for mfn in taken]))
+        taken = [engine.changed_entries.pop() for _ in range(min(len(engine.changed_entries), stubs.MOST))]
+        if taken:
+            pieces.append((stubs.rewrite_entries(len(taken)), [area.ALIAS + (index << 3) for index in taken]))
+        return pieces
+
+    def _start_stubs(self, pieces: list[tuple[int, list[int]]]) -> None:
+        """Write the list and point the virtual processor at its first piece."""
+        run_q = self._run_q
+        run_q[_RUN_RIP], words = pieces[0]
+        words = list(words)
+        for stub, operands in pieces[1:]:
+            words.append(stub)
+            words += operands
+        self._pages.list[: len(words)] = array("Q", words)
+        run_q[_RUN_RSP] = self._pages.list_va
+        run_q[_RUN_RFLAGS] = EFLAGS_RESERVED_ONE
+        self._run[_RUN_CS] = _CODE0
+        self._run[_RUN_SS] = _DATA0
+
+    def _rewrite_apart(self) -> None:
+        """Rewrite noted entries in an entry of its own."""
+        self._start_stubs(self._take_changes() + [(self._stubs.done, [])])
+        self._run_stubs()
+
+    def _run_stubs(self) -> None:
+        """Run the stubs until they say that they are done."""
+        run_q = self._run_q
+        run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
+        while run_ioctl(self._fd, api.KVM_RUN, 0):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
+            while signal.sigtimedwait((KICK_SIGNAL,), 0):
+                self._interrupted_in_stubs = True
+            run_q[_RUN_DIRTY] = 0
+        if self._run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO or self._run_h[_RUN_PORT] != area.PORT_ENTRY_DONE:
+            raise EngineError(
+                f"the engine's entry code stopped at {run_q[_RUN_RIP]:#x}, {self._run_d[_RUN_EXIT_REASON]}"
+            )
+        if self._interrupted_in_stubs:
+            self._interrupted_in_stubs = False
+            signal.pthread_kill(threading.get_ident(), KICK_SIGNAL)
+
+    # --- rare exits -----------------------------------------------------------------------------------
+
+    def _exception(self, on_trap: TrapHandler, vector: int, error_code: int, selector: int) -> bool:
+        """An exception other than a page fault; `selector` is the hardware CS it came from."""
+        if not selector & 3:
+            raise EngineError(f"exception {vector} (error code {error_code:#x}) in the engine's own entry code")
+        if selector != self._hardware_cs:
+            self._code_segment_changed(selector)
+        regs = self.regs
+        if vector == VECTOR_UD:
+            vector, error_code = self._undefined_opcode()
+        elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT and segment_loads.carry_out(self):
+            return True
+        address = 0
+        if vector == VECTOR_DB:
+            registers = bytearray(api.DEBUGREGS.size)
+            ioctl(self._fd, api.KVM_GET_DEBUGREGS, registers)
+            address = self._debug[6] = api.DEBUGREGS.unpack(registers)[4]
+            regs[RFLAGS] &= ~EFLAGS_RF
+        return on_trap(vector, error_code if vector in _WITH_ERROR_CODE else 0, address)
+
+    def _undefined_opcode(self) -> tuple[int, int]:
+        """What a #UD really is: some hosts raise it for INT n and, in compatibility mode, INT3 and INTO."""
+        regs = self.regs
+        code = self.fetch(2)
+        if code[:1] == b"\xcc" and self._cs is not _FLAT_CODE:
+            regs[RIP] += 1
+            return VECTOR_BP, 0
+        if code[:1] == b"\xce" and self._cs is not _FLAT_CODE:
+            if regs[RFLAGS] & EFLAGS_OF:
+                regs[RIP] += 1
+                return VECTOR_OF, 0
+        elif code[:1] == b"\xcd" and len(code) == 2:
+            if code[1] in (VECTOR_BP, VECTOR_OF):
+                regs[RIP] += 2
+                return code[1], 0
+            return VECTOR_GP, code[1] << 3 | _ERROR_IDT
+        return VECTOR_UD, 0
+
+    def _other_port(self, on_trap: TrapHandler, port: int) -> bool:
+        """An OUT of no trap stub: SYSCALL from compatibility mode, or the guest's own, to the one port it can reach."""
+        regs, run_q = self.regs, self._run_q
+        rip = run_q[_RUN_RIP]
+        flags = run_q[_RUN_RFLAGS]
+        if self._run[_RUN_CPL] & 3 == 0:
+            if port not in (area.PORT_SYSCALL32, area.PORT_SYSCALL):
+                raise EngineError(f"the engine's own code at {rip:#x} wrote to port {port:#x}")
+            regs[RIP] = regs[RCX]
+            regs[RFLAGS] = regs[R11] & _ENTRY_FLAGS | _ALWAYS_SET
+            return on_trap(TRAP_SYSCALL, 0, 0)
+        rax = regs[RAX]
+        if self._run[api.RUN_DETAIL] == _DIRECTION_IN:  # the kernel wants to finish the instruction first
+            self._finish_io()
+        regs[RAX] = rax
+        regs[RIP] = self._start_of_io(rip)
+        regs[RFLAGS] = flags & _ENTRY_FLAGS | _ALWAYS_SET
+        return on_trap(VECTOR_GP, 0, 0)
+
+    def _finish_io(self) -> None:
+        """Let the kernel complete an IN whose result nobody wants, without executing anything more."""
+        self._run[api.RUN_IMMEDIATE_EXIT] = 1
+        self._run_q[_RUN_DIRTY] = 0
+        run_ioctl(self._fd, api.KVM_RUN, 0)
+        self._run[api.RUN_IMMEDIATE_EXIT] = 0
+
+    def _start_of_io(self, rip: int) -> int:
+        """The address of the I/O instruction that ends at `rip` (or starts there, where KVM has not advanced RIP)."""
+        before = paging.read(self._memory, self._l4_mfn, rip - 2 & _MASK64, 2) or b""
+        if len(before) == 2 and before[0] & 0xFC == 0xE4 and before[1] == area.PORT_SYSCALL:
+            return rip - 2
+        if len(before) == 2 and before[1] in _IO_BY_DX:
+            return rip - 1
+        return rip
+
+    def _interrupted(self) -> bool:
+        """KVM_RUN was interrupted. True: the guest's state is in the register file; False: a trap came up meanwhile.
+
+        A trap that is half delivered must be finished first: an exception that KVM holds queued would hit whatever
+        code runs next, and inside a stub the registers are the stub's.
+        """
+        run_q = self._run_q
+        while True:
+            number = ctypes.get_errno()
+            if number not in (errno.EINTR, errno.EAGAIN):
+                raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
+            while signal.sigtimedwait((KICK_SIGNAL,), 0):
+                pass
+            in_stub = self._run[_RUN_CPL] & 3 == 0 or run_q[_RUN_RIP] & -0x1000 == area.SYSCALL_PAGE
+            if not in_stub and not self._exception_queued():
+                self._read_registers()
+                return True
+            run_q[_RUN_DIRTY] = 0
+            self.in_guest = True
+            result = run_ioctl(self._fd, api.KVM_RUN, 0)
+            self.in_guest = False
+            self.departures += 1
+            if not result:
+                if self._run_d[_RUN_EXIT_REASON] == api.KVM_EXIT_IO:
+                    return False
+                self._unexpected_exit()
+
+    def _exception_queued(self) -> bool:
+        events = bytearray(api.VCPU_EVENTS_SIZE)
+        ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
+        return bool(events[api.EVENTS_EXCEPTION_INJECTED] or events[api.EVENTS_EXCEPTION_PENDING])
+
+    def _read_registers(self) -> None:
+        """Everything from kvm_run to the register file, where guest code itself was interrupted."""
+        regs, run, run_q = self.regs, self._run, self._run_q
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp = _FIRST.unpack_from(run, _RUN_FIRST)
+        _FIRST.pack_into(self._file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
+        regs[R8 : RFLAGS + 1] = run_q[_RUN_R8 : _RUN_RFLAGS + 1]
+        regs[RFLAGS] = regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+        regs[FS_BASE] = run_q[_RUN_FS_BASE]
+        regs[GS_BASE] = run_q[_RUN_GS_BASE]
+        if _SELECTORS.unpack_from(run, _RUN_SELECTORS) != self._selectors:
+            self._selectors_changed()
+        selector = unpack_from("<H", run, api.RUN_SREGS + api.SREGS_CS + 12)[0]
+        if selector != self._hardware_cs:
+            self._code_segment_changed(selector)
+
+    def _unexpected_exit(self) -> None:
+        """An exit that no stub asked for: EngineError, or guest code that KVM cannot emulate, which counts as #UD."""
+        reason = self._run_d[_RUN_EXIT_REASON]
+        if self._run[_RUN_CPL] & 3 == 3 and reason == api.KVM_EXIT_INTERNAL_ERROR:
+            self._read_registers()
+            return
+        first, second = unpack_from("<QQ", self._run, api.RUN_DETAIL)
+        name = api.EXIT_NAMES.get(reason, "?")
+        rip = self._run_q[_RUN_RIP]
+        raise EngineError(f"KVM stopped for reason {reason} ({name}; {first:#x} {second:#x}) at {rip:#x}")
+
+    # --- segments -------------------------------------------------------------------------------------
+
+    @property
+    def _hardware_cs(self) -> int:
+        return area.USER_CODE64 if self._cs is _FLAT_CODE else area.USER_CODE32
+
+    @property
+    def cpl_at_exit(self) -> int:
+        """The privilege level at which the virtual processor left guest code last."""
+        return self._run[_RUN_CPL] & 3
+
+    @property
+    def runs_64_bit_code(self) -> bool:
+        return self._cs is _FLAT_CODE
+
+    def read_memory(self, va: int, size: int) -> bytes | None:
+        """Guest memory at a linear address; None where it is not mapped."""
+        return paging.read(self._memory, self._l4_mfn, va, size)
+
+    def fetch(self, size: int) -> bytes:
+        """Up to `size` bytes of code at RIP."""
+        rip = self.regs[RIP] + (0 if self._cs is _FLAT_CODE else self.regs[CS + SEGMENT_BASE])
+        for length in (size, 0x1000 - (rip & 0xFFF)):
+            code = paging.read(self._memory, self._l4_mfn, rip, min(length, size))
+            if code is not None:
+                return code
+        return b""
+
+    def _descriptor(self, selector: int) -> bytes | None:
+        va, limit = self._ldt if selector & segments.SELECTOR_TI else self._gdt
+        offset = selector & ~7
+        if not va or offset + 7 > limit:
+            return None
+        return paging.read(self._memory, self._l4_mfn, va + offset, 8)
+
+    def load_selector(self, segment: int, selector: int) -> None:
+        """Like `set_segment`, but a register that cannot be loaded stays as it is."""
+        self._write_segment(segment, selector, segments.data_segment(selector, self._descriptor))
+
+    def _write_segment(self, index: int, selector: int, segment: Segment) -> None:
+        regs = self.regs
+        regs[index] = selector
+        regs[index + 1] = segment.base
+        regs[index + 2] = segment.limit | segment.flags << 32
+        image = _image(segment, selector) if selector & ~3 else _NULL_IMAGE
+        start = api.RUN_SREGS + _SEGMENT_OFFSETS[index]
+        self._run[start : start + len(image)] = image
+        self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+
+    def _load_code_stack(self, cs: int, ss: int) -> None:
+        """For `load`: Xen's flat pair where the saved selectors are no good any more."""
+        try:
+            self.set_code_stack(cs | 3, ss)
+        except ValueError:
+            self.set_code_stack(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
+
+    def _selectors_changed(self) -> None:
+        """Guest code loaded a segment register by itself: a null selector, or the flat one that hardware has."""
+        for index in _DATA_SEGMENTS:
+            start = api.RUN_SREGS + _SEGMENT_OFFSETS[index]
+            base, limit, selector, *_ = api.SEGMENT.unpack_from(self._run, start)
+            if selector != self.regs[index] & 0xFFFF:
+                self.regs[index] = selector
+                self.regs[index + 1] = base
+                self.regs[index + 2] = limit
+        self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+
+    def _code_segment_changed(self, selector: int) -> None:
+        """Guest code loaded CS by itself, by a far jump between the hardware's own 64-bit and 32-bit segments."""
+        flags = FLAT_CODE64 if selector == area.USER_CODE64 else FLAT_CODE32
+        code = Segment(0, 0xFFFF_FFFF, flags)
+        if selector == area.USER_CODE64:
+            self._cs, self._ss = _FLAT_CODE, _FLAT_STACK
+        else:
+            self._cs = _image(code, area.USER_CODE32)
+            self._ss = _FLAT_STACK
+        self.regs[CS] = selector
+        self.regs[CS + 1] = 0
+        self.regs[CS + 2] = code.limit | flags << 32
+
+    # --- state outside of kvm_run -----------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        """Bring the virtual processor into long mode, on the hypervisor area."""
+        engine = self._engine
+        ioctl(self._fd, api.KVM_SET_CPUID2, engine.cpuid_table())
+        cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT
+        if engine.kvm_xsave:
+            cr4 |= CR4_OSXSAVE
+        sregs = bytearray(api.SREGS_SIZE)
+        ioctl(self._fd, api.KVM_GET_SREGS, sregs)
+        for offset in _SEGMENT_OFFSETS.values():
+            sregs[offset : offset + api.SEGMENT.size] = _NULL_IMAGE
+        pack = api.SEGMENT.pack_into
+        pack(sregs, api.SREGS_CS, *api.SEGMENT.unpack(_FLAT_CODE))
+        pack(sregs, api.SREGS_SS, *api.SEGMENT.unpack(_FLAT_STACK))
+        pack(sregs, api.SREGS_TR, self._pages.tss_va, area.TSS_LIMIT, area.TSS_SELECTOR, 0xB, 1, 0, 0, 0, 0, 0, 0, 0)
+        pack(sregs, api.SREGS_LDT, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1)
+        api.DTABLE.pack_into(sregs, api.SREGS_GDT, area.GDT, area.GDT_LIMIT)
+        api.DTABLE.pack_into(sregs, api.SREGS_IDT, area.IDT, area.IDT_LIMIT)
+        for offset, value in (
+            (api.SREGS_CR0, _CR0),
+            (api.SREGS_CR3, 0),
+            (api.SREGS_CR4, cr4),
+            (api.SREGS_EFER, _EFER),
+        ):
+            pack_into("<Q", sregs, offset, value)
+        try:
+            ioctl(self._fd, api.KVM_SET_SREGS, sregs)
+        except OSError as error:
+            raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
+        self._run[api.RUN_SREGS : api.RUN_SREGS + api.SREGS_SIZE] = sregs
+        self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+        self._run_q[api.RUN_VALID_REGS // 8] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
+        # STAR: SYSCALL loads CS and SS from bits 47..32; SYSRET is never executed.
+        flags_cleared = EFLAGS_TF | EFLAGS_IF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
+        entries = (
+            (MSR_STAR, area.CODE0 << 32 | area.USER_CODE32 << 48),
+            (_MSR_LSTAR, area.SYSCALL_PAGE),
+            (_MSR_CSTAR, area.HypervisorArea.SYSCALL32_STUB),
+            (_MSR_SFMASK, flags_cleared),
+        )
+        table = api.MSRS_HEADER.pack(len(entries), 0)
+        table += b"".join(api.MSR_ENTRY.pack(index, 0, value) for index, value in entries)
+        if ioctl(self._fd, api.KVM_SET_MSRS, bytearray(table)) != len(entries):
+            raise EngineError("KVM refuses the system-call registers of a 64-bit guest")
+
+    def _load_debug(self) -> None:
+        db0, db1, db2, db3, _, _, dr6, dr7 = self._debug
+        registers = api.DEBUGREGS.pack(db0, db1, db2, db3, dr6 or 0xFFFF_0FF0, dr7 or 0x400, 0)
+        ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))
+
+    def _load_extended(self, state: CpuState) -> None:
+        """The XSAVE image: x87, SSE and what else the host has."""
+        image = bytearray(api.XSAVE_SIZE)
+        image[: len(state.xsave)] = state.xsave
+        (components,) = unpack_from("<Q", image, _XSTATE_BV)
+        unknown = components & ~self._engine.xcr0_mask
+        if unknown:
+            raise EngineError(f"the vCPU has extended state that this host lacks (XSAVE components {unknown:#x})")
+        ioctl(self._fd, api.KVM_SET_XSAVE, image)
+        self.set_xcr0(state.xcr0)
+
+    # --- threads --------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        self._kicked = True
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """Make KVM_RUN return, if some thread is in `run`."""
+        with self._kick_lock:
+            if self._running_thread is not None:
+                signal.pthread_kill(self._running_thread, KICK_SIGNAL)
+
+    def _wait_until_out(self) -> None:
+        """For another vCPU's thread: wait until this one has left guest code. When it comes back, it flushes first."""
+        departures = self.departures
+        self._nudge()
+        while self.in_guest and self.departures == departures:
+            time.sleep(20e-6)
+
+    def _enter_thread(self) -> None:
+        """Make the calling thread the one that kicks go to.
+
+        The signal stays blocked but inside KVM_RUN, so none is lost between a check and the entry: one that is
+        pending makes KVM_RUN return at once.
+        """
+        thread = threading.get_ident()
+        if not getattr(_thread, "blocks_kicks", False):
+            signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,))
+            _thread.blocks_kicks = True
+        if thread != self._masked_for:
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) - {KICK_SIGNAL}
+            mask = sum(1 << number - 1 for number in blocked)
+            ioctl(self._fd, api.KVM_SET_SIGNAL_MASK, bytearray(api.SIGNAL_MASK.pack(8, mask)))
+            self._masked_for = thread
+        with self._kick_lock:
+            self._running_thread = thread
+
+    def close(self) -> None:
+        """Give the virtual processor back. It is not running."""
+        self._run_q.release()
+        self._run_d.release()
+        self._run_h.release()
+        self._run.release()
+        self._map.close()
+        os.close(self._fd)
+
+
+def _image(segment: Segment, selector: int) -> bytes:
+    """A segment in the form of struct kvm_segment."""
+    flags = segment.flags
+    return api.SEGMENT.pack(
+        segment.base,
+        segment.limit,
+        selector,
+        flags >> 8 & 15,
+        flags >> 15 & 1,
+        flags >> 13 & 3,
+        flags >> 22 & 1,
+        flags >> 12 & 1,
+        flags >> 21 & 1,
+        flags >> 23 & 1,
+        flags >> 20 & 1,
+        0,
+    )

@@ -1,0 +1,171 @@
+"""The KVM engine: one virtual machine per domain, one virtual processor per vCPU.
+
+The machine's memory object is the virtual machine's only memory, at guest-physical address 0: guest-physical
+addresses are machine addresses, and the guest's page tables are the ones that the processor (or KVM) walks.
+
+Stale translations.  Where KVM itself keeps shadow page tables, it follows a guest's stores to its tables, but not
+Python's, which arrive through another mapping.  An entry that was present and changes stays as it was in the shadow,
+for ever.  So the hypervisor reports such changes (`entry_changed`), and before guest code runs again the same
+values are stored once more from guest context, by the entry stubs (see area.EntryStubs).  Entries that were not present
+are looked up afresh and need nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from struct import pack_into, unpack_from
+from typing import Final
+
+from xenolith.machine.engines.kvm import api, area
+from xenolith.machine.engines.kvm.api import ioctl
+from xenolith.machine.engines.kvm.cpu import KvmCpu
+from xenolith.machine.engines.kvm.cpuid import native_cpuid
+from xenolith.machine.engines.kvm.traits import HostTraits
+from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.memory import MachineMemory
+
+_CPUID_ENTRIES: Final = 256
+CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
+
+
+class KvmEngine:
+    """A domain's virtual machine. `traits`: how this host's KVM behaves; found out once where not given."""
+
+    name = "kvm"
+    cpus_shared = False
+
+    def __init__(self, memory: MachineMemory, traits: HostTraits | None = None) -> None:
+        if traits is None:
+            from xenolith.machine.engines.kvm.host import host_traits
+
+            traits = host_traits()
+        self.memory = memory
+        self.traits = traits
+        self.xcr0_mask = traits.xcr0
+        self.caches_tables = traits.shadows_page_tables
+        self.changed_entries: set[int] = set()  # word indices of entries that KVM's shadow may still hold as they were
+        self.changed_tables: set[int] = set()  # MFNs of tables of which it may hold anything
+        self.rewrite_lock = threading.Lock()
+        self.rewriting = False  # a vCPU rewrites changed entries: wait for it
+        self.cpus: dict[int, KvmCpu] = {}
+        self._cpuid: CpuidTable | None = None
+        self._device = api.open_device()
+        self._vm = -1
+        try:
+            self._open_vm()
+        except OSError as error:
+            self.close()
+            raise EngineError(f"/dev/kvm cannot make a virtual machine: {error.strerror}") from error
+        self.area = area.HypervisorArea(memory, alias=traits.shadows_page_tables)
+        self.l4_entries = {area.SLOT: self.area.l4_entry}
+
+    def _open_vm(self) -> None:
+        if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SYNC_REGS) & api.KVM_SYNC_X86_SREGS:
+            raise EngineError("this kernel's KVM cannot share registers (KVM_CAP_SYNC_REGS); Linux 4.16 or newer can")
+        self.run_size = ioctl(self._device, api.KVM_GET_VCPU_MMAP_SIZE)
+        self._vm = ioctl(self._device, api.KVM_CREATE_VM)
+        size = self.memory.size
+        # Room that Intel processors without "unrestricted guest" want; beyond the machine's memory, below 4 GiB.
+        if size <= _RESERVED:
+            ioctl(self._vm, api.KVM_SET_IDENTITY_MAP_ADDR, bytearray(_RESERVED.to_bytes(8, "little")))
+            ioctl(self._vm, api.KVM_SET_TSS_ADDR, _RESERVED + 0x1000)
+        ioctl(
+            self._vm,
+            api.KVM_SET_USER_MEMORY_REGION,
+            bytearray(api.MEMORY_REGION.pack(0, 0, 0, size, self.memory.address)),
+        )
+
+    # --- what the processor is --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def xsave_size(self) -> int:
+        """Bytes of an XSAVE image in the standard format with every component of this host."""
+        size = 576
+        for component in range(2, 63):
+            if self.xcr0_mask >> component & 1:
+                length, offset, _, _ = self.host_cpuid(0xD, component)
+                size = max(size, offset + length)
+        return size
+
+    @functools.cached_property
+    def supported_cpuid(self) -> CpuidTable:
+        """What KVM says it can offer."""
+        table = bytearray(api.CPUID_HEADER.size + _CPUID_ENTRIES * api.CPUID_ENTRY.size)
+        pack_into("<I", table, 0, _CPUID_ENTRIES)
+        ioctl(self._device, api.KVM_GET_SUPPORTED_CPUID, table)
+        entries: CpuidTable = {}
+        for number in range(unpack_from("<I", table)[0]):
+            offset = api.CPUID_HEADER.size + number * api.CPUID_ENTRY.size
+            leaf, subleaf, flags, *registers = api.CPUID_ENTRY.unpack_from(table, offset)
+            entries[leaf, subleaf if flags & api.CPUID_FLAG_SIGNIFICANT_INDEX else 0] = tuple(registers)
+        return entries
+
+    @functools.cached_property
+    def kvm_xsave(self) -> bool:
+        """Whether KVM lets a guest turn XSAVE on."""
+        return bool(self.supported_cpuid.get((1, 0), (0, 0, 0, 0))[2] >> 26 & 1)
+
+    def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        if self.traits.cpuid_is_native:
+            return native_cpuid(leaf, subleaf)
+        table = self.supported_cpuid
+        return table.get((leaf, subleaf)) or (table.get((leaf, 0)) if leaf != 0xD else None) or (0, 0, 0, 0)
+
+    def set_cpuid(self, table: CpuidTable) -> None:
+        """What CPUID shall tell guest code, where the host can decide that (`traits.cpuid_is_native` is False).
+
+        Call it before any vCPU has run: KVM takes it only then.
+        """
+        if self.cpus:
+            raise EngineError("the CPUID table of a domain is fixed once it has a vCPU")
+        self._cpuid = table
+
+    def cpuid_table(self) -> bytearray:
+        """The table for KVM_SET_CPUID2."""
+        entries = self._cpuid if self._cpuid is not None else self.supported_cpuid
+        with_subleaves = {leaf for leaf, subleaf in entries if subleaf}
+        data = api.CPUID_HEADER.pack(len(entries), 0)
+        for (leaf, subleaf), registers in entries.items():
+            flags = api.CPUID_FLAG_SIGNIFICANT_INDEX if leaf in with_subleaves else 0
+            data += api.CPUID_ENTRY.pack(leaf, subleaf, flags, *registers)
+        return bytearray(data)
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    def cpu(self, vcpu_id: int) -> KvmCpu:
+        cpu = self.cpus.get(vcpu_id)
+        if cpu is None:
+            if vcpu_id >= area.MAX_CPUS:
+                raise EngineError(f"the KVM engine has room for {area.MAX_CPUS} vCPUs")
+            try:
+                cpu = self.cpus[vcpu_id] = KvmCpu(self, vcpu_id, self._vm)
+            except OSError as error:
+                raise EngineError(f"KVM cannot make virtual processor {vcpu_id}: {error.strerror}") from error
+        return cpu
+
+    def entry_changed(self, index: int) -> None:
+        """Ring 0 changed a page-table entry that was present; `index` counts 64-bit words of machine memory.
+
+        Entry 0 stands for its whole table: call it with that when a frame stops being a page table.
+        """
+        if index & 511:
+            self.changed_entries.add(index)
+        else:
+            self.changed_tables.add(index >> 9)
+
+    def close(self) -> None:
+        for cpu in self.cpus.values():
+            cpu.close()
+        self.cpus.clear()
+        for fd in (self._vm, self._device):
+            if fd >= 0:
+                os.close(fd)
+        self._vm = self._device = -1
+        if hasattr(self, "area"):
+            self.area.release()
+            del self.area
+
+
+_RESERVED: Final = 0xFEFF_C000

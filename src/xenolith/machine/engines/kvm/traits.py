@@ -1,0 +1,43 @@
+"""What differs between hosts' KVMs, as the engine cares about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class HostTraits:
+    """How this host's KVM behaves; every field is observed by running code (host.py), none assumed."""
+
+    shadows_page_tables: bool  # KVM keeps copies of page tables that do not follow ring 0's own stores
+    syscall_cpl: int  # CPL at which SYSCALL arrives in its handler
+    traps_task_switched: bool  # CR0.TS makes FPU instructions raise #NM
+    keeps_selectors: bool  # guest code can read back the data-segment selectors it loaded
+    has_breakpoints: bool  # DR0-3 and DR7 take effect
+    runs_compatibility_code: bool  # 32-bit code runs on the processor, not in KVM's instruction emulator
+    cpuid_is_native: bool  # guest code sees the processor's CPUID, whatever KVM was told
+    xcr0: int  # the XSAVE components that guest code can use
+    xcr0_settable: bool
+
+    @property
+    def kind(self) -> str:
+        """For people: what sort of host this is."""
+        if self.shadows_page_tables:
+            if self.syscall_cpl == 3:
+                return "paravirtual, shadow page tables (no VMX or SVM)"
+            return "shadow page tables"
+        return "hardware virtualisation with nested paging"
+
+
+CAUTIOUS = HostTraits(
+    shadows_page_tables=True,
+    syscall_cpl=3,
+    traps_task_switched=False,
+    keeps_selectors=False,
+    has_breakpoints=False,
+    runs_compatibility_code=False,
+    cpuid_is_native=False,
+    xcr0=3,
+    xcr0_settable=False,
+)
+"""Traits to find out the real ones with: every cure is on."""

@@ -1,0 +1,66 @@
+"""Which engine runs a domain: KVM where it works, Unicorn everywhere else (design decision 8).
+
+Whether KVM works is not read off a device file or a processor flag: a few instructions are run on it (kvm/host.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from xenolith.machine.engines.protocol import Engine, EngineError
+from xenolith.machine.memory import MachineMemory
+
+_log = logging.getLogger(__name__)
+ENGINES: Final = ("auto", "unicorn", "kvm")
+
+
+class Choice(NamedTuple):
+    """An engine, what makes it for a domain, and why it was taken (a line for people)."""
+
+    name: str
+    factory: Callable[[MachineMemory], Engine]
+    reason: str
+
+
+def choose(name: str = "auto") -> Choice:
+    """The engine to use for `auto`, `unicorn` or `kvm`.
+
+    The reason is logged as well: as a warning where `auto` has to do without KVM, else for `-v`.  Raises EngineError where the engine that was asked for cannot run here, and ValueError for an unknown name.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"there is no engine {name!r}; the engines are {', '.join(ENGINES)}")
+    if name == "unicorn":
+        return _chosen(name, _unicorn(), "Unicorn, as asked for", logging.INFO)
+    try:
+        kind = kvm_kind()
+    except EngineError as error:
+        if name == "kvm":
+            raise EngineError(f"the KVM engine cannot run here: {error}") from error
+        return _chosen("unicorn", _unicorn(), f"Unicorn, because KVM cannot be used: {error}", logging.WARNING)
+    return _chosen("kvm", _kvm, f"KVM, {'as asked for' if name == 'kvm' else 'which works here'}: {kind}", logging.INFO)
+
+
+def _chosen(name: str, factory: Callable[[MachineMemory], Engine], reason: str, level: int) -> Choice:
+    _log.log(level, "engine: %s", reason)
+    return Choice(name, factory, reason)
+
+
+def kvm_kind() -> str:
+    """What kind of KVM this host has. Raises EngineError with the reason where there is none that works."""
+    from xenolith.machine.engines.kvm.host import host_traits
+
+    return host_traits().kind
+
+
+def _kvm(memory: MachineMemory) -> Engine:
+    from xenolith.machine.engines.kvm.engine import KvmEngine
+
+    return KvmEngine(memory)
+
+
+def _unicorn() -> Callable[[MachineMemory], Engine]:
+    from xenolith.machine.engines.unicorn.engine import UnicornEngine
+
+    return UnicornEngine
