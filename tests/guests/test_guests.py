@@ -1,0 +1,19 @@
+"""Every tiny guest, on every engine: each checks one mechanism from the inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .catalogue import CATALOGUE, Guest
+
+if TYPE_CHECKING:
+    from machines import Ending
+
+
+@pytest.mark.parametrize("guest", CATALOGUE, ids=lambda guest: guest.name)
+def test_guest(guest: Guest, boot_guest: Callable[..., Ending]) -> None:
+    ending = boot_guest(guest.path, guest.cmdline, guest.vcpus, guest.memory_mib)
+    assert not guest.complaints(ending.console, ending.shutdown_reason)
