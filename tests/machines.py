@@ -6,13 +6,13 @@ import functools
 from dataclasses import dataclass
 
 import pytest
-from xenolith.machine.engines.select import choose
 
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainConfig, GuestDomain
 from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainInfo
 from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.engines.select import choose
 from xenolith.machine.memory import MachineMemory
 
 DEADLINE_SECONDS = 200
@@ -23,7 +23,7 @@ def missing(engine: str) -> str:
     """Why an engine does not work here; empty if it does."""
     memory = MachineMemory(1024)
     try:
-        choose(engine)(memory).close()
+        choose(engine).factory(memory).close()
     except EngineError as error:
         return str(error)
     finally:

@@ -177,7 +177,7 @@ def _config(
         archive = build_initramfs(busybox, command=command or None, nonce=nonce, files=host_files)
         needed = COMMAND_KERNEL_ARGUMENTS if command else SHELL_KERNEL_ARGUMENTS
         cmdline = f"{needed} {cmdline}".rstrip()
-    return DomainConfig("run", image, archive, cmdline, memory_mib, vcpus)
+    return DomainConfig("run", image, archive, cmdline, memory_mib, vcpus, kernel)
 
 
 def _is_file(kernel: str) -> bool:

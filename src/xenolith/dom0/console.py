@@ -47,7 +47,7 @@ class Console:
     and must take no lock itself.  All methods may be called by any thread.
     """
 
-    def __init__(self, page: memoryview, notify: Callable[[], object]) -> None:
+    def __init__(self, page: memoryview, notify: Callable[[], None]) -> None:
         self._bytes = page
         self._index = page.cast("I")
         self._notify = notify

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import uuid as uuids
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -20,14 +21,17 @@ from typing import Final, Self
 from xenolith.abi.errno import ESRCH
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.abi.x86 import PAGE_SHIFT
+from xenolith.dom0 import domain_tree
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
+from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
 from xenolith.hypervisor.hypervisor import Hypervisor
 
 PAGES_PER_MIB: Final = 1 << 20 - PAGE_SHIFT
+NS_PER_SECOND: Final = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,19 @@ class DomainConfig:
     cmdline: str = ""
     memory_mib: int = 128
     vcpus: int = 1
+    kernel: str = ""  # where the image came from, for people
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
 class GuestDomain:
     """A domain that dom0 made."""
 
-    def __init__(self, config: DomainConfig, built: BuiltDomain, console: Console) -> None:
+    def __init__(self, config: DomainConfig, built: BuiltDomain, console: Console, undo: ExitStack) -> None:
         self.config = config
         self.domid = built.domid
         self.built = built
         self.console = console
-        self.ports: list[int] = []  # dom0's, to the guest's console and xenstore ports
+        self.undo = undo  # takes the domain apart, in the reverse order of its making
         self.started = False
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
@@ -89,6 +94,10 @@ class Dom0:
         self._lock = threading.Lock()
         self._events = self.control.create_dom0().events
         self._thread = EventThread(hypervisor.log)
+        self.xenstore = XenstoreService()
+        self.xenstore.start()
+        self.xenstore.write("/local/domain/0/name", "Domain-0", ["n0"])
+        self.xenstore.write("/local/domain/0/domid", "0", ["n0"])
         port = self._events.bind_virq(VIRQ_DOM_EXC, 0)
         if port < 0:
             raise DomainCreateError(f"dom0 cannot bind VIRQ_DOM_EXC (errno {-port})")
@@ -99,32 +108,60 @@ class Dom0:
     def create(self, config: DomainConfig) -> GuestDomain:
         """Make a domain, connect it to dom0's services and leave it paused. Raises DomainCreateError."""
         pages = config.memory_mib * PAGES_PER_MIB
-        domid = self.control.create_domain(config.uuid.bytes, config.vcpus, pages)
-        try:
+        with ExitStack() as undo:
+            domid = self.control.create_domain(config.uuid.bytes, config.vcpus, pages)
+            undo.callback(self.control.destroy, domid)
             built = build(self.control, domid, config.image, pages, config.ramdisk, config.cmdline)
-            domain = self._connect(config, built)
-        except BaseException:
-            self.control.destroy(domid)
-            raise
+            console = self._connect_console(built, undo)
+            self._describe(config, built, undo)
+            self._connect_xenstore(built, undo)
+            domain = GuestDomain(config, built, console, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
 
-    def _connect(self, config: DomainConfig, built: BuiltDomain) -> GuestDomain:
-        port = self._bind(built.domid, built.console_port)
-        console = Console(self.control.map_foreign(built.domid, built.console_mfn), lambda: self._events.send(port))
-        domain = GuestDomain(config, built, console)
-        domain.ports.append(port)
+    def _connect_console(self, built: BuiltDomain, undo: ExitStack) -> Console:
+        port, notify = self._bind(built.domid, built.console_port, undo)
+        console = Console(self._map(built.domid, built.console_mfn, undo), notify)
+        undo.callback(console.close)
         self._events.set_handler(port, self._thread.on_event(console.service))
-        return domain
+        return console
 
-    def _bind(self, domid: int, remote_port: int) -> int:
-        """Connect a port of dom0's to an unbound one of the domain's."""
+    def _connect_xenstore(self, built: BuiltDomain, undo: ExitStack) -> None:
+        port, notify = self._bind(built.domid, built.store_port, undo)
+        ring = self.xenstore.introduce(built.domid, self._map(built.domid, built.store_mfn, undo), notify)
+        undo.callback(self.xenstore.release, built.domid)
+        self._events.set_handler(port, lambda _: ring.on_event())
+
+    def _map(self, domid: int, mfn: int, undo: ExitStack) -> memoryview:
+        page = self.control.map_foreign(domid, mfn)
+        undo.callback(self.control.unmap_foreign, domid, mfn)
+        return page
+
+    def _bind(self, domid: int, remote_port: int, undo: ExitStack) -> tuple[int, Callable[[], None]]:
+        """Connect a port of dom0's to an unbound one of the domain's; the port, and what notifies the domain."""
         remote = self.hypervisor.domain(domid)
         port = self._events.bind_interdomain(remote, remote_port) if remote else -ESRCH
         if port < 0:
             raise DomainCreateError(f"dom0 cannot bind port {remote_port} of domain {domid} (errno {-port})")
-        return port
+        undo.callback(self._events.close, port)
+
+        def notify() -> None:
+            self._events.send(port)
+
+        return port, notify
+
+    def _describe(self, config: DomainConfig, built: BuiltDomain, undo: ExitStack) -> None:
+        description = domain_tree.Description(
+            config.name,
+            config.uuid,
+            config.memory_mib << 10,
+            config.vcpus,
+            config.kernel,
+            self.hypervisor.clock.wall() // NS_PER_SECOND,
+        )
+        undo.callback(domain_tree.remove, self.xenstore, built.domid, config.uuid)
+        self.xenstore.transact(lambda store: domain_tree.write(store, built, description))
 
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
@@ -138,12 +175,8 @@ class Dom0:
                 return
         if domain.started:
             self.control.pause(domain.domid)
-        domain.console.close()
-        for port in domain.ports:
-            self._events.close(port)
-        self.control.unmap_foreign(domain.domid, domain.built.console_mfn)
         end = self.control.info(domain.domid)
-        self.control.destroy(domain.domid)
+        domain.undo.close()
         if domain.end is None:
             domain.set_end(end)
 
@@ -151,6 +184,7 @@ class Dom0:
         """Destroy all domains and stop dom0's services."""
         for domain in list(self.domains.values()):
             self.destroy(domain)
+        self.xenstore.stop()
         self._thread.stop()
 
     def __enter__(self) -> Self:
@@ -174,5 +208,6 @@ class Dom0:
             else:
                 domain.console.close()
             domain.set_end(info)
+            self.xenstore.domain_event("@releaseDomain")
             for hook in self.shutdown_hooks:
                 hook(domain)
