@@ -87,6 +87,20 @@ def window_index(domain: Domain, vcpu_id: int, page: int) -> int:
     return domain.window_l1[number >> 9] << 9 | number & 511
 
 
+def lookup(vcpu: Vcpu, selector: int) -> int:
+    """The descriptor that the processor finds for a selector; 0 where the window shows nothing."""
+    offset = selector & 0xFFF8
+    if selector & 4:
+        if offset >= vcpu.ldt_entries * 8:
+            return 0
+        page = GDT_PAGES + (offset >> 12)
+    else:
+        page = offset >> 12
+    q = vcpu.domain.memory.q
+    entry = q[window_index(vcpu.domain, vcpu.vcpu_id, page)]
+    return q[(entry & paging.FRAME) >> 3 | offset >> 3 & 511] if entry & PTE_P else 0
+
+
 def _map(vcpu: Vcpu, page: int, mfn: int) -> None:
     """Show frame `mfn` (0: nothing) in the vCPU's window."""
     domain = vcpu.domain

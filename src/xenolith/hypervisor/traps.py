@@ -35,8 +35,8 @@ from xenolith.abi.hypercalls import (
 )
 from xenolith.abi.x86 import (
     CS,
-    DS,
     EFLAGS_AC,
+    EFLAGS_DEFINED,
     EFLAGS_DF,
     EFLAGS_IF,
     EFLAGS_IOPL,
@@ -45,8 +45,6 @@ from xenolith.abi.x86 import (
     EFLAGS_RF,
     EFLAGS_TF,
     EFLAGS_VM,
-    ES,
-    FS,
     FS_BASE,
     GS,
     GS_BASE,
@@ -69,7 +67,9 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_NM,
+    VECTOR_NP,
     VECTOR_PF,
+    VECTOR_SS,
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
     is_canonical,
@@ -91,7 +91,6 @@ _pack_frame = Struct("<7Q").pack_into
 _pack_frame_with_error = Struct("<8Q").pack_into
 _frame = Struct("<7Q").pack
 _frame_with_error = Struct("<8Q").pack
-_failsafe_frame = Struct("<11Q").pack
 _unpack_iret = layout.IRET_FRAME.unpack_from
 
 # Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
@@ -242,37 +241,6 @@ def bounce(vcpu: Vcpu, cpu: Cpu, handler: int, error_code: int | None, mask_even
         )
     stack -= size
     _finish_bounce(vcpu, cpu, handler, stack, frame, rflags, mask_events)
-
-
-def bounce_failsafe(vcpu: Vcpu, cpu: Cpu) -> None:
-    """The guest asked to go on with segment registers that cannot be loaded: tell its failsafe callback."""
-    regs = cpu.regs
-    if not vcpu.failsafe_callback:
-        crash(vcpu, "a return to the guest failed and no failsafe callback is registered")
-        return
-    upcall_mask = vcpu.domain.memory.b[vcpu.info + 1]
-    rflags = cpu.get_rflags()
-    rsp, selector = regs[RSP], regs[CS] & 0xFFFF
-    if vcpu.kernel_mode:
-        stack = rsp & ~15
-        selector &= 0xFFFC
-    else:
-        stack = vcpu.kernel_sp & ~15
-        enter_kernel_mode(vcpu, cpu)
-    frame = _failsafe_frame(
-        regs[RCX],
-        regs[R11],
-        regs[DS] & 0xFFFF,
-        regs[ES] & 0xFFFF,
-        regs[FS] & 0xFFFF,
-        regs[GS] & 0xFFFF,
-        regs[RIP],
-        selector | upcall_mask << 32,
-        rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF),
-        rsp,
-        regs[SS] & 0xFFFF,
-    )
-    _finish_bounce(vcpu, cpu, vcpu.failsafe_callback, stack - 88, frame, rflags, vcpu.failsafe_masks_events)
 
 
 def _finish_bounce(
@@ -481,48 +449,64 @@ def do_iret(vcpu: Vcpu) -> int:
         regs[RCX] = rcx
         regs[R11] = r11
     cs |= 3
-    ss = ss | 3 if ss else 0
+    ss |= 3
+    regs[RSP] = rsp
+    regs[RIP] = rip
+    cpu.set_rflags(rflags & ~(EFLAGS_IOPL | EFLAGS_VM) & EFLAGS_DEFINED | EFLAGS_IF | EFLAGS_RESERVED_ONE)
     if (cs, ss) in vcpu.flat_selectors and not vcpu.compatibility:
         regs[CS] = cs
         regs[SS] = ss
-        loaded = True
+        if rip < 0x0000_8000_0000_0000 or rip >= 0xFFFF_8000_0000_0000:
+            return rax  # type: ignore[no-any-return]
+        fault: tuple[int, int] | None = (VECTOR_GP, 0)
     else:
-        loaded = load_code_stack(vcpu, cpu, cs, ss)
-    regs[RSP] = rsp
-    regs[RIP] = rip
-    cpu.set_rflags(
-        rflags & ~(EFLAGS_IOPL | EFLAGS_VM) & 0x3FFFFF | EFLAGS_IF | EFLAGS_RESERVED_ONE
-    )
-    if not loaded or not (rip < 0x0000_8000_0000_0000 or rip >= 0xFFFF_8000_0000_0000):
-        bounce_failsafe(vcpu, cpu)
+        fault = return_fault(vcpu, cs, ss) or load_code_stack(vcpu, cpu, cs, ss)
+        if not fault and not is_canonical(rip):
+            fault = VECTOR_GP, 0
+    if fault:
+        # The processor faults on Xen's own IRET; the guest sees the fault where it wanted to go.
+        regs[RAX] = rax
+        regs[CS], regs[SS] = cs, ss
+        inject(vcpu, cpu, *fault)
+        return regs[RAX]
     return rax  # type: ignore[no-any-return]
 
 
-FLAT_CODE_DESCRIPTOR: Final = 1 << 53  # L: 64-bit code
+LONG_MODE_CODE: Final = 1 << 53  # L: 64-bit code
 
 
-def load_code_stack(vcpu: Vcpu, cpu: Cpu, cs: int, ss: int) -> bool:
-    """Load CS and SS by their descriptors; False where that faults."""
+def load_code_stack(vcpu: Vcpu, cpu: Cpu, cs: int, ss: int) -> tuple[int, int] | None:
+    """Load CS and SS by their descriptors; the (vector, error code) if the engine cannot."""
     try:
         cpu.set_code_stack(cs, ss)
     except ValueError:
-        return False
-    flat = is_long_mode_code(vcpu, cs)
+        return VECTOR_GP, cs & 0xFFFC
+    flat = bool(descriptors.lookup(vcpu, cs) & LONG_MODE_CODE)
     vcpu.compatibility = not flat
     if flat:
         vcpu.flat_selectors.add((cs, ss))
-    return True
+    return None
 
 
-def is_long_mode_code(vcpu: Vcpu, selector: int) -> bool:
-    """Whether a valid code selector is for 64-bit mode, by its descriptor in the window."""
-    if selector & 4:
-        page = descriptors.GDT_PAGES + (selector >> 12)
-    else:
-        page = selector >> 12
-    domain = vcpu.domain
-    mfn = (domain.memory.q[descriptors.window_index(domain, vcpu.vcpu_id, page)] & 0x000F_FFFF_FFFF_F000) >> 12
-    return bool(domain.memory.q[mfn << 9 | selector >> 3 & 511] & FLAT_CODE_DESCRIPTOR)
+def return_fault(vcpu: Vcpu, cs: int, ss: int) -> tuple[int, int] | None:
+    """The (vector, error code) that IRET to these selectors at CPL 3 raises, None if it succeeds (SDM vol. 2, IRET)."""
+    if not cs & 0xFFFC:
+        return VECTOR_GP, 0
+    descriptor = descriptors.lookup(vcpu, cs)
+    kind = descriptor >> 40 & 0x1F  # S and type
+    privilege = descriptor >> 45 & 3
+    if kind & 0x18 != 0x18 or (privilege != 3 and not kind & 4):
+        return VECTOR_GP, cs & 0xFFFC
+    if not descriptor & descriptors.SEGMENT_P:
+        return VECTOR_NP, cs & 0xFFFC
+    if not ss & 0xFFFC:
+        return VECTOR_GP, 0
+    descriptor = descriptors.lookup(vcpu, ss)
+    if descriptor >> 40 & 0x1A != 0x12 or descriptor >> 45 & 3 != 3:
+        return VECTOR_GP, ss & 0xFFFC
+    if not descriptor & descriptors.SEGMENT_P:
+        return VECTOR_SS, ss & 0xFFFC
+    return None
 
 
 def do_set_trap_table(vcpu: Vcpu, table: int) -> int:
