@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 # Figure 3 shows application benchmarks; the second picture has everything smaller.
 MACRO = (Group.MACRO, Group.COMPUTE)
+MOST_GROUPS, LABEL_WIDTH = 8, 22  # of bars next to each other; of the text below them, in letters
 MICRO = (Group.SYSTEM_CALL, Group.PROCESS, Group.CONTEXT_SWITCH, Group.FILE_AND_MEMORY, Group.NETWORK)
 
 
@@ -73,7 +76,7 @@ def _comparable(summary: object) -> bool:
 
 
 def _label(row: Row) -> str:
-    return f"{row.title} ({row.unit})"
+    return textwrap.fill(f"{row.title} ({row.unit})", LABEL_WIDTH)
 
 
 def _bars(
@@ -88,7 +91,7 @@ def _bars(
     """Groups of bars next to each other, several lines of groups when there are many."""
     from matplotlib import pyplot
 
-    per_line = 8
+    per_line = math.ceil(len(groups) / math.ceil(len(groups) / MOST_GROUPS))
     lines = [range(start, min(start + per_line, len(groups))) for start in range(0, len(groups), per_line)]
     figure, axes = pyplot.subplots(len(lines), 1, figsize=(14, 3.6 * len(lines)), squeeze=False, layout="constrained")
     for line, (axis,) in zip(lines, axes, strict=True):

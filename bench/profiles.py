@@ -76,12 +76,12 @@ def difference(counters: Mapping[str, float], base: Mapping[str, float]) -> dict
     return {name: count for name, count in added.items() if count}
 
 
-def traps_per_operation(profile: Profile, most: int = 5) -> list[tuple[str, float]]:
-    """The commonest traps of a row, per operation, the commonest first."""
+def traps_per_operation(profile: Profile, most: int = 6) -> list[tuple[str, float]]:
+    """The commonest traps and hypercalls of a row, per operation, the commonest first."""
     per_operation = [
         (name.rpartition(".")[2], count / profile.operations)
         for name, count in profile.counters.items()
-        if "traps" in name.split(".")[:-1]
+        if name.startswith(("traps.", "hypercalls."))
     ]
     worth_telling = [(name, count) for name, count in per_operation if count >= 0.01]
     return sorted(worth_telling, key=lambda pair: -pair[1])[:most]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 from bench.kernel import debian_kernel
 from bench.session import Session
 from bench.systems.base import Absent, Boot, Form, System
 
-PROGRAM = "xenolith.cli.main"
+PROGRAM = Path(sys.executable).with_name("xenolith")  # of the environment that runs the evaluation
 
 
 class Xenolith(System):
@@ -27,8 +27,8 @@ class Xenolith(System):
         self.title = f"Xenolith, {engine}"
 
     def prepare(self) -> str:
-        if not _is_installed():
-            raise Absent(f"{PROGRAM} cannot be imported by {sys.executable}: `pip install -e .` there")
+        if not PROGRAM.exists():
+            raise Absent(f"there is no {PROGRAM}: `{sys.executable} -m pip install -e .` makes it")
         if self.engine != "unicorn" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
             raise Absent("/dev/kvm is missing or may not be opened")
         return f"Xenolith {metadata.version('xenolith')}, Linux {debian_kernel().release}"
@@ -37,16 +37,9 @@ class Xenolith(System):
     def start(self, boot: Boot) -> Iterator[Session]:
         kernel = debian_kernel()
         command = [
-            sys.executable, "-m", PROGRAM, "run", "--engine", self.engine, "--memory", str(boot.memory_mib),
+            str(PROGRAM), "run", "--engine", self.engine, "--memory", str(boot.memory_mib),
             "--kernel", str(kernel.bzimage if boot.form is Form.BZIMAGE else kernel.elf),
             "--ramdisk", str(boot.initramfs), "--cmdline", boot.command_line("hvc0"), "--stats",
         ]  # fmt: skip
         with Session(command) as session:
             yield session
-
-
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec(PROGRAM) is not None
-    except ModuleNotFoundError:
-        return False

@@ -26,5 +26,5 @@ def test_what_the_boot_alone_counts_is_taken_off() -> None:
 
 
 def test_traps_are_told_per_operation_the_commonest_first() -> None:
-    counters = {"traps.syscall": 20.0, "traps.mmu_update": 405.0, "traps.rare": 0.01, "seconds": 99.0}
+    counters = {"traps.syscall": 20.0, "hypercalls.mmu_update": 405.0, "traps.rare": 0.01, "seconds": 99.0}
     assert traps_per_operation(Profile("x", "stat", 10, counters)) == [("mmu_update", 40.5), ("syscall", 2.0)]
