@@ -53,10 +53,17 @@ def machine(engine_name: str) -> Iterator[Callable[[int], Machine]]:
 def boot_guest(machine: Callable[[int], Machine]) -> Callable[..., Ending]:
     """Run one of our tiny guests (an ELF file) alone on a machine, to its end."""
     from xenolith.dom0.image import load_image
-    from xenolith.dom0.services import DomainConfig
+    from xenolith.dom0.services import DomainSpec
 
     def boot(path: Path, cmdline: str = "", vcpus: int = 1, memory_mib: int = 32) -> Ending:
-        config = DomainConfig(path.stem, load_image(path), b"", cmdline, memory_mib, vcpus)
-        return machine(memory_mib).run(config)
+        spec = DomainSpec(
+            name=path.stem,
+            image=load_image(path),
+            kernel=str(path),
+            cmdline=cmdline,
+            memory_kib=memory_mib << 10,
+            vcpus=vcpus,
+        )
+        return machine(memory_mib).run(spec)
 
     return boot

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from xenolith.dom0.power import power_on
-from xenolith.dom0.services import Dom0, DomainConfig, GuestDomain
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainInfo
 from xenolith.machine.engines.protocol import EngineError
@@ -55,16 +55,16 @@ class Machine:
         end = domain.wait(DEADLINE_SECONDS)
         console = domain.console.scrollback.decode("utf-8", "replace")
         log = self.dom0.hypervisor.log_text
-        print(f"--- console of {domain.config.name} ---\n{console}\n--- the hypervisor's log ---\n{log}")
+        print(f"--- console of {domain.spec.name} ---\n{console}\n--- the hypervisor's log ---\n{log}")
         if end is None:
             info = self.dom0.control.info(domain.domid)
-            pytest.fail(f"{domain.config.name} has not ended after {DEADLINE_SECONDS} s: {info}")
+            pytest.fail(f"{domain.spec.name} has not ended after {DEADLINE_SECONDS} s: {info}")
         print(end)
         return Ending(end, console, log)
 
-    def run(self, config: DomainConfig) -> Ending:
+    def run(self, spec: DomainSpec) -> Ending:
         """Make a domain and run it to its end."""
-        domain = self.dom0.create(config)
+        domain = self.dom0.create(spec)
         self.dom0.start(domain)
         return self.finish(domain)
 

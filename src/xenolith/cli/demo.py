@@ -36,7 +36,7 @@ from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.initramfs import COMMAND_KERNEL_ARGUMENTS, InitramfsError, build_initramfs
 from xenolith.dom0.power import power_on
-from xenolith.dom0.services import Dom0, DomainConfig, GuestDomain
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo
 from xenolith.machine.engines.protocol import EngineError
 
@@ -179,7 +179,15 @@ def _perform(dom0: Dom0, actors: list[Actor], print_line: Callable[[str, str], N
     for actor in actors:
         ramdisk = build_initramfs(guest.busybox, command=["/bin/sh", "-c", actor.script], nonce=actor.nonce)
         domain = dom0.create(
-            DomainConfig(actor.role, image, ramdisk, COMMAND_KERNEL_ARGUMENTS, MEMORY_MIB, actor.vcpus)
+            DomainSpec(
+                name=actor.role,
+                image=image,
+                kernel=str(guest.kernel),
+                ramdisk=ramdisk,
+                cmdline=COMMAND_KERNEL_ARGUMENTS,
+                memory_kib=MEMORY_MIB << 10,
+                vcpus=actor.vcpus,
+            )
         )
         domains[actor.role] = domain
         threading.Thread(target=_follow, args=(domain, actor, print_line), daemon=True).start()

@@ -42,7 +42,7 @@ from xenolith.dom0.initramfs import (
     build_initramfs,
 )
 from xenolith.dom0.power import power_on
-from xenolith.dom0.services import Dom0, DomainConfig, GuestDomain
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo
 from xenolith.machine.engines.protocol import EngineError
 
@@ -143,16 +143,16 @@ def run(
     """
     nonce = new_nonce()
     try:
-        config = _config(kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
+        spec = _spec(kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
     except (GuestUnavailable, ImageError, InitramfsError, OSError) as error:
         raise CannotRun(str(error)) from error
-    sys.exit(_run(config, engine, CommandOutput(nonce) if command else None, stats))
+    sys.exit(_run(spec, engine, CommandOutput(nonce) if command else None, stats))
 
 
 # --- the domain to make --------------------------------------------------------------------------------------
 
 
-def _config(
+def _spec(
     kernel: str,
     ramdisk: Path | None,
     cmdline: str,
@@ -161,7 +161,7 @@ def _config(
     nonce: str,
     memory_mib: int,
     vcpus: int,
-) -> DomainConfig:
+) -> DomainSpec:
     image = _image(kernel)
     if ramdisk is not None or image.guest_os.lower() != "linux":
         if command or files:
@@ -177,7 +177,15 @@ def _config(
         archive = build_initramfs(busybox, command=command or None, nonce=nonce, files=host_files)
         needed = COMMAND_KERNEL_ARGUMENTS if command else SHELL_KERNEL_ARGUMENTS
         cmdline = f"{needed} {cmdline}".rstrip()
-    return DomainConfig("run", image, archive, cmdline, memory_mib, vcpus, kernel)
+    return DomainSpec(
+        name="run",
+        image=image,
+        kernel=kernel,
+        ramdisk=archive,
+        cmdline=cmdline,
+        memory_kib=memory_mib << 10,
+        vcpus=vcpus,
+    )
 
 
 def _is_file(kernel: str) -> bool:
@@ -286,13 +294,13 @@ class _Streams:
             return b""
 
 
-def _run(config: DomainConfig, engine: str, framing: CommandOutput | None, stats: bool) -> int:
+def _run(spec: DomainSpec, engine: str, framing: CommandOutput | None, stats: bool) -> int:
     """Make the domain, let it run until it or somebody else ends the run; the exit status."""
     started = time.monotonic()
     notes: SimpleQueue[Note] = SimpleQueue()
     try:
-        with _signals_noted(notes), power_on([config.memory_mib], engine, pcpus=max(2, config.vcpus)) as dom0:
-            domain = dom0.create(config)
+        with _signals_noted(notes), power_on([spec.memory_kib >> 10], engine, pcpus=max(2, spec.vcpus)) as dom0:
+            domain = dom0.create(spec)
             streams = _Streams(domain.console, framing, notes)
             note = _foreground(dom0, domain, streams)
             if stats:
@@ -362,8 +370,8 @@ def _statistics(dom0: Dom0, domain: GuestDomain, streams: _Streams, started: flo
     counters = dom0.control.counters(domain.domid)
     return {
         "engine": dom0.control.info(domain.domid).engine,
-        "memory_mib": domain.config.memory_mib,
-        "vcpus": domain.config.vcpus,
+        "memory_mib": domain.spec.memory_kib >> 10,
+        "vcpus": domain.spec.vcpus,
         "boot_seconds": since_start(streams.command_began),
         "first_output_seconds": since_start(streams.first_output),
         "total_seconds": since_start(time.monotonic()),

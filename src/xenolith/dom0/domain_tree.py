@@ -31,14 +31,16 @@ _GUESTS_OWN: Final = (
 """Nodes of the domain's directory that the guest may write."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What is to be said of a domain."""
 
     name: str
     uuid: uuids.UUID
     memory_kib: int
+    max_memory_kib: int
     vcpus: int
+    max_vcpus: int
     kernel: str  # where it came from, for people
     start_time: int  # seconds since 1970
 
@@ -64,7 +66,7 @@ def write(store: HostRequests, built: BuiltDomain, what: Description) -> None:
         f"{directory}/vm": vm,
         f"{directory}/name": what.name,
         f"{directory}/domid": str(domid),
-        f"{directory}/memory/static-max": str(what.memory_kib),
+        f"{directory}/memory/static-max": str(what.max_memory_kib),
         f"{directory}/memory/target": str(what.memory_kib),
         f"{directory}/memory/videoram": "0",
         f"{directory}/control/platform-feature-multiprocessor-suspend": "1",
@@ -73,8 +75,9 @@ def write(store: HostRequests, built: BuiltDomain, what: Description) -> None:
         f"{directory}/store/ring-ref": str(built.store_mfn),
     }.items():
         store.write(path, value, readable)
-    for number in range(what.vcpus):
-        store.write(f"{directory}/cpu/{number}/availability", "online", readable)
+    for number in range(what.max_vcpus):
+        availability = "online" if number < what.vcpus else "offline"
+        store.write(f"{directory}/cpu/{number}/availability", availability, readable)
     for path in _GUESTS_OWN:
         store.write(f"{directory}/{path}", "", own)
     _write_console(store, built)

@@ -20,7 +20,6 @@ from typing import Final, Self
 
 from xenolith.abi.errno import ESRCH
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
-from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0 import domain_tree
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
@@ -30,29 +29,35 @@ from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
 from xenolith.hypervisor.hypervisor import Hypervisor
 
-PAGES_PER_MIB: Final = 1 << 20 - PAGE_SHIFT
+KIB_PER_PAGE: Final = 4
 NS_PER_SECOND: Final = 1_000_000_000
 
 
-@dataclass(frozen=True)
-class DomainConfig:
-    """What a domain is made of."""
+@dataclass(frozen=True, kw_only=True)
+class DomainSpec:
+    """What a domain is made of.
+
+    `memory_kib` is what it starts with and `max_memory_kib` (None: the same) the most it may have; likewise `vcpus` and
+    `max_vcpus`.
+    """
 
     name: str
     image: KernelImage
+    kernel: str  # where the image came from, for people
     ramdisk: bytes = b""
     cmdline: str = ""
-    memory_mib: int = 128
+    memory_kib: int
+    max_memory_kib: int | None = None
     vcpus: int = 1
-    kernel: str = ""  # where the image came from, for people
+    max_vcpus: int | None = None
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
 class GuestDomain:
     """A domain that dom0 made."""
 
-    def __init__(self, config: DomainConfig, built: BuiltDomain, console: Console, undo: ExitStack) -> None:
-        self.config = config
+    def __init__(self, spec: DomainSpec, built: BuiltDomain, console: Console, undo: ExitStack) -> None:
+        self.spec = spec
         self.domid = built.domid
         self.built = built
         self.console = console
@@ -105,17 +110,18 @@ class Dom0:
 
     # --- life cycle ----------------------------------------------------------------------------------
 
-    def create(self, config: DomainConfig) -> GuestDomain:
+    def create(self, spec: DomainSpec) -> GuestDomain:
         """Make a domain, connect it to dom0's services and leave it paused. Raises DomainCreateError."""
-        pages = config.memory_mib * PAGES_PER_MIB
+        pages = spec.memory_kib // KIB_PER_PAGE
+        max_pages = (spec.max_memory_kib or spec.memory_kib) // KIB_PER_PAGE
         with ExitStack() as undo:
-            domid = self.control.create_domain(config.uuid.bytes, config.vcpus, pages)
+            domid = self.control.create_domain(spec.uuid.bytes, spec.max_vcpus or spec.vcpus, max_pages)
             undo.callback(self.control.destroy, domid)
-            built = build(self.control, domid, config.image, pages, config.ramdisk, config.cmdline)
+            built = build(self.control, domid, spec.image, pages, spec.ramdisk, spec.cmdline)
             console = self._connect_console(built, undo)
-            self._describe(config, built, undo)
+            self._describe(spec, built, undo)
             self._connect_xenstore(built, undo)
-            domain = GuestDomain(config, built, console, undo.pop_all())
+            domain = GuestDomain(spec, built, console, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -151,16 +157,18 @@ class Dom0:
 
         return port, notify
 
-    def _describe(self, config: DomainConfig, built: BuiltDomain, undo: ExitStack) -> None:
+    def _describe(self, spec: DomainSpec, built: BuiltDomain, undo: ExitStack) -> None:
         description = domain_tree.Description(
-            config.name,
-            config.uuid,
-            config.memory_mib << 10,
-            config.vcpus,
-            config.kernel,
-            self.hypervisor.clock.wall() // NS_PER_SECOND,
+            name=spec.name,
+            uuid=spec.uuid,
+            memory_kib=spec.memory_kib,
+            max_memory_kib=spec.max_memory_kib or spec.memory_kib,
+            vcpus=spec.vcpus,
+            max_vcpus=spec.max_vcpus or spec.vcpus,
+            kernel=spec.kernel,
+            start_time=self.hypervisor.clock.wall() // NS_PER_SECOND,
         )
-        undo.callback(domain_tree.remove, self.xenstore, built.domid, config.uuid)
+        undo.callback(domain_tree.remove, self.xenstore, built.domid, spec.uuid)
         self.xenstore.transact(lambda store: domain_tree.write(store, built, description))
 
     def start(self, domain: GuestDomain) -> None:
