@@ -1,0 +1,310 @@
+"""What can be asked of a toolstack: the interface that the `xl` command, programs and the daemon share.
+
+`Client` makes domains, takes them apart and tells what happens to them, one primitive a method, as libxl does.
+`Supervision` follows domains through their lives, applying the configured actions when they shut down. Both are had in
+one's own process (`supervisor.Supervisor` is a Supervision on any Client) and, over the daemon's socket, from
+`remote.RemoteClient`.
+
+Domains are named by domid. Every method may be called by any thread, and raises `ToolstackError` (usually one of its
+subclasses) when what was asked cannot be done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol, TypeAlias
+from uuid import UUID
+
+from xenolith.toolstack.config import DomainConfig
+
+
+class ToolstackError(Exception):
+    """Something that was asked for cannot be done; the text says why. `rc` is libxl's error number for it."""
+
+    rc = -3  # ERROR_FAIL
+
+
+class DomainNotFound(ToolstackError):
+    """There is no domain with this domid."""
+
+    rc = -21  # ERROR_DOMAIN_NOTFOUND
+
+    def __init__(self, domid: int) -> None:
+        super().__init__(f"Domain {domid} does not exist.")
+        self.domid = domid
+
+
+class InvalidRequest(ToolstackError):
+    """The request makes no sense for this domain, or at all."""
+
+    rc = -6  # ERROR_INVAL
+
+
+class NotAcknowledged(ToolstackError):
+    """The guest did not react to a request in time."""
+
+    rc = -9  # ERROR_TIMEDOUT
+
+
+class NotSupported(ToolstackError):
+    """This toolstack cannot do that (yet)."""
+
+    rc = -4  # ERROR_NI
+
+
+class ConnectionLost(ToolstackError):
+    """The daemon went away, or speaks another language."""
+
+
+class ShutdownRequest(StrEnum):
+    """What is written to a guest's control/shutdown."""
+
+    POWEROFF = "poweroff"
+    REBOOT = "reboot"
+
+
+class Trigger(StrEnum):
+    """What `xl trigger` can send."""
+
+    NMI = "nmi"
+    RESET = "reset"
+    INIT = "init"
+    POWER = "power"
+    SLEEP = "sleep"
+    S3RESUME = "s3resume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostInfo:
+    """The machine and its hypervisor, as `xl info` prints them."""
+
+    host: str
+    release: str
+    version: str
+    machine: str
+    nr_cpus: int
+    nr_nodes: int = 1
+    cores_per_socket: int
+    threads_per_core: int = 1
+    cpu_khz: int
+    hw_caps: tuple[int, ...] = (0,) * 8
+    virt_caps: tuple[str, ...]
+    total_memory_kib: int
+    free_memory_kib: int
+    sharing_freed_kib: int = 0
+    sharing_used_kib: int = 0
+    outstanding_claims_kib: int = 0
+    free_cpus: int = 0
+    xen_major: int
+    xen_minor: int
+    xen_extra: str
+    xen_caps: tuple[str, ...]
+    scheduler: str
+    page_size: int = 4096
+    virt_start: int
+    changeset: str = ""
+    commandline: str = ""
+    compiler: str = ""
+    compile_by: str = ""
+    compile_domain: str = ""
+    compile_date: str = ""
+    build_id: str = ""
+    engine: str
+    xenstore_socket: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainInfo:
+    """One domain, as `xl list` shows it."""
+
+    domid: int
+    name: str
+    uuid: UUID
+    running: bool = False
+    blocked: bool = False
+    paused: bool = False
+    shutdown: bool = False
+    shutdown_reason: int | None = None  # while `shutdown`
+    dying: bool = False
+    memory_kib: int
+    outstanding_kib: int = 0  # claimed and not yet allocated
+    max_memory_kib: int
+    vcpus_online: int
+    cpu_time_ns: int = 0
+    pool: str = "Pool-0"
+    security_label: str | None = None
+    start_time: float  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuInfo:
+    """One vCPU, as `xl vcpu-list` shows it."""
+
+    vcpu: int
+    online: bool
+    cpu: int  # the pCPU it runs or last ran on
+    running: bool = False
+    blocked: bool = False
+    cpu_time_ns: int = 0
+    hard_affinity: frozenset[int]
+    soft_affinity: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainStatistics:
+    """Counters of one domain since it was made, as `xl top` follows them."""
+
+    domid: int
+    cpu_time_ns: int
+    vcpu_times_ns: tuple[int, ...]
+    traps: int
+    hypercalls: int
+    network_received_bytes: int = 0
+    network_sent_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    disk_reads: int = 0
+    disk_writes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long operation has come; `total` 0 means that nobody knows how far it is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+OnProgress: TypeAlias = Callable[[Progress], None]
+
+
+def no_progress(progress: Progress) -> None:
+    """For callers who do not watch."""
+
+
+class EventKind(StrEnum):
+    SHUTDOWN = "shutdown"  # it has shut down by itself; `reason` says how
+    DESTROYED = "destroyed"  # it does not exist any more
+    MESSAGE = "message"  # what the supervisor did about it; `text` says what
+    REBUILT = "rebuilt"  # it was built again; `successor` is the new domid
+    RELEASED = "released"  # nobody supervises it any more
+
+
+@dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """Something happened to a domain."""
+
+    kind: EventKind
+    domid: int
+    reason: int | None = None
+    text: str = ""
+    successor: int | None = None
+
+
+class ConsoleStream(Protocol):
+    """An attachment to a domain's console. Closing it is the user's duty."""
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        """The next output; b"" when the console has ended, None when `timeout` seconds passed without any."""
+
+    def write(self, data: bytes) -> None:
+        """Type on the console. Input that the guest does not take for long is lost, as on a serial line."""
+
+    def close(self) -> None: ...
+
+
+class Client(Protocol):
+    """A machine that runs domains."""
+
+    def host(self) -> HostInfo: ...
+
+    def domains(self) -> list[DomainInfo]:
+        """All domains by domid, dom0 first."""
+
+    def vcpus(self, domid: int) -> list[VcpuInfo]: ...
+
+    def statistics(self) -> list[DomainStatistics]:
+        """The counters of all domains, by domid."""
+
+    def config(self, domid: int) -> DomainConfig:
+        """The configuration with which the domain would be built again."""
+
+    def set_config(self, domid: int, config: DomainConfig) -> None: ...
+
+    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
+        """Make a domain and leave it paused; its domid. Paths in the configuration must be absolute."""
+
+    def pause(self, domid: int) -> None: ...
+
+    def unpause(self, domid: int) -> None: ...
+
+    def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
+        """Ask the guest to shut down; returns when it has taken note, raises NotAcknowledged when it does not."""
+
+    def soft_reset(self, domid: int) -> None:
+        """Start a domain over that has shut down with reason soft-reset."""
+
+    def destroy(self, domid: int) -> None: ...
+
+    def rename(self, domid: int, name: str) -> None:
+        """Raises InvalidRequest when another domain has the name."""
+
+    def sysrq(self, domid: int, key: str) -> None: ...
+
+    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None: ...
+
+    def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+        """Write an ELF core of the domain to `path`, which must be absolute."""
+
+    def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
+        """Attach to a console; 0 is the primary one. What was printed recently comes first."""
+
+    def dmesg(self) -> str:
+        """The hypervisor's log."""
+
+    def clear_dmesg(self) -> None: ...
+
+    def subscribe(self) -> EventStream:
+        """Follow what happens to domains from now on: events SHUTDOWN and DESTROYED."""
+
+
+class EventStream(Protocol):
+    """Events in order. A reader that is too slow loses the oldest, never delays a domain."""
+
+    def get(self, timeout: float | None = None) -> DomainEvent | None:
+        """The next event; None when `timeout` seconds passed or the stream was closed."""
+
+    def close(self) -> None: ...
+
+
+class Supervision(Protocol):
+    """Somebody who follows domains through their lives."""
+
+    def supervise(self, domid: int) -> None:
+        """Apply the domain's configured actions when it shuts down, and to what is built in its place."""
+
+    def watch(self, domid: int) -> Iterator[DomainEvent]:
+        """Everything that happens to a supervised domain and its successors, up to RELEASED or DESTROYED.
+
+        Events that happen after the call are seen, even before the first is asked for.
+        """
+
+
+DOM0_UUID = UUID(int=0)
+
+
+def find_by_name(client: Client, name: str) -> int | None:
+    """The domid of the domain with this name."""
+    return next((domain.domid for domain in client.domains() if domain.name == name), None)
+
+
+def find_domain(client: Client, domid: int) -> DomainInfo:
+    """The domain with this domid. Raises DomainNotFound."""
+    for domain in client.domains():
+        if domain.domid == domid:
+            return domain
+    raise DomainNotFound(domid)
