@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .wire import Client, Message, pack, unpack
 from xenolith.abi import xs_wire
 from xenolith.abi.xs_wire import INDEX, RING_SIZE, Op, RingError
 from xenolith.dom0.xenstore.ring import RingConnection
 from xenolith.dom0.xenstore.xenstored import Xenstored
+
+from .wire import Client, Message, pack, unpack
 
 
 class Guest:

@@ -262,7 +262,7 @@ class Connection(Caller):
 
     def _is_domain_introduced(self, view: View, tx_id: int, payload: bytes) -> bytes:
         domid = _c_number(_one_string(payload))
-        return b"T\0" if domid == DOMID_SELF or domid in self.daemon.domains else b"F\0"
+        return b"T\0" if domid in (0, DOMID_SELF) or domid in self.daemon.domains else b"F\0"
 
     def _introduce(self, view: View, tx_id: int, payload: bytes) -> bytes:
         strings = payload.split(b"\0")[:-1]

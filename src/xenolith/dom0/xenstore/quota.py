@@ -21,7 +21,7 @@ class Quota:
     """Nodes looked at in one transaction."""
     outstanding: int = 20
     """Answers the guest has not fetched; with more it is not listened to until it fetches some."""
-    unread_bytes: int = 2_500_000
+    unread_bytes: int = 2_621_440
     """Bytes of answers and events the guest has not fetched; with more its connection is closed."""
 
 

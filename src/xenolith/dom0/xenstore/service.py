@@ -47,7 +47,7 @@ class XenstoreService(HostStore):
     """
 
     def __init__(self, quota: Quota | None = None, map_domain: MapDomain | None = None) -> None:
-        """``map_domain`` serves INTRODUCE requests of tools; without it they get EINVAL."""
+        """``map_domain`` serves INTRODUCE requests of tools; without it they get ENOENT."""
         daemon = Xenstored(quota)
         super().__init__(threading.Lock(), daemon, HostCaller(daemon), 0)
         self._ready: Final[deque[Connection]] = deque()

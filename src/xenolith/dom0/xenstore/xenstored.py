@@ -154,12 +154,12 @@ class Xenstored:
         view.remove(path)
 
     def _fire_removal(self, view: View, path: bytes, top: Node) -> None:
-        """While the nodes can still be seen: the event for what was asked, then for watches on each node below it."""
-        self._changed(view, path, None)
+        """While the nodes can still be seen: events for watches on each node below, deepest first, then for ``path``."""
         if self.watches or view is not self.store:
             for below, node in subtree(path, top):
                 if node is not top:
                     self._fire_or_queue(view, below, exact=node.permissions)
+        self._changed(view, path, None)
 
     def set_permissions(self, caller: Caller, view: View, path: bytes, wanted: Permissions) -> None:
         """Replace a node's (or an event's) permission list."""
@@ -252,9 +252,9 @@ class Xenstored:
 
     def fire_domain_event(self, event: bytes) -> None:
         """``@introduceDomain`` or ``@releaseDomain``, to those who may see it."""
-        for watch in self.watches.over(event):
+        for watch in self.watches.on(event):
             if watch.caller.access(self._event_permissions[event]) & READ:
-                watch.caller.deliver_event(event[watch.name_offset :], watch.token)
+                watch.caller.deliver_event(event, watch.token)
 
     # --- transactions
 
@@ -325,10 +325,10 @@ class Xenstored:
         for event, entries in self._event_permissions.items():
             self._event_permissions[event] = _without(entries, domid)
         store = self.store
-        for path, _ in list(subtree(b"/", store.root)):
+        for path in [path for path, _ in subtree(b"/", store.root)][::-1]:
             node = store.lookup(path)
             if node is None:
-                continue
+                continue  # gone with a directory above, which was visited first
             if path != b"/" and node.permissions[0].domid == domid:
                 self._fire_removal(store, path, node)
                 store.remove(path)
@@ -337,7 +337,7 @@ class Xenstored:
 
 
 def _no_introductions(domid: int, mfn: int, port: int) -> None:
-    raise XsError("EINVAL", f"nobody here can map frame {mfn:#x} of domain {domid}")
+    raise XsError("ENOENT", f"nobody here can map frame {mfn:#x} of domain {domid}")
 
 
 def _without(entries: Permissions, domid: int) -> Permissions:
