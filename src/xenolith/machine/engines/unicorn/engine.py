@@ -1,0 +1,42 @@
+"""The Unicorn engine: QEMU's code translator, inside this process, as the domain's processor.
+
+It needs no privileges and no hardware virtualisation.  One instance serves all vCPUs of a domain, one at a time,
+because its LOCK prefix is not atomic between instances.  See docs/engine-unicorn.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from xenolith.machine.engines.protocol import Engine
+from xenolith.machine.engines.unicorn import library, xsave
+from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.memory import MachineMemory
+
+
+class UnicornEngine(Engine):
+    """A domain's engine on Unicorn. Raises EngineError when the installed Unicorn is not the one it knows."""
+
+    name = "unicorn"
+    cpus_shared = True
+    xcr0_mask = xsave.X87 | xsave.SSE
+
+    def __init__(self, memory: MachineMemory) -> None:
+        self._lib = library.load()
+        self._cpu = UnicornCpu(self._lib, memory)
+        self.l4_entries: dict[int, int] = {}
+
+    def cpu(self, vcpu_id: int) -> UnicornCpu:
+        """The one Cpu of all vCPUs."""
+        return self._cpu
+
+    def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """CPUID of the processor that QEMU emulates."""
+        words = [ctypes.c_uint32() for _ in range(4)]
+        self._lib.cpuid(self._cpu._env, leaf, subleaf, *map(ctypes.byref, words))
+        eax, ebx, ecx, edx = (word.value for word in words)
+        return eax, ebx, ecx, edx
+
+    def close(self) -> None:
+        """Release everything. No Cpu may be running."""
+        self._cpu.close()

@@ -1,0 +1,84 @@
+"""Private layout of the Unicorn 2.1.4 wheel: where QEMU keeps what, and what its flags mean.
+
+Everything here is specific to that one build (offsets in bytes; CPUX86State is called `env`, as in QEMU) and is
+proved by the probes of verify.py before a guest runs.  env is preceded by CPUState, whose last part is the software
+TLB: for each MMU index a table (`mask`, `table`) and its description (victim entries and usage counters).
+"""
+
+from typing import Final
+
+# --- uc_struct ------------------------------------------------------------------------------------
+UC_CPU: Final = 440  # the CPUState
+UC_NO_EXIT_REQUEST: Final = 2034  # true: do not look for a stop request after every load and store
+UC_STRUCT_SIZE: Final = 14900  # at least
+
+# --- CPUState, relative to env --------------------------------------------------------------------
+CPU_STATE: Final = -0x8A50  # the start of CPUState
+CPU_CLASS: Final = CPU_STATE + 0x81B0  # pointer to its CPUClass ...
+CLASS_DEBUG_HANDLER: Final = 0x78  # ... which holds what to call when a block ends in EXCP_DEBUG
+TLB_DIRTY: Final = -0x878  # u16: one bit for each MMU index used since its last flush
+TLB_DESCRIPTION: Final = -0x870
+TLB_DESCRIPTION_SIZE: Final = 0x2B8
+TLB_DESCRIPTION_USED: Final = 0x20  # within it: u64, number of entries in use
+TLB_FAST: Final = -0x40
+TLB_FAST_SIZE: Final = 0x10  # u64 mask, pointer to the table
+TLB_AREA: Final = TLB_DIRTY  # the lowest of these
+
+# MMU indices
+MMU_PARKED: Final = 0  # "kernel, SMAP": never used here as SMAP is off; the other mode's translations rest in it
+MMU_USER: Final = 1  # what code at CPL 3 uses
+MMU_SYSTEM: Final = 2  # the processor's own accesses: descriptors, stack pops of far returns
+
+# --- CPUX86State ----------------------------------------------------------------------------------
+EIP: Final = 128
+EFLAGS: Final = 136
+HFLAGS: Final = 176
+SEGMENTS: Final = 184
+LDT: Final = 328  # u32 selector, pad, u64 base, u32 limit, u32 flags: as for the segments
+TR: Final = 352
+GDT: Final = 376
+IDT: Final = 400
+CR: Final = 424  # CR0..CR4, u64 each
+EFER: Final = 592
+FPSTT: Final = 604  # u32: top of the x87 stack
+FPUS: Final = 608  # u16: x87 status word, without the top
+FPUC: Final = 610  # u16: x87 control word
+FPTAGS: Final = 612  # 8 bytes: 1 = empty, by physical register
+FPREGS: Final = 624  # 8 of 16 bytes, by physical register
+FPIP: Final = 760  # u64
+FPDP: Final = 768  # u64
+MXCSR: Final = 816  # u32
+XMM: Final = 824  # 32 of 64 bytes
+XMM_STRIDE: Final = 64
+XCR0: Final = 4904
+ERROR_CODE: Final = 5384  # u32, and after it u32 exception_is_int: raised by INT n, INT3 or INTO
+DR: Final = 5400  # DR0..DR7, u64 each
+OLD_EXCEPTION: Final = 5496  # i32: for the double fault logic, which must never see a second fault
+ENV_SIZE: Final = 5568
+
+VCPU_BLOCK: Final = XMM + 16 * XMM_STRIDE  # env up to here is all that guest code can change of a vCPU
+
+# --- hflags: what a block's translation depends on, besides the address ----------------------------
+HF_CPL: Final = 3
+HF_CS32: Final = 1 << 4
+HF_SS32: Final = 1 << 5
+HF_ADDSEG: Final = 1 << 6
+HF_TS: Final = 1 << 11
+HF_LMA: Final = 1 << 14
+HF_CS64: Final = 1 << 15
+HF_KERNEL: Final = 1 << 30  # ours, unused by QEMU: keeps guest-kernel and guest-user blocks apart
+
+# --- segment attributes: the descriptor's second word, as is (SDM vol. 3, 3.4.5) --------------------
+DESC_A: Final = 1 << 8
+DESC_W: Final = 1 << 9  # data: writable; code: readable
+DESC_C: Final = 1 << 10  # code: conforming
+DESC_CODE: Final = 1 << 11
+DESC_S: Final = 1 << 12
+DESC_DPL_SHIFT: Final = 13
+DESC_P: Final = 1 << 15
+DESC_L: Final = 1 << 21
+DESC_B: Final = 1 << 22
+DESC_G: Final = 1 << 23
+FLAT_CODE64: Final = 0x00AFFB00
+FLAT_CODE32: Final = 0x00CFFB00
+FLAT_DATA: Final = 0x00CFF300

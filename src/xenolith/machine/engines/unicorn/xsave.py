@@ -1,0 +1,72 @@
+"""The x87 and SSE state, between QEMU's own form and a standard XSAVE image (Intel SDM vol. 1, 10.5.1 and 13.4).
+
+An XSAVE image numbers x87 registers from the top of the stack, QEMU by physical register.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+from xenolith.machine.engines.unicorn import layout
+
+IMAGE_SIZE: Final = 576  # legacy area and header
+X87: Final = 1
+SSE: Final = 2
+
+_CONTROL = Struct("<HHBxHQQII")  # FCW FSW FTW (abridged) FOP FIP FDP MXCSR MXCSR_MASK
+_HEADER: Final = 512  # u64: the components that are not in their initial state
+_ST: Final = 32
+_XMM: Final = 160
+_MXCSR: Final = 24
+_TOP_SHIFT: Final = 11
+_TOP: Final = 7 << _TOP_SHIFT
+_INITIAL_FCW: Final = 0x37F
+_INITIAL_MXCSR: Final = 0x1F80
+_MXCSR_MASK: Final = 0xFFFF
+
+
+def save(env: memoryview, image: bytearray) -> None:
+    """Write the state in `env` (the bytes of CPUX86State) as an XSAVE image over the start of `image`."""
+    top = env[layout.FPSTT] & 7
+    status = int.from_bytes(env[layout.FPUS : layout.FPUS + 2], "little") & ~_TOP | top << _TOP_SHIFT
+    control = int.from_bytes(env[layout.FPUC : layout.FPUC + 2], "little")
+    tags = sum(1 << i for i in range(8) if not env[layout.FPTAGS + i])
+    fip = int.from_bytes(env[layout.FPIP : layout.FPIP + 8], "little")
+    fdp = int.from_bytes(env[layout.FPDP : layout.FPDP + 8], "little")
+    mxcsr = int.from_bytes(env[layout.MXCSR : layout.MXCSR + 4], "little")
+    image[:IMAGE_SIZE] = bytes(IMAGE_SIZE)
+    _CONTROL.pack_into(image, 0, control, status, tags, 0, fip, fdp, mxcsr, _MXCSR_MASK)
+    for i in range(8):
+        register = layout.FPREGS + 16 * ((top + i) & 7)
+        image[_ST + 16 * i : _ST + 16 * i + 10] = env[register : register + 10]
+    for i in range(16):
+        register = layout.XMM + layout.XMM_STRIDE * i
+        image[_XMM + 16 * i : _XMM + 16 * i + 16] = env[register : register + 16]
+    image[_HEADER] = X87 | SSE
+
+
+def restore(image: bytes | bytearray, env: memoryview) -> None:
+    """Load an XSAVE image into `env`; the caller has QEMU recompute what it derives from FCW and MXCSR."""
+    components = image[_HEADER]
+    control, status, tags, _, fip, fdp, mxcsr, _ = _CONTROL.unpack_from(image)
+    if not components & X87:
+        control, status, tags, fip, fdp = _INITIAL_FCW, 0, 0, 0, 0
+    top = status >> _TOP_SHIFT & 7
+    env[layout.FPSTT : layout.FPSTT + 4] = top.to_bytes(4, "little")
+    env[layout.FPUS : layout.FPUS + 2] = (status & ~_TOP).to_bytes(2, "little")
+    env[layout.FPUC : layout.FPUC + 2] = control.to_bytes(2, "little")
+    env[layout.FPIP : layout.FPIP + 8] = fip.to_bytes(8, "little")
+    env[layout.FPDP : layout.FPDP + 8] = fdp.to_bytes(8, "little")
+    for i in range(8):
+        env[layout.FPTAGS + i] = not tags >> i & 1
+        register = layout.FPREGS + 16 * ((top + i) & 7)
+        value = image[_ST + 16 * i : _ST + 16 * i + 10] if components & X87 else bytes(10)
+        env[register : register + 16] = bytes(value) + bytes(6)
+    if not components & SSE:
+        mxcsr = _INITIAL_MXCSR
+    env[layout.MXCSR : layout.MXCSR + 4] = (mxcsr & _MXCSR_MASK).to_bytes(4, "little")
+    for i in range(16):
+        register = layout.XMM + layout.XMM_STRIDE * i
+        value = image[_XMM + 16 * i : _XMM + 16 * i + 16] if components & SSE else bytes(16)
+        env[register : register + 16] = bytes(value)
