@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
-from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOSYS, EPERM, ESRCH
+from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
     MMU_MACHPHYS_UPDATE,
@@ -330,6 +330,10 @@ def _flush_cache(vcpu: Vcpu, _: int, __: int, ___: int) -> int:
     return -EACCES  # a domain without device memory may not (Xen: cache_flush_permitted)
 
 
+def _flush_cache_global(vcpu: Vcpu, _: int, __: int, ___: int) -> int:
+    return -EINVAL  # as above; Xen tests for it in another order
+
+
 def _set_ldt(vcpu: Vcpu, _: int, va: int, entries: int) -> int:
     return descriptors.set_ldt(vcpu, va, entries & 0xFFFFFFFF)
 
@@ -361,7 +365,7 @@ def _copy_page(vcpu: Vcpu, _: int, mfn: int, source: int) -> int:
 
 
 def _superpage(vcpu: Vcpu, _: int, __: int, ___: int) -> int:
-    return -ENOSYS  # removed from Xen
+    return -EOPNOTSUPP  # removed from Xen
 
 
 _OPERATIONS: Final = {
@@ -376,7 +380,7 @@ _OPERATIONS: Final = {
     MMUEXT_TLB_FLUSH_ALL: _flush_all,
     MMUEXT_INVLPG_ALL: _flush_page_all,
     MMUEXT_FLUSH_CACHE: _flush_cache,
-    MMUEXT_FLUSH_CACHE_GLOBAL: _flush_cache,
+    MMUEXT_FLUSH_CACHE_GLOBAL: _flush_cache_global,
     MMUEXT_SET_LDT: _set_ldt,
     MMUEXT_CLEAR_PAGE: _clear_page,
     MMUEXT_COPY_PAGE: _copy_page,
