@@ -192,8 +192,8 @@ static void bounce_frame(void)
     check_eq("  rflags, IF clear as upcalls are masked", (long)raw_frame[4] & FLAGS_SEEN, (long)flags);
     check_eq("  rsp", (long)raw_frame[5], (long)rsp);
     check_eq("  ss", (long)raw_frame[6], KERNEL_SS);
-    check_eq("  the handler runs without NT and AC, but with DF", (long)raw_rflags & (FLAG_NT | FLAG_AC | FLAG_DF), FLAG_DF);
-    check_eq("  ... with hardware interrupts on", (long)raw_rflags & FLAG_IF, FLAG_IF);
+    check_eq("  the handler runs without NT and AC, but with DF", (long)entry_rflags & (FLAG_NT | FLAG_AC | FLAG_DF), FLAG_DF);
+    check_eq("  ... with hardware interrupts on", (long)entry_rflags & FLAG_IF, FLAG_IF);
     check_eq("  ... in ring 3: cs", (long)raw_cs, KERNEL_CS | 3);
     check_eq("  ... ss", (long)raw_ss, KERNEL_SS);
 
@@ -202,11 +202,11 @@ static void bounce_frame(void)
     fault_with_flags(2, &rip, &rsp);
     check_eq("  cs", (long)raw_frame[3], KERNEL_CS);
     check_eq("  rflags, IF set", (long)raw_frame[4] & FLAGS_SEEN, FLAG_IF | 2);
-    check_eq("  a gate without flag 4 leaves the mask alone", (long)raw_upcall_mask, 0);
+    check_eq("  a gate without flag 4 leaves the mask alone", (long)entry_upcall_mask, 0);
     check_eq("  iret gives the mask back from IF", vcpu->upcall_mask, 0);
     trap_set(VECTOR_UD, TRAP_MASKS_UPCALLS, trap_6_raw);
     fault_with_flags(2, &rip, &rsp);
-    check_eq("  a gate with flag 4 sets the mask", (long)raw_upcall_mask, 1);
+    check_eq("  a gate with flag 4 sets the mask", (long)entry_upcall_mask, 1);
     check_eq("  ... and the frame has the mask of before", (long)raw_frame[3], KERNEL_CS);
     check_eq("  ... which iret gives back from IF", vcpu->upcall_mask, 0);
     vcpu->upcall_mask = 1;

@@ -23,7 +23,7 @@ trap_\vector:
     jmp trap_common
 .endm
 
-    .irp vector, 0, 1, 2, 3, 4, 5, 6, 7, 9, 15, 16, 18, 19, 0x21, 0x42, 0x80, 256, 258
+    .irp vector, 0, 1, 2, 3, 4, 5, 6, 7, 9, 15, 16, 18, 19, 0x21, 0x42, 0x80, 256, 258, 259
     TRAP_ENTRY \vector, 0
     .endr
     .irp vector, 8, 10, 11, 12, 13, 14, 17
@@ -44,6 +44,11 @@ trap_common:
     push %r13
     push %r14
     push %r15
+    pushf
+    pop entry_rflags(%rip)
+    mov shared_info(%rip), %rbx
+    movzbl 1(%rbx), %ebx
+    mov %rbx, entry_upcall_mask(%rip)
     cld
     mov %rsp, %rdi
     testb $3, 18*8(%rsp) /* cs: RPL 3 only when it was user mode that trapped */
@@ -151,33 +156,29 @@ iret_raw_faulted:
     .globl trap_6_raw
 trap_6_raw:
     mov %rsp, raw_rsp(%rip)
-    pushf
-    pop raw_rflags(%rip)
     push %rsi
     push %rdi
     push %rcx
-    lea 24(%rsp), %rsi
+    pushf
+    lea 32(%rsp), %rsi
     lea raw_frame(%rip), %rdi
     mov $7, %ecx
     cld
     rep movsq
+    popf
     pop %rcx
     pop %rdi
     pop %rsi
-    push %rax
-    mov shared_info(%rip), %rax
-    mov 1(%rax), %al
-    mov %al, raw_upcall_mask(%rip)
     mov %cs, raw_cs(%rip)
     mov %ss, raw_ss(%rip)
-    pop %rax
     jmp trap_6
 
     .set REGS_BYTES, 22 * 8
     .bss
     .balign 8
     .irp name, run_user_rsp, iret_raw_rsp, iret_landed_rsp, iret_landed_rax, iret_landed_rcx, iret_landed_r11, \
-               iret_landed_rflags, raw_rsp, raw_rflags, raw_upcall_mask, raw_cs, raw_ss
+               iret_landed_rflags, entry_rflags, entry_upcall_mask, \
+               raw_rsp, raw_cs, raw_ss
     .globl \name
 \name: .quad 0
     .endr

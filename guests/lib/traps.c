@@ -17,7 +17,7 @@ extern const struct fixup fixups_start[], fixups_end[]; /* guest.lds */
 #define DECLARE(vector) extern void trap_##vector(void)
 DECLARE(0), trap_1(void), trap_2(void), trap_3(void), trap_4(void), trap_5(void), trap_7(void), trap_8(void);
 DECLARE(9), trap_10(void), trap_11(void), trap_12(void), trap_13(void), trap_14(void), trap_15(void), trap_16(void);
-DECLARE(17), trap_18(void), trap_19(void), trap_0x21(void), trap_0x42(void), trap_0x80(void);
+DECLARE(17), trap_18(void), trap_19(void), trap_0x80(void);
 
 struct trap_info trap_table[] = {
     ENTRY(0, 4),  ENTRY(1, 4),  ENTRY(2, 4),     ENTRY(3, 7),     ENTRY(4, 7),     ENTRY(5, 4),  ENTRY(6, 4),

@@ -21,6 +21,7 @@ struct regs {
 #define VECTOR_MF 16
 #define VECTOR_EVENT 256
 #define VECTOR_SYSCALL 258
+#define VECTOR_SYSENTER 259
 #define NO_FAULT 999
 
 /* One entry of set_trap_table. */
@@ -63,9 +64,10 @@ void run_user(struct regs *regs);
 
 /* trap-entry.S */
 long iret_raw(u64 frame[9]);
-void iret_raw_landed(void), iret_raw_faulted(void), trap_6(void), trap_6_raw(void), trap_256(void), trap_258(void);
+void trap_0x21(void), trap_0x42(void), iret_raw_landed(void), iret_raw_faulted(void), trap_6(void), trap_6_raw(void), trap_256(void), trap_258(void), trap_259(void);
 extern u64 iret_landed_rsp, iret_landed_rax, iret_landed_rcx, iret_landed_r11, iret_landed_rflags;
-extern u64 raw_rsp, raw_rflags, raw_upcall_mask, raw_cs, raw_ss, raw_frame[7];
+extern u64 entry_rflags, entry_upcall_mask; /* as the last trap found them */
+extern u64 raw_rsp, raw_cs, raw_ss, raw_frame[7];
 
 /* callback_op */
 #define CALLBACKOP_register 0
