@@ -128,16 +128,21 @@ class Console:
         with self._lock:
             return b"".join(self._scrollback)
 
-    def write(self, data: bytes) -> None:
-        """Type `data` on the console; waits while the guest does not read. Raises ConsoleClosed."""
+    def write(self, data: bytes, timeout: float | None = None) -> int:
+        """Type `data` on the console; waits while the guest does not read, at most `timeout` seconds each time.
+
+        How many bytes the guest was given: all of them unless the time was up.  Raises ConsoleClosed.
+        """
+        written = 0
         with self._lock:
-            while data:
+            while written < len(data):
                 if self.closed:
                     raise ConsoleClosed
-                accepted = self._put(data)
-                data = data[accepted:]
-                if data and not accepted:
-                    self._changed.wait()
+                accepted = self._put(data[written:])
+                written += accepted
+                if not accepted and not self._changed.wait(timeout):
+                    break
+        return written
 
     def offer(self, data: bytes) -> int:
         """Type as much of `data` as the guest has room for now; how many bytes. Raises ConsoleClosed."""

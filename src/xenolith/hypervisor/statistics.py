@@ -30,6 +30,9 @@ TRAP_NAMES: Final = {
     traps.COUNT_PRIVILEGED: "privileged instruction",
 }
 
+DERIVED: Final = ("event upcall", "page table write", "privileged instruction")
+"""Counted with another trap already."""
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -42,6 +45,11 @@ class Counters:
     cpu_time: int
     traps: dict[str, int]
     hypercalls: dict[str, int]
+
+    @property
+    def total_traps(self) -> int:
+        """Every trap once, hypercalls included."""
+        return sum(self.traps.values()) - sum(self.traps.get(name, 0) for name in DERIVED) + sum(self.hypercalls.values())
 
 
 def counters(domain: Domain) -> Counters:

@@ -1,0 +1,378 @@
+"""The toolstack in one's own process: `Client` on top of a dom0 that runs here (design decision 9).
+
+A program that imports xenolith uses this directly; the daemon serves the same object to others.  What a request asks of
+dom0 is asked at once, in the caller's thread; what happens to domains is told by dom0's event thread through an
+`EventHub`, so that no listener is ever waited for.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from xenolith.abi import layout
+from xenolith.dom0 import domain_tree
+from xenolith.dom0.console import Console, ConsoleClosed, Overflow
+from xenolith.dom0.image import ImageError, load_image
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
+from xenolith.hypervisor.control import DomainCreateError
+from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
+from xenolith.toolstack.client import (
+    DOM0_UUID,
+    Client,
+    ConsoleStream,
+    DomainEvent,
+    DomainInfo,
+    DomainNotFound,
+    DomainStatistics,
+    EventKind,
+    EventStream,
+    HostInfo,
+    InvalidRequest,
+    NotAcknowledged,
+    NotSupported,
+    OnProgress,
+    Progress,
+    ShutdownRequest,
+    ToolstackError,
+    Trigger,
+    VcpuInfo,
+    no_progress,
+)
+from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.events import EventHub
+
+ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
+TYPING_SECONDS: Final = 1.0  # how long input waits for a guest that does not read
+DOM0_NAME: Final = "Domain-0"
+
+
+class EmbeddedToolstack:
+    """A Client for the domains of `dom0`. Closing it destroys them; dom0 is closed with it."""
+
+    def __init__(self, dom0: Dom0, acknowledge_seconds: float = ACKNOWLEDGE_SECONDS) -> None:
+        self.dom0 = dom0
+        self._acknowledge_seconds = acknowledge_seconds
+        self._control = dom0.control
+        self._store = dom0.xenstore
+        self._lock = threading.RLock()  # the tables below; taken before anything of dom0's
+        self._configs: dict[int, DomainConfig] = {}
+        self._start_times: dict[int, float] = {0: time.time()}
+        self._creating: set[str] = set()
+        self._hub = EventHub()
+        dom0.shutdown_hooks.append(self._tell_shutdown)
+
+    def close(self) -> None:
+        """End all domains and listeners."""
+        self._hub.close()
+        self.dom0.close()
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    def host(self) -> HostInfo:
+        machine = self._control.machine()
+        return HostInfo(
+            host=platform.node(),
+            release=platform.release(),
+            version=platform.version(),
+            machine=platform.machine(),
+            nr_cpus=machine.pcpus,
+            cores_per_socket=machine.pcpus,
+            cpu_khz=machine.tsc_hz // 1000,
+            virt_caps=("pv",),
+            total_memory_kib=machine.total_pages * 4,
+            free_memory_kib=machine.free_pages * 4,
+            xen_major=machine.version[0],
+            xen_minor=machine.version[1],
+            xen_extra=machine.extra_version,
+            xen_caps=machine.capabilities,
+            scheduler=machine.scheduler,
+            virt_start=layout.HYPERVISOR_VIRT_START,
+            engine=machine.engine,
+        )
+
+    def domains(self) -> list[DomainInfo]:
+        with self._lock:
+            found = [self._dom0_info()]
+            for info in self._control.list():
+                if info.domid in self._configs:
+                    found.append(self._info(info))
+            return found
+
+    def _dom0_info(self) -> DomainInfo:
+        return DomainInfo(
+            domid=0,
+            name=DOM0_NAME,
+            uuid=DOM0_UUID,
+            running=True,
+            memory_kib=0,
+            max_memory_kib=0,
+            vcpus_online=1,
+            cpu_time_ns=time.process_time_ns(),
+            start_time=self._start_times[0],
+        )
+
+    def _info(self, info: XenDomainInfo) -> DomainInfo:
+        config = self._configs[info.domid]
+        return DomainInfo(
+            domid=info.domid,
+            name=config.name,
+            uuid=config.uuid,
+            running=info.running,
+            blocked=info.blocked,
+            paused=info.paused,
+            shutdown=info.shutdown,
+            shutdown_reason=info.shutdown_reason,
+            dying=info.dying,
+            memory_kib=info.total_pages * 4,
+            max_memory_kib=info.max_pages * 4,
+            vcpus_online=info.online_vcpus,
+            cpu_time_ns=info.cpu_time,
+            start_time=self._start_times[info.domid],
+        )
+
+    def vcpus(self, domid: int) -> list[VcpuInfo]:
+        everywhere = frozenset(range(self._control.machine().pcpus))
+        if not domid:
+            return [
+                VcpuInfo(
+                    vcpu=0,
+                    online=True,
+                    cpu=0,
+                    running=True,
+                    cpu_time_ns=time.process_time_ns(),
+                    hard_affinity=everywhere,
+                    soft_affinity=everywhere,
+                )
+            ]
+        self._guest(domid)
+        return [
+            VcpuInfo(
+                vcpu=vcpu.vcpu_id,
+                online=vcpu.online,
+                cpu=vcpu.pcpu,
+                running=vcpu.running,
+                blocked=vcpu.blocked,
+                cpu_time_ns=vcpu.cpu_time,
+                hard_affinity=everywhere,
+                soft_affinity=everywhere,
+            )
+            for vcpu in self._control.vcpus(domid)
+        ]
+
+    def statistics(self) -> list[DomainStatistics]:
+        found = []
+        for info in self.domains():
+            counters = self._control.counters(info.domid)
+            found.append(
+                DomainStatistics(
+                    domid=info.domid,
+                    cpu_time_ns=info.cpu_time_ns,
+                    vcpu_times_ns=tuple(vcpu.cpu_time_ns for vcpu in self.vcpus(info.domid)),
+                    traps=counters.total_traps,
+                    hypercalls=sum(counters.hypercalls.values()),
+                )
+            )
+        return found
+
+    def config(self, domid: int) -> DomainConfig:
+        with self._lock:
+            if not domid:
+                return DomainConfig(DOM0_NAME, DOM0_UUID)
+            self._guest(domid)
+            return copy.deepcopy(self._configs[domid])
+
+    def set_config(self, domid: int, config: DomainConfig) -> None:
+        with self._lock:
+            self._guest(domid)
+            self._configs[domid] = copy.deepcopy(config)
+
+    def dmesg(self) -> str:
+        return self._control.log_text()
+
+    def clear_dmesg(self) -> None:
+        self._control.clear_log()
+
+    # --- life ------------------------------------------------------------------------------------------
+
+    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
+        config = copy.deepcopy(config)
+        self._claim_name(config.name)
+        try:
+            spec = _spec(config, progress)
+            progress(Progress("building the domain", 1, 2))
+            domain = self.dom0.create(spec)
+            with self._lock:
+                self._configs[domain.domid] = config
+                self._start_times[domain.domid] = time.time()
+            progress(Progress("building the domain", 2, 2))
+            return domain.domid
+        except DomainCreateError as error:
+            raise ToolstackError(str(error)) from error
+        finally:
+            with self._lock:
+                self._creating.discard(config.name)
+
+    def _claim_name(self, name: str) -> None:
+        """Names are unique, of domains that are being made too. The caller discards the claim."""
+        with self._lock:
+            taken = {DOM0_NAME, *self._creating, *(config.name for config in self._configs.values())}
+            if name in taken:
+                raise InvalidRequest(f'Domain with name "{name}" already exists.')
+            self._creating.add(name)
+
+    def pause(self, domid: int) -> None:
+        self._control.pause(self._guest(domid).domid)
+
+    def unpause(self, domid: int) -> None:
+        with self._lock:
+            domain = self._guest(domid)
+            if domain.started:
+                self._control.unpause(domid)
+            else:
+                self.dom0.start(domain)
+
+    def destroy(self, domid: int) -> None:
+        with self._lock:
+            domain = self._guest(domid)
+        self.dom0.destroy(domain)
+        with self._lock:
+            if self._configs.pop(domid, None) is None:
+                return  # somebody else was quicker
+            del self._start_times[domid]
+        self._hub.publish(DomainEvent(EventKind.DESTROYED, domid))
+
+    def rename(self, domid: int, name: str) -> None:
+        with self._lock:
+            self._guest(domid)
+            config = self._configs[domid]
+            if name != config.name:
+                self._claim_name(name)
+                self._creating.discard(name)
+                config.name = name
+        for path in (f"{domain_tree.home(domid)}/name", f"/vm/{config.uuid}/name"):
+            self._store.write(path, name)
+
+    def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
+        self._ask_guest(domid, "shutdown", str(request))
+
+    def sysrq(self, domid: int, key: str) -> None:
+        self._guest(domid)
+        self._store.write(f"{domain_tree.home(domid)}/control/sysrq", key)
+
+    def _ask_guest(self, domid: int, node: str, value: str) -> None:
+        """Write a control node and wait until the guest has emptied it, or has ended."""
+        domain = self._guest(domid)
+        path = f"{domain_tree.home(domid)}/control/{node}"
+        noted = threading.Event()
+        self._store.write(path, value)
+
+        def look(_: str) -> None:
+            if not self._store.get(path):
+                noted.set()
+
+        watch = self._store.watch(path, look)
+        try:
+            if not noted.wait(self._acknowledge_seconds) and domain.end is None:
+                self._store.write(path, "")
+                raise NotAcknowledged(f"Domain {domid} did not acknowledge control/{node} = {value}.")
+        finally:
+            watch.cancel()
+
+    def soft_reset(self, domid: int) -> None:
+        self._guest(domid)
+        raise NotSupported("Soft reset is not supported.")
+
+    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None:
+        self._guest(domid)
+        if trigger is not Trigger.NMI:
+            raise InvalidRequest(f"Trigger {trigger} is for HVM domains; a PV domain can be sent nmi.")
+        raise NotSupported("Sending an NMI is not supported.")
+
+    def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+        self._guest(domid)
+        raise NotSupported("Core dumps are not supported.")
+
+    # --- consoles and events -------------------------------------------------------------------------------
+
+    def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
+        domain = self._guest(domid)
+        if number:
+            raise InvalidRequest(f"Domain {domid} has no console {number}.")
+        return _Attachment(domain.console)
+
+    def subscribe(self) -> EventStream:
+        return self._hub.subscribe()
+
+    def _tell_shutdown(self, domain: GuestDomain) -> None:
+        """On dom0's event thread."""
+        assert domain.end is not None
+        self._hub.publish(DomainEvent(EventKind.SHUTDOWN, domain.domid, reason=domain.end.shutdown_reason))
+
+    def _guest(self, domid: int) -> GuestDomain:
+        """A guest by domid. Raises DomainNotFound, and InvalidRequest for dom0."""
+        if not domid:
+            raise InvalidRequest("Domain-0 is this toolstack's own domain; that cannot be done to it.")
+        domain = self.dom0.domains.get(domid)
+        if domain is None or domid not in self._configs:
+            raise DomainNotFound(domid)
+        return domain
+
+
+class _Attachment:
+    """A terminal on a console: it may fall behind, and may type more than the guest takes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._reader = console.open_reader(Overflow.DROP_OLDEST)
+        self.read: Callable[[float | None], bytes | None] = self._reader.read
+        self.close = self._reader.close
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._console.write(data, TYPING_SECONDS)
+        except ConsoleClosed:
+            return
+
+
+def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
+    """What dom0 is to make. Raises NotSupported and ToolstackError."""
+    lacking = config.unsupported()
+    lacking += [key for key, given in {"disk": config.disks, "vif": config.nics, "p9": config.p9_shares}.items() if given]
+    if config.bootloader:
+        lacking.append("bootloader")
+    if lacking:
+        raise NotSupported(f"A domain cannot be given: {', '.join(lacking)}.")
+    if config.kernel is None:
+        raise InvalidRequest("The configuration names no kernel.")
+    progress(Progress("loading the kernel", 0, 2))
+    try:
+        image = load_image(Path(config.kernel))
+        ramdisk = Path(config.ramdisk).read_bytes() if config.ramdisk else b""
+    except ImageError as error:
+        raise ToolstackError(str(error)) from error
+    except OSError as error:
+        raise ToolstackError(f"cannot read {error.filename}: {error.strerror}") from error
+    return DomainSpec(
+        name=config.name,
+        image=image,
+        kernel=config.kernel,
+        ramdisk=ramdisk,
+        cmdline=config.cmdline or "",
+        memory_kib=config.memory_kib,
+        max_memory_kib=config.memory_ceiling_kib,
+        vcpus=config.vcpus_online,
+        max_vcpus=config.vcpus_ceiling,
+        uuid=config.uuid,
+    )
+
+
+def checked_as_a_client(dom0: Dom0) -> Client:
+    """mypy holds EmbeddedToolstack against the protocol here."""
+    return EmbeddedToolstack(dom0)
