@@ -144,8 +144,7 @@ class Control:
         for number, l1 in enumerate(domain.window_l1):
             q[l2 << 9 | number] = l1 << 12 | WINDOW_TABLE
         for vcpu in domain.vcpus:
-            page = descriptors.window_index(domain, vcpu.vcpu_id, layout.FIRST_RESERVED_GDT_PAGE)
-            q[page] = hypervisor.gdt_mfn << 12 | descriptors.WINDOW_ENTRY
+            descriptors.set_up_window(vcpu)
             vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
             vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
             vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1

@@ -101,6 +101,15 @@ def lookup(vcpu: Vcpu, selector: int) -> int:
     return q[(entry & paging.FRAME) >> 3 | offset >> 3 & 511] if entry & PTE_P else 0
 
 
+def set_up_window(vcpu: Vcpu) -> None:
+    """The window of a vCPU without a GDT: empty descriptors, then Xen's own. No LDT."""
+    domain = vcpu.domain
+    hypervisor = domain.hypervisor
+    for page in range(GDT_PAGES):
+        mfn = hypervisor.gdt_mfn if page == layout.FIRST_RESERVED_GDT_PAGE else hypervisor.zero_mfn
+        domain.memory.q[window_index(domain, vcpu.vcpu_id, page)] = mfn << 12 | WINDOW_ENTRY
+
+
 def _map(vcpu: Vcpu, page: int, mfn: int) -> None:
     """Show frame `mfn` (0: nothing) in the vCPU's window."""
     domain = vcpu.domain
@@ -145,7 +154,7 @@ def destroy_gdt(vcpu: Vcpu) -> None:
     old, vcpu.gdt_frames, vcpu.gdt_entries = vcpu.gdt_frames, [], 0
     vcpu.flat_selectors.clear()
     for page, mfn in enumerate(old):
-        _map(vcpu, page, 0)
+        _map(vcpu, page, vcpu.domain.hypervisor.zero_mfn)
         paging.put_page_and_type(vcpu.domain, mfn)
 
 

@@ -80,8 +80,8 @@ class Hypervisor:
         self.m2p_l4_entries = {layout.XEN_FIRST_SLOT: entry, M2P_ALIAS_SLOT: entry}
 
     def _set_up_gdt(self) -> None:
-        """The page of Xen's own segment descriptors, which every GDT ends with."""
-        (self.gdt_mfn,) = self.frames.allocate_xen(1)
+        """The page of Xen's own segment descriptors, which every GDT ends with, and the empty one where it has none."""
+        self.gdt_mfn, self.zero_mfn = self.frames.allocate_xen(2)
         table = self.memory.q[self.gdt_mfn << 9 : (self.gdt_mfn + 1) << 9]
         for selector, descriptor in FLAT_DESCRIPTORS.items():
             table[(selector >> 3) - layout.FIRST_RESERVED_GDT_ENTRY] = descriptor

@@ -99,6 +99,9 @@ COUNT_UPCALL: Final = 41
 COUNT_PAGE_TABLE_WRITE: Final = 42
 COUNT_PRIVILEGED: Final = 43
 
+DR6_STATUS: Final = 0xE00F  # B0-B3, BD, BS, BT
+DR6_ONES: Final = 0xFFFF0FF0  # always read as one
+
 
 def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
     """The trap handler of this vCPU while it is loaded on this Cpu."""
@@ -146,7 +149,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                 if vector == VECTOR_PF:
                     page_fault(vcpu, cpu, error_code, address)
                 else:
-                    exception(vcpu, cpu, vector, error_code)
+                    exception(vcpu, cpu, vector, error_code, address)
             if posted:
                 events.drain(domain)
             info = vcpu.info
@@ -365,8 +368,8 @@ def page_fault(vcpu: Vcpu, cpu: Cpu, error_code: int, address: int) -> None:
     inject_page_fault(vcpu, cpu, error_code & ~PFEC_RESERVED, address)
 
 
-def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int) -> None:
-    """Every trap but page faults and 64-bit system calls."""
+def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int, address: int) -> None:
+    """Every trap but page faults and 64-bit system calls. For #DB `address` is DR6."""
     regs = cpu.regs
     if vector == VECTOR_GP:
         if error_code & 2:  # `int n`: error code is n << 3 | 2
@@ -385,8 +388,7 @@ def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int) -> None:
         vcpu.task_switched = False
         cpu.set_task_switched(False)
     elif vector == VECTOR_DB:
-        vcpu.debug[6] = vcpu.debug[6] | error_code | 0xFFFF0FF0
-        error_code = 0
+        vcpu.debug[6] |= address & DR6_STATUS
     elif vector == TRAP_CPUID:
         emulate.cpuid(vcpu, regs)
         return
@@ -655,7 +657,7 @@ def do_set_debugreg(vcpu: Vcpu, number: int, value: int) -> int:
             return -EPERM
     elif number in (4, 6):
         number = 6
-        value = value & ~0xFFFFEFF0 & 0xFFFFFFFF | 0xFFFF0FF0
+        value &= DR6_STATUS
     elif number in (5, 7):
         number = 7
         value = value & ~0xD800 & 0xFFFFFFFF | 0x400
@@ -680,7 +682,7 @@ def do_get_debugreg(vcpu: Vcpu, number: int) -> int:
     if number < 4:
         return vcpu.debug[number]
     if number in (4, 6):
-        return vcpu.debug[6] or 0xFFFF0FF0
+        return vcpu.debug[6] | DR6_ONES
     if number in (5, 7):
         return vcpu.debug[7] or 0x400
     return -ENODEV
