@@ -27,7 +27,8 @@ class Choice(NamedTuple):
 def choose(name: str = "auto") -> Choice:
     """The engine to use for `auto`, `unicorn` or `kvm`.
 
-    The reason is logged as well: as a warning where `auto` has to do without KVM, else for `-v`.  Raises EngineError where the engine that was asked for cannot run here, and ValueError for an unknown name.
+    The reason is logged as well: as a warning where `auto` has to do without KVM, else for `-v`.
+    Raises EngineError where the engine that was asked for cannot run here, and ValueError for an unknown name.
     """
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name!r}; the engines are {', '.join(ENGINES)}")

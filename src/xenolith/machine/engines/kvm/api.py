@@ -140,8 +140,12 @@ def ioctl(fd: int, request: int, argument: bytearray | int = 0) -> int:
     return int(result)
 
 
-def open_device(path: str = "/dev/kvm") -> int:
+DEVICE = "/dev/kvm"
+
+
+def open_device() -> int:
     """A descriptor of the KVM device. Raises EngineError with the reason it cannot be had."""
+    path = DEVICE
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -99,7 +99,8 @@ class EntryStubs:
     - `rewrite_entries(n)`: n times `pop rdi; lock or qword [rdi], 0`, then RET.  On a host that shadows page tables a
       store in guest context is what makes KVM drop its shadow of that one entry; a locked OR of nothing stores the
       entry as it is, even while another vCPU's hypercall changes it.
-    - `rewrite_tables(n)`: the same with a single byte, for which KVM drops its shadow of the whole table.
+    - `rewrite_tables(n)`: the same with one byte amid an entry, which KVM takes as a sign that the frame is no
+      page table any more: it drops its shadow of the whole table.  (Not with the first byte: kernels write that one.)
     - `flush`: `pop rdi; mov cr3, rdi`, for hosts whose processor walks the tables itself.
     - `go`: `pop rdi; iretq` into the guest.  `done`: back to Python instead.
     """
