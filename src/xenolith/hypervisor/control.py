@@ -13,7 +13,7 @@ import numpy as np
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
-from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED, SHUTDOWN_crash
+from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED, RUNSTATE_running, SHUTDOWN_crash
 from xenolith.abi.x86 import (
     CS,
     DS,
@@ -75,6 +75,17 @@ class DomainInfo:
     cpu_time: int  # ns
     traps: int
     engine: str
+
+
+@dataclass(frozen=True)
+class VcpuInfo:
+    """A vCPU as the toolstack lists it (Xen: XEN_DOMCTL_getvcpuinfo)."""
+
+    vcpu_id: int
+    online: bool
+    running: bool
+    blocked: bool
+    cpu_time: int  # ns
 
 
 class Control:
@@ -214,6 +225,21 @@ class Control:
     def info(self, domid: int) -> DomainInfo:
         """A snapshot of the domain's state."""
         return _info(self._domain(domid))
+
+    def vcpus(self, domid: int) -> list[VcpuInfo]:
+        """A snapshot of each of the domain's vCPUs."""
+        domain = self._domain(domid)
+        with domain.lock:
+            return [
+                VcpuInfo(
+                    vcpu.vcpu_id,
+                    vcpu.online,
+                    vcpu.runstate == RUNSTATE_running,
+                    vcpu.blocked,
+                    vcpu.runstate_times[RUNSTATE_running],
+                )
+                for vcpu in domain.vcpus
+            ]
 
     def counters(self, domid: int) -> Counters:
         """What the domain did, counted by kind."""
@@ -361,6 +387,6 @@ def _info(domain: Domain) -> DomainInfo:
         online_vcpus=len(vcpus),
         max_vcpus=len(domain.vcpus),
         cpu_time=domain.cpu_time,
-        traps=sum(domain.trap_counts) + sum(domain.hypercall_counts),
+        traps=counters(domain).total_traps,
         engine=domain.engine.name if domain.engine else "python",
     )
