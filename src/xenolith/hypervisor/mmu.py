@@ -71,6 +71,13 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
     """Update page-table entries or machine-to-physical entries by machine address."""
     domain = vcpu.domain
     count &= 0xFFFFFFFF
+    if count == 1 and foreign == DOMID_SELF and not done_va and not requests & 7 and requests & 0xFFF <= 0xFF0:
+        # set_pte outside of a batch, the commonest hypercall of all: one walk, one update
+        address = translate(vcpu, requests, READ)
+        if address < 0:
+            return -EFAULT
+        q = domain.memory.q
+        return _update(domain, q[address >> 3], q[(address >> 3) + 1])
     done = 0
     if count & MMU_UPDATE_PREEMPTED:
         count &= ~MMU_UPDATE_PREEMPTED
