@@ -15,8 +15,6 @@ static u64 *l4, *t3, *t2, *t1; /* the tables we build for REGION */
 static u8 *data, *more;
 static volatile u64 *m2p_table;
 
-static u64 entry(const void *page, u64 flags) { return va_to_mfn(page) << PAGE_SHIFT | flags; }
-
 static void build(void)
 {
     l4 = (u64 *)start_info->pt_base;
@@ -98,11 +96,8 @@ static void batches(void)
 
 static void machine_to_physical(void)
 {
-    struct {
-        u64 v_start, v_end, max_mfn;
-    } m2p;
     print("# the machine-to-physical table\n");
-    check_eq("  machphys_mapping", HYPERCALL(HC_memory_op, 12, &m2p), 0);
+    struct m2p m2p = machphys_mapping();
     volatile u64 *table = m2p_table = (u64 *)m2p.v_start;
     u64 mfn = va_to_mfn(data);
     check_eq("  our mfn is within its bounds", mfn <= m2p.max_mfn && m2p.v_start + 8 * mfn < m2p.v_end, 1);

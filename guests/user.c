@@ -21,11 +21,11 @@
 #define SEGBASE_GS_USER_SEL 3
 #define PHYSDEVOP_set_iopl 6
 
-/* The user's one page of code: pieces that end in a trap, each at a label of its own. */
-extern u8 user_code[], u_syscall[], u_syscall_end[], u_read[], u_write[], u_cli[], u_sti[], u_in[], u_int3[], u_int80[],
+/* The user's code: pieces that end in a trap, each at a label of its own; copied to a page before use. */
+extern u8 user_code[], user_code_end[], u_syscall[], u_syscall_end[], u_read[], u_write[], u_cli[], u_sti[], u_in[], u_int3[], u_int80[],
     u_int80_end[], u_int21[], u_int21_end[], u_gs[], u_fs[], u_fninit[], u_ud2[], u_nop[], u_sysenter[], u_32[], u_32_end[],
     u_jump[], u_rdtsc[], u_hlt[], u_cpuid[], u_popf[];
-__asm__(".pushsection .text.user, \"ax\", @progbits\n .balign 4096\n user_code:\n"
+__asm__(".pushsection .rodata.user, \"a\", @progbits\nuser_code:\n"
         "u_syscall: syscall\nu_syscall_end: ud2\n"
         "u_read: mov (%rdi), %rax\n syscall\n"
         "u_write: mov %rax, (%rdi)\n syscall\n"
@@ -47,7 +47,7 @@ __asm__(".pushsection .text.user, \"ax\", @progbits\n .balign 4096\n user_code:\
         "u_popf: push %rdi\n popf\n pushf\n pop %rax\n syscall\n"
         ".code32\n"
         "u_32: mov %esp, %ebx\n push %eax\n pop %ecx\n int $0x80\nu_32_end: ud2\n"
-        ".code64\n .balign 4096\n .popsection");
+        ".code64\nuser_code_end:\n .popsection");
 
 static u8 *data;
 static u8 kernel_stack[4096] __attribute__((aligned(16)));
@@ -59,11 +59,13 @@ static u64 at(const u8 *label) { return USER_CODE + (u64)(label - user_code); }
 static void build_user_tables(void)
 {
     u64 *t4 = page_alloc(), *t3 = page_alloc(), *t2 = page_alloc(), *t1 = page_alloc();
+    u8 *code = page_alloc();
+    memcpy(code, user_code, (u64)(user_code_end - user_code));
     data = page_alloc();
     t4[0] = va_to_mfn(t3) << PAGE_SHIFT | PTE_TABLE;
     t3[0] = va_to_mfn(t2) << PAGE_SHIFT | PTE_TABLE;
     t2[USER_CODE >> 21] = va_to_mfn(t1) << PAGE_SHIFT | PTE_TABLE;
-    t1[0] = va_to_mfn(user_code) << PAGE_SHIFT | PTE_KERNEL_RO | PTE_U;
+    t1[0] = va_to_mfn(code) << PAGE_SHIFT | PTE_KERNEL_RO | PTE_U;
     t1[1] = va_to_mfn(data) << PAGE_SHIFT | PTE_KERNEL | PTE_U | PTE_NX;
     set_read_only(t4), set_read_only(t3), set_read_only(t2), set_read_only(t1);
     check_eq("pin the user's L4", mmuext(MMUEXT_PIN_L4_TABLE, va_to_mfn(t4), 0), 0);

@@ -62,3 +62,42 @@ long set_writable(const void *va)
 {
     return update_va(va, va_to_mfn(va) << PAGE_SHIFT | PTE_KERNEL, UVMF_INVLPG);
 }
+
+struct region region_build(u64 slot)
+{
+    struct region r = {(u64)((s64)(slot << 55) >> 16) & ~0xffful, (u64 *)start_info->pt_base, page_alloc(), page_alloc(), page_alloc(),
+                       page_alloc()};
+    r.t3[0] = entry(r.t2, PTE_TABLE);
+    r.t2[0] = entry(r.t1, PTE_TABLE);
+    r.t1[0] = entry(r.page, PTE_KERNEL);
+    r.page[0] = 0x5a;
+    long status = set_read_only(r.t3) | set_read_only(r.t2) | set_read_only(r.t1);
+    status |= mmu_update(machine_address(&r.l4[slot]), entry(r.t3, PTE_TABLE));
+    check_eq("tables of our own are linked", status, 0);
+    return r;
+}
+
+long region_take_down(struct region *r)
+{
+    long status = mmu_update(machine_address(&r->l4[r->base >> 39 & 511]), 0);
+    if (!status)
+        status = set_writable(r->t3);
+    if (!status)
+        status = set_writable(r->t2);
+    return status ? status : set_writable(r->t1);
+}
+
+u64 foreign_mfn(void)
+{
+    u64 mfn = va_to_mfn((void *)start_info->pt_base);
+    while (mfn_to_pfn(mfn) != ~0ul)
+        mfn--;
+    return mfn;
+}
+
+struct m2p machphys_mapping(void)
+{
+    struct m2p m2p = {0, 0, 0};
+    check_eq("XENMEM_machphys_mapping", HYPERCALL(HC_memory_op, 12, &m2p), 0);
+    return m2p;
+}

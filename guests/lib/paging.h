@@ -67,6 +67,25 @@ static inline u64 machine_address(const void *va) { return va_to_mfn(va) << PAGE
 long mmu_update(u64 ptr, u64 val);      /* one update of our own */
 long mmuext(u32 cmd, u64 arg1, u64 arg2); /* one operation of our own */
 long update_va(const void *va, u64 pte, u64 flags);
+static inline u64 entry(const void *page, u64 flags) { return va_to_mfn(page) << PAGE_SHIFT | flags; }
+
+/* Tables of our own for the 512 GiB of one L4 slot, linked; only t1[0] is used, for `page`. */
+struct region {
+    u64 base;
+    u64 *l4, *t3, *t2, *t1;
+    u8 *page;
+};
+struct region region_build(u64 slot);
+long region_take_down(struct region *region); /* unlink; 0 if all its tables are then free */
+
+/* A frame that is not ours: nobody's or another domain's. */
+u64 foreign_mfn(void);
+
+struct m2p {
+    u64 v_start, v_end, max_mfn;
+};
+struct m2p machphys_mapping(void);
+
 long set_read_only(const void *va);
 long set_writable(const void *va);
 

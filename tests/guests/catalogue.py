@@ -63,6 +63,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("hello-page", cmdline="console_io"),
     checks("exceptions"),
     checks("paging"),
+    checks("paging-abuse"),
     checks("user"),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),
