@@ -18,7 +18,6 @@ import mmap
 import os
 import signal
 import threading
-import time
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -177,8 +176,6 @@ class KvmCpu:
         self._kick_lock = threading.Lock()
         self._running_thread: int | None = None
         self._masked_for = 0  # the thread whose signal mask KVM_RUN uses
-        self.in_guest = False
-        self.departures = 0  # how often it has left guest code
         if engine.traits.syscall_cpl == 3:
             self._pages.allow_syscall_port()
         self._set_up()
@@ -228,13 +225,9 @@ class KvmCpu:
 
     def flush_tlb(self) -> None:
         self._flush = True
-        if self.in_guest:
-            self._wait_until_out()
 
     def flush_page(self, va: int) -> None:
         self._flush = True
-        if self.in_guest:
-            self._wait_until_out()
 
     def set_segment(self, segment: int, selector: int) -> None:
         try:
@@ -300,7 +293,6 @@ class KvmCpu:
                 return
             self._loop(on_trap)
         finally:
-            self.in_guest = False
             with self._kick_lock:
                 self._running_thread = None
 
@@ -314,12 +306,10 @@ class KvmCpu:
         unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
         unpack_selectors = _SELECTORS.unpack_from
         while True:
-            self.in_guest = True  # before looking for changed entries: see `flush_tlb`
             by_stubs = bool(entries or tables or self._flush or engine.rewriting) and self._prepare_entry()
             rip = regs[RIP]
             if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
                 # No processor can go there; the jump, or the return, faults.
-                self.in_guest = False
                 if not on_trap(VECTOR_GP, 0, 0):
                     return
                 continue
@@ -335,10 +325,7 @@ class KvmCpu:
             if by_stubs:
                 self._divert_to_stubs()
             run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
-            result = run_ioctl(fd, api.KVM_RUN, 0)
-            self.in_guest = False
-            self.departures += 1
-            if result:
+            if run_ioctl(fd, api.KVM_RUN, 0):
                 if self._interrupted():
                     if self._kicked:
                         self._kicked = False
@@ -566,11 +553,7 @@ class KvmCpu:
                 self._read_registers()
                 return True
             run_q[_RUN_DIRTY] = 0
-            self.in_guest = True
-            result = run_ioctl(self._fd, api.KVM_RUN, 0)
-            self.in_guest = False
-            self.departures += 1
-            if not result:
+            if not run_ioctl(self._fd, api.KVM_RUN, 0):
                 if self._run_d[_RUN_EXIT_REASON] == api.KVM_EXIT_IO:
                     return False
                 self._unexpected_exit()
@@ -765,21 +748,12 @@ class KvmCpu:
     # --- threads --------------------------------------------------------------------------------------
 
     def kick(self) -> None:
+        if self._kicked:
+            return
         self._kicked = True
-        self._nudge()
-
-    def _nudge(self) -> None:
-        """Make KVM_RUN return, if some thread is in `run`."""
         with self._kick_lock:
             if self._running_thread is not None:
                 signal.pthread_kill(self._running_thread, KICK_SIGNAL)
-
-    def _wait_until_out(self) -> None:
-        """For another vCPU's thread: wait until this one has left guest code. When it comes back, it flushes first."""
-        departures = self.departures
-        self._nudge()
-        while self.in_guest and self.departures == departures:
-            time.sleep(20e-6)
 
     def _enter_thread(self) -> None:
         """Make the calling thread the one that kicks go to.
