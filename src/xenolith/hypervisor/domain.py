@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
+from xenolith.hypervisor.console_io import EmergencyConsole
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
+from xenolith.hypervisor.time import Timer, VcpuTimers
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.events import EventChannels
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
+    from xenolith.hypervisor.scheduler import Context
 
 MAX_VCPUS: Final = 32
 
@@ -78,6 +81,8 @@ class Vcpu:
         self.ldt_frames: dict[int, int] = {}  # page of the LDT -> MFN held as segment descriptor page
         self.base_changed = False  # set by operations that load a base pointer: flush before going on
         self.restarted = False  # the hypercall at hand will be made again by the guest
+        self.in_multicall = False
+        self.restart_arguments: tuple[int, ...] = ()  # of the multicall's entry at hand
 
         # Shared with the guest: machine addresses in bytes, 0: none.
         self.info = 0  # its vcpu_info
@@ -89,15 +94,18 @@ class Vcpu:
         self.online = False  # VCPUOP_up was called
         self.initialised = False
         self.blocked = False
-        self.poll_ports: tuple[int, ...] = ()
+        self.poll_port = 0  # in SCHEDOP_poll: the port it waits for, -1: any
         self.pause_count = 0
         self.may_run = False  # False makes it leave the engine at the next trap boundary
         self.runstate = RUNSTATE_offline
         self.runstate_since = 0  # ns since boot
         self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
-        self.singleshot_deadline = 0  # ns of system time, 0: not set
-        self.periodic_period = 0  # ns, 0: stopped
-        self.periodic_deadline = 0
+        self.context: Context | None = None  # the scheduler's, once the domain was started
+        self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
+        self.share = 0  # weighted ns of CPU time, see scheduler.py
+        self.timers = VcpuTimers(self)
+        self.time_version = 0
+        self.time_outdated = True  # vcpu_time_info is to be written before it runs
         self.virq_port = [0] * 24
 
     def restart_hypercall(self, number: int, *arguments: int) -> int:
@@ -105,12 +113,15 @@ class Vcpu:
 
         The SYSCALL instruction is two bytes long.  The result is meaningless (Xen: hypercall_create_continuation).
         """
+        self.restarted = True
+        if self.in_multicall:
+            self.restart_arguments = arguments
+            return 0
         regs = self.regs
         regs[RAX] = number
         for register, argument in zip((RDI, RSI, RDX, R10, R8), arguments, strict=False):
             regs[register] = argument & 0xFFFF_FFFF_FFFF_FFFF
         regs[RIP] -= 2
-        self.restarted = True
         return 0
 
     def set_xcr0(self, value: int) -> bool:
@@ -165,7 +176,11 @@ class Domain:
         self.paused_by_control = 0
         self.shutdown_reason: int | None = None
         self.dying = False
+        self.shutdown_code: int | None = None  # set beforehand by SCHEDOP_shutdown_code
         self.crash_report = ""
+        self.watchdogs: list[Timer | None] = [None, None]
+        self.emergency_console = EmergencyConsole()
+        self.weight = 256  # share of the CPU relative to other domains
 
         # Accounting: traps by kind, see traps.py; CPU time in ns.
         self.trap_counts = [0] * 64

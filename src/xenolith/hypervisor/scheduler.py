@@ -1,0 +1,462 @@
+"""The scheduler: which vCPU runs on which physical CPU, and when (paper 3.3.1; Xen: common/sched).
+
+A pCPU here is a token: as many vCPUs execute guest code at once as there are tokens.  Each execution context of an
+engine (`Cpu`) has a thread, its `Context`.  It picks one of its vCPUs that can run, waits for a pCPU, loads the vCPU
+and executes it until it blocks, its time is up and another vCPU wants the pCPU, or it is told to stop.
+
+Policy: fair shares.  Every vCPU carries `share`, the CPU time it had divided by its domain's weight, and the lowest
+share goes first.  A vCPU that wakes after a long sleep does not bring more than WAKE_CREDIT of unused time along; that
+much lets it preempt at once one that computes all the time, so that events are served quickly.
+
+Waking and kicking come from any thread, in the middle of anything, so they take no lock: a context sleeps on a binary
+semaphore, and whoever wakes it releases that.  `Scheduler._lock` protects the tokens and is never held while waiting.
+Lock order: a domain's lock, then the scheduler's.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from contextlib import suppress
+from threading import get_ident
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi.hypercalls import (
+    VIRQ_DOM_EXC,
+    RUNSTATE_blocked,
+    RUNSTATE_offline,
+    RUNSTATE_runnable,
+    RUNSTATE_running,
+    SHUTDOWN_crash,
+)
+from xenolith.hypervisor import events
+from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
+from xenolith.hypervisor.time import Timer, update_time
+from xenolith.machine.tsc import TscClock
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Domain, Vcpu
+    from xenolith.hypervisor.hypervisor import Hypervisor
+    from xenolith.machine.engines.protocol import Cpu, TrapHandler
+
+QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
+WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
+DEFAULT_WEIGHT: Final = 256
+
+
+class Context:
+    """The thread of one `Cpu` and the vCPUs that run on it."""
+
+    def __init__(self, scheduler: Scheduler, domain: Domain, cpu: Cpu) -> None:
+        self.domain = domain
+        self.cpu = cpu
+        self.vcpus: list[Vcpu] = []
+        self.running: Vcpu | None = None  # holds a pCPU
+        self.wanted: Vcpu | None = None  # waits for one
+        self.loaded: Vcpu | None = None
+        self.preempt = False  # leave the pCPU at the next chance
+        self.stopping = False
+        self.slice_start = 0
+        self.quantum_timer = Timer(lambda: scheduler.preempt(self))
+        self._handlers: dict[Vcpu, TrapHandler] = {}
+        # Binary semaphores, taken until somebody releases them.
+        self._wakeup = threading.Lock()
+        self._wakeup.acquire()
+        self.granted = threading.Lock()
+        self.granted.acquire()
+        self.thread = threading.Thread(target=scheduler.run_context, args=(self,), name=f"d{domain.domid}", daemon=True)
+
+    def wake(self) -> None:
+        """End the thread's sleep, or keep its next one from beginning. Takes no lock."""
+        with suppress(RuntimeError):  # it is awake already
+            self._wakeup.release()
+
+    def sleep(self) -> None:
+        """Wait for `wake`."""
+        self._wakeup.acquire()
+
+    def handler(self, vcpu: Vcpu) -> TrapHandler:
+        handler = self._handlers.get(vcpu)
+        if handler is None:
+            from xenolith.hypervisor.traps import trap_handler  # traps imports this module
+
+            handler = self._handlers[vcpu] = trap_handler(vcpu, self.cpu)
+        return handler
+
+
+def runnable(vcpu: Vcpu) -> bool:
+    """Whether the vCPU could execute guest code now."""
+    domain = vcpu.domain
+    return (
+        vcpu.online
+        and not vcpu.blocked
+        and not vcpu.pause_count
+        and not domain.paused_by_control
+        and domain.shutdown_reason is None
+        and not domain.dying
+    )
+
+
+class Scheduler:
+    """Gives `pcpus` tokens to the contexts that want to run."""
+
+    def __init__(self, hypervisor: Hypervisor, pcpus: int) -> None:
+        self.hypervisor = hypervisor
+        self.pcpus = pcpus
+        self._clock = hypervisor.clock
+        self._timers = hypervisor.timers
+        self._refresh_time = not isinstance(self._clock, TscClock)
+        self._lock = threading.Condition(threading.Lock())
+        self._free = pcpus
+        self._waiting: list[Context] = []
+        self._running: list[Context] = []
+        self._busy = 0  # contexts that are not idle
+        self._least_share = 0  # the lowest share of those that want to run
+        self._woken = False  # a context was woken since the machine fell idle
+
+    # --- life of a domain ------------------------------------------------------------------------------
+
+    def start(self, domain: Domain) -> None:
+        """Give the domain its threads; its online vCPUs may run from now on."""
+        engine = domain.engine
+        assert engine is not None
+        contexts: dict[int, Context] = {}
+        with domain.lock:
+            for vcpu in domain.vcpus:
+                cpu = engine.cpu(vcpu.vcpu_id)
+                context = contexts.setdefault(id(cpu), Context(self, domain, cpu))
+                context.vcpus.append(vcpu)
+                vcpu.context = context
+                vcpu.runstate_since = self._clock.now()
+        with self._lock:
+            self._busy += len(contexts)
+        for context in contexts.values():
+            context.thread.start()
+
+    def stop(self, domain: Domain) -> None:
+        """End the domain's threads. `dying` is set; neither its lock nor a thread of its own may be the caller's."""
+        contexts = _contexts(domain)
+        for context in contexts:
+            context.stopping = True
+            self._leave_guest(context)
+        for context in contexts:
+            context.thread.join()
+        for vcpu in domain.vcpus:
+            vcpu.context = None
+            vcpu.timers.stop()
+        for timer in domain.watchdogs:
+            if timer is not None:
+                self._timers.cancel(timer)
+
+    def pause(self, domain: Domain) -> None:
+        """Stop the domain's vCPUs; none executes when this returns. Counts. Not for the domain's own threads."""
+        with domain.lock:
+            domain.paused_by_control += 1
+            self._tell_to_leave(domain)
+        self._wait_until_stopped(domain)
+
+    def unpause(self, domain: Domain) -> None:
+        """Undo one pause."""
+        with domain.lock:
+            domain.paused_by_control = max(domain.paused_by_control - 1, 0)
+            contexts = _contexts(domain)
+        for context in contexts:
+            context.wake()
+
+    def _tell_to_leave(self, domain: Domain) -> None:
+        for vcpu in domain.vcpus:
+            vcpu.may_run = False
+        for context in _contexts(domain):
+            self._leave_guest(context)
+
+    def _leave_guest(self, context: Context) -> None:
+        context.wake()
+        running = context.running
+        if running is not None and context.thread.ident != get_ident():
+            running.kicked = True
+            context.cpu.kick()
+
+    def _wait_until_stopped(self, domain: Domain) -> None:
+        contexts = _contexts(domain)
+        with self._lock:
+            while any(context.running is not None for context in contexts):
+                self._lock.wait()
+
+    # --- one vCPU --------------------------------------------------------------------------------------
+
+    def kick(self, vcpu: Vcpu) -> None:
+        """Make the vCPU look soon at what was posted or set for it. From any thread; takes no lock."""
+        context = vcpu.context or vcpu.domain.vcpus[0].context
+        if context is None:
+            return  # not started yet: it looks when it is
+        running = context.running
+        if running is None:
+            self._woken = True
+            context.wake()
+        elif context.thread.ident != get_ident():
+            running.kicked = True
+            context.cpu.kick()
+        elif running is not vcpu:
+            self._other_vcpu_woke(context, vcpu)
+
+    def wake(self, vcpu: Vcpu) -> None:
+        """The vCPU may have become runnable. The caller holds the domain's lock."""
+        if vcpu.runstate >= RUNSTATE_blocked and runnable(vcpu):
+            set_runstate(vcpu, RUNSTATE_runnable, self._clock.now())
+            vcpu.share = max(vcpu.share, self._least_share - WAKE_CREDIT)
+        self.kick(vcpu)
+
+    def unblock(self, vcpu: Vcpu) -> None:
+        """End SCHEDOP_block or SCHEDOP_poll. The caller holds the domain's lock."""
+        if vcpu.poll_port:
+            vcpu.poll_port = 0
+            vcpu.domain.events.pollers.remove(vcpu)
+            self._timers.cancel(vcpu.timers.poll)
+        if vcpu.blocked:
+            vcpu.blocked = False
+            self.wake(vcpu)
+
+    def block(self, vcpu: Vcpu) -> None:
+        """Stop the calling vCPU until `unblock`."""
+        vcpu.blocked = True
+        vcpu.may_run = False
+
+    def yield_(self, vcpu: Vcpu) -> None:
+        """Let the others go first, if any wants to run: the calling vCPU goes behind them."""
+        context = vcpu.context
+        if context is None:
+            return
+        others = [other.share for other in context.vcpus if other is not vcpu and runnable(other)]
+        with self._lock:
+            others += [waiting.wanted.share for waiting in self._waiting if waiting.wanted is not None]
+        if others:
+            vcpu.share = max(vcpu.share, max(others) + 1)
+            vcpu.may_run = False
+            context.preempt = True
+
+    def _other_vcpu_woke(self, context: Context, vcpu: Vcpu) -> None:
+        """On the context's own thread, by the vCPU that runs: another one of the same Cpu has something to do."""
+        running = context.running
+        if running is None or not runnable(vcpu):
+            return
+        if vcpu.share + WAKE_CREDIT // 2 < _share_now(context, self._clock.now()):
+            context.preempt = True
+            running.may_run = False
+        elif not context.quantum_timer.deadline:
+            self._timers.set(context.quantum_timer, context.slice_start + QUANTUM)
+
+    # --- a context's thread ------------------------------------------------------------------------------
+
+    def run_context(self, context: Context) -> None:
+        """The life of a context's thread. A failure in it ends its domain and no other."""
+        for vcpu in context.vcpus:
+            vcpu.thread = get_ident()
+        while not context.stopping:
+            try:
+                self._step(context)
+            except Exception:
+                domain_crash(context.domain, f"{context.domain!r}: Xenolith failed:\n{traceback.format_exc()}")
+        self._fall_idle()
+
+    def _step(self, context: Context) -> None:
+        domain = context.domain
+        with domain.lock:
+            if domain.posted:
+                events.drain(domain)
+            candidates = [vcpu for vcpu in context.vcpus if runnable(vcpu)]
+            for vcpu in candidates:
+                if vcpu.runstate >= RUNSTATE_blocked:  # a pause has ended
+                    set_runstate(vcpu, RUNSTATE_runnable, self._clock.now())
+        if not candidates:
+            self._sleep(context)
+            return
+        vcpu = min(candidates, key=_share)
+        self._acquire(context, vcpu)
+        try:
+            self._execute(context, vcpu)
+        finally:
+            vcpu.in_guest = False
+            self._release(context)
+
+    def _sleep(self, context: Context) -> None:
+        self._fall_idle()
+        context.sleep()
+        with self._lock:
+            self._busy += 1
+
+    def _fall_idle(self) -> None:
+        """A context has nothing to run. When none has, a virtual clock goes on to the next timer that wakes one."""
+        with self._lock:
+            self._busy -= 1
+            if self._busy:
+                return
+        self._woken = False
+        while not self._woken and self._timers.jump():
+            pass
+
+    def _execute(self, context: Context, vcpu: Vcpu) -> None:
+        from xenolith.hypervisor.traps import prepare_entry
+
+        domain, cpu, clock = context.domain, context.cpu, self._clock
+        start = clock.now()
+        with domain.lock:
+            if not runnable(vcpu):
+                return
+            if context.loaded is not vcpu:
+                self._switch(context, vcpu)
+            set_runstate(vcpu, RUNSTATE_running, start)
+            if vcpu.runstate_area_va:
+                write_runstate_area(vcpu)
+            vcpu.timers.entered()
+        if any(runnable(other) for other in context.vcpus if other is not vcpu):
+            self._timers.set(context.quantum_timer, start + QUANTUM)
+        handler = context.handler(vcpu)
+        try:
+            while not context.preempt and not context.stopping:
+                with domain.lock:
+                    if not runnable(vcpu):
+                        break
+                    vcpu.kicked = False
+                    vcpu.may_run = True
+                    if vcpu.time_outdated or self._refresh_time:
+                        update_time(vcpu)
+                    if not prepare_entry(vcpu, cpu):
+                        continue
+                cpu.run(handler)
+                vcpu.in_guest = False
+        finally:
+            vcpu.in_guest = False
+            self._timers.cancel(context.quantum_timer)
+            with domain.lock:
+                self._account(vcpu, start)
+
+    def _switch(self, context: Context, vcpu: Vcpu) -> None:
+        """Exchange the vCPU that is loaded on the context's Cpu."""
+        cpu, before = context.cpu, context.loaded
+        if before is not None:
+            cpu.store(before.state)
+            before.regs = before.state.regs
+            before.cpu = None
+            context.loaded = None
+        cpu.load(vcpu.state)
+        vcpu.cpu = cpu
+        vcpu.regs = cpu.regs
+        vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
+        context.loaded = vcpu
+
+    def _account(self, vcpu: Vcpu, start: int) -> None:
+        now = self._clock.now()
+        ran = now - start
+        vcpu.domain.cpu_time += ran
+        vcpu.share += ran * DEFAULT_WEIGHT // vcpu.domain.weight
+        vcpu.timers.left()
+        if vcpu.blocked:
+            set_runstate(vcpu, RUNSTATE_blocked, now)
+        else:
+            set_runstate(vcpu, RUNSTATE_runnable if runnable(vcpu) else RUNSTATE_offline, now)
+        if vcpu.runstate_area_va:
+            write_runstate_area(vcpu)
+
+    # --- pCPUs -----------------------------------------------------------------------------------------
+
+    def _acquire(self, context: Context, vcpu: Vcpu) -> None:
+        """Wait for a pCPU."""
+        now = self._clock.now()
+        with self._lock:
+            shares = [_share_now(each, now) for each in self._running + self._waiting]
+            self._least_share = max(self._least_share, min(shares, default=vcpu.share))
+            vcpu.share = max(vcpu.share, self._least_share - WAKE_CREDIT)
+            if self._free and not self._waiting:
+                self._free -= 1
+                self._grant(context, vcpu, now)
+                return
+            context.wanted = vcpu
+            self._waiting.append(context)
+            self._make_room(vcpu, now)
+        context.granted.acquire()
+
+    def _grant(self, context: Context, vcpu: Vcpu, now: int) -> None:
+        context.running, context.wanted = vcpu, None
+        context.preempt = False
+        context.slice_start = now
+        self._running.append(context)
+
+    def _make_room(self, vcpu: Vcpu, now: int) -> None:
+        """Somebody waits: whoever runs leaves when its quantum is over, or now if it had far more of the CPU."""
+        most: Context | None = None
+        most_share = vcpu.share + WAKE_CREDIT // 2
+        for context in self._running:
+            if not context.quantum_timer.deadline:
+                self._timers.set(context.quantum_timer, context.slice_start + QUANTUM)
+            share = _share_now(context, now)
+            if share > most_share and not context.preempt:
+                most, most_share = context, share
+        if most is not None:
+            self.preempt(most)
+
+    def _release(self, context: Context) -> None:
+        """Give the pCPU to who waits with the lowest share."""
+        with self._lock:
+            context.running = None
+            self._running.remove(context)
+            if self._waiting:
+                following = min(self._waiting, key=_wanted_share)
+                self._waiting.remove(following)
+                assert following.wanted is not None
+                self._grant(following, following.wanted, self._clock.now())
+                following.granted.release()
+                if self._waiting:
+                    self._timers.set(following.quantum_timer, following.slice_start + QUANTUM)
+            else:
+                self._free += 1
+            self._lock.notify_all()
+
+    def preempt(self, context: Context) -> None:
+        """Make whoever runs on the context give up its pCPU. From any thread; takes no lock."""
+        context.preempt = True
+        running = context.running
+        if running is not None:
+            running.kicked = True
+            context.cpu.kick()
+
+
+def _share(vcpu: Vcpu) -> int:
+    return vcpu.share
+
+
+def _share_now(context: Context, now: int) -> int:
+    """The share of the vCPU that runs on, or is wanted on, a context, with what it has had in this slice."""
+    running = context.running
+    if running is None:
+        return context.wanted.share if context.wanted is not None else 0
+    return running.share + (now - context.slice_start) * DEFAULT_WEIGHT // running.domain.weight
+
+
+def _wanted_share(context: Context) -> int:
+    assert context.wanted is not None
+    return context.wanted.share
+
+
+def _contexts(domain: Domain) -> list[Context]:
+    return list({id(vcpu.context): vcpu.context for vcpu in domain.vcpus if vcpu.context is not None}.values())
+
+
+# --- the end of a domain ---------------------------------------------------------------------------
+
+
+def domain_shutdown(domain: Domain, reason: int) -> None:
+    """The domain stops for `reason` (SHUTDOWN_*); dom0 hears of it by VIRQ_DOM_EXC. The first reason counts."""
+    with domain.lock:
+        if domain.shutdown_reason is not None:
+            return
+        domain.shutdown_reason = domain.shutdown_code if domain.shutdown_code is not None else reason
+        domain.hypervisor.scheduler._tell_to_leave(domain)
+    events.send_global_virq(domain.hypervisor, VIRQ_DOM_EXC)
+
+
+def domain_crash(victim: Vcpu | Domain, text: str) -> None:
+    """End a domain that cannot go on, telling the log why."""
+    domain: Domain = getattr(victim, "domain", victim)
+    domain.hypervisor.log(text)
+    domain.crash_report = domain.crash_report or text
+    domain_shutdown(domain, SHUTDOWN_crash)

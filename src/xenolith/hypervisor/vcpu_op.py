@@ -1,0 +1,441 @@
+"""vcpu_op: bringing vCPUs up and down, their timers, and the areas they share with Xen (public/vcpu.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi import layout, vcpu_context
+from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, ETIME
+from xenolith.abi.extensions import (
+    VIRTUAL_TIMER,
+    VCPUOP_XENOLITH_get_virtual_time,
+    VCPUOP_XENOLITH_set_virtual_timer,
+    VCPUOP_XENOLITH_stop_virtual_timer,
+)
+from xenolith.abi.hypercalls import (
+    RUNSTATE_offline,
+    SHUTDOWN_poweroff,
+    VCPU_SSHOTTMR_future,
+    VCPUOP_down,
+    VCPUOP_get_physid,
+    VCPUOP_get_runstate_info,
+    VCPUOP_initialise,
+    VCPUOP_is_up,
+    VCPUOP_register_runstate_memory_area,
+    VCPUOP_register_vcpu_info,
+    VCPUOP_register_vcpu_time_memory_area,
+    VCPUOP_send_nmi,
+    VCPUOP_set_periodic_timer,
+    VCPUOP_set_singleshot_timer,
+    VCPUOP_stop_periodic_timer,
+    VCPUOP_stop_singleshot_timer,
+    VCPUOP_up,
+)
+from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64, VCPU_INFO_SIZE
+from xenolith.abi.vcpu_context import VcpuContext
+from xenolith.abi.x86 import (
+    CS,
+    DS,
+    EFLAGS_IF,
+    EFLAGS_RESERVED_ONE,
+    ES,
+    FS,
+    FS_BASE,
+    GS,
+    GS_BASE,
+    PAGE_SIZE,
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
+    RAX,
+    RBP,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RFLAGS,
+    RIP,
+    RSI,
+    RSP,
+    SS,
+    is_canonical,
+)
+from xenolith.hypervisor import descriptors, paging
+from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
+from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
+from xenolith.hypervisor.runstate import runstate_info, set_runstate, write_runstate_area
+from xenolith.hypervisor.scheduler import domain_shutdown
+from xenolith.hypervisor.time import MILLISECOND, update_time
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Vcpu
+
+LONGEST_PERIOD: Final = (1 << 62) - 1  # ns (Xen: STIME_DELTA_MAX)
+MOST_LDT_ENTRIES: Final = 8192
+_SINGLESHOT = Struct("<QII")  # timeout_abs_ns, flags, pad
+_REGISTER_VCPU_INFO = Struct("<QII")  # mfn, offset, rsvd
+_ALL_WORDS = U64.pack((1 << 64) - 1)
+
+# Each takes the calling vCPU, the vCPU it is about, and the argument.
+Operation = Callable[["Vcpu", "Vcpu", int], int]
+
+
+def _address_ok(va: int) -> bool:
+    """Whether an address may be the guest's at all (Xen: guest_handle_okay)."""
+    return va < 0x0000_8000_0000_0000 or HYPERVISOR_VIRT_END <= va < 1 << 64
+
+
+# --- up and down -----------------------------------------------------------------------------------
+
+
+def _initialise(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    data = copy_from_guest(caller, arg, vcpu_context.SIZE)
+    if data is None:
+        return -EFAULT
+    if vcpu.initialised:
+        return -EEXIST
+    return set_context(vcpu, vcpu_context.parse(data))
+
+
+def set_context(vcpu: Vcpu, context: VcpuContext) -> int:
+    """Give a vCPU that has never run its start-up state (Xen: arch_set_info_guest)."""
+    result = _check_context(context)
+    if result:
+        return result
+    pages = (context.gdt_entries + 511) // 512
+    result = descriptors.set_gdt_frames(vcpu, list(context.gdt_frames[:pages]), context.gdt_entries)
+    if result:
+        return result
+    result = _load_base_pointers(vcpu, context.ctrlreg[3] >> 12, context.ctrlreg[1] >> 12)
+    if result:
+        descriptors.destroy_gdt(vcpu)
+        return result
+    _load_registers(vcpu, context)
+    _load_traps(vcpu, context)
+    vcpu.ldt_va, vcpu.ldt_entries = context.ldt_base, context.ldt_entries
+    if context.flags & vcpu_context.VGCF_I387_VALID:
+        vcpu.state.xsave[:512] = context.fpu
+        vcpu.state.xsave[512] = 3  # XSTATE_BV: x87 and SSE
+    if vcpu.vcpu_id == 0:
+        vcpu.domain.vm_assist = context.vm_assist
+    vcpu.initialised = True
+    if context.flags & vcpu_context.VGCF_online:
+        vcpu.online = True
+        vcpu.domain.hypervisor.scheduler.wake(vcpu)
+    return 0
+
+
+def _check_context(context: VcpuContext) -> int:
+    addresses = [
+        context.regs.rip,
+        context.regs.rsp,
+        context.kernel_sp,
+        context.event_callback,
+        context.failsafe_callback,
+        context.syscall_callback,
+        context.fs_base,
+        context.gs_base_kernel,
+        context.gs_base_user,
+        *(address for *_, address in context.traps),
+    ]
+    if context.ldt_entries:
+        addresses.append(context.ldt_base)
+    if not all(map(is_canonical, addresses)):
+        return -EINVAL
+    if context.ldt_entries and (context.ldt_base & PAGE_SIZE - 1 or context.ldt_entries > MOST_LDT_ENTRIES):
+        return -EINVAL
+    if context.gdt_entries > layout.FIRST_RESERVED_GDT_ENTRY:
+        return -EINVAL
+    return 0
+
+
+def _load_base_pointers(vcpu: Vcpu, kernel_mfn: int, user_mfn: int) -> int:
+    domain = vcpu.domain
+    if paging.get_page_and_type(domain, kernel_mfn, TYPE_L4):
+        return -EINVAL
+    if user_mfn and paging.get_page_and_type(domain, user_mfn, TYPE_L4):
+        paging.drop_base(domain, kernel_mfn)
+        return -EINVAL
+    vcpu.kernel_l4, vcpu.user_l4 = kernel_mfn, user_mfn
+    return 0
+
+
+def _load_registers(vcpu: Vcpu, context: VcpuContext) -> None:
+    given, regs = context.regs, vcpu.state.regs
+    for index, value in (
+        (RAX, given.rax),
+        (RBX, given.rbx),
+        (RCX, given.rcx),
+        (RDX, given.rdx),
+        (RSI, given.rsi),
+        (RDI, given.rdi),
+        (RBP, given.rbp),
+        (RSP, given.rsp),
+        (R8, given.r8),
+        (R9, given.r9),
+        (R10, given.r10),
+        (R11, given.r11),
+        (R12, given.r12),
+        (R13, given.r13),
+        (R14, given.r14),
+        (R15, given.r15),
+        (RIP, given.rip),
+        (RFLAGS, given.rflags & ~0x3000 & 0x3FFFFF | EFLAGS_IF | EFLAGS_RESERVED_ONE),
+        (ES, given.es),
+        (DS, given.ds),
+        (FS, given.fs),
+        (GS, given.gs),
+        (FS_BASE, context.fs_base),
+    ):
+        regs[index] = value
+    # The selectors of guest-kernel mode are shown with RPL 0; it runs, like everything, with RPL 3.
+    regs[CS] = given.cs | 3
+    regs[SS] = given.ss | 3 if given.ss else 0
+    if not _flat(regs[CS], regs[SS]):
+        regs[CS], regs[SS] = layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64
+    vcpu.flat_selectors.add((layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64))
+    vcpu.kernel_mode = bool(context.flags & vcpu_context.VGCF_in_kernel) or not vcpu.user_l4
+    kernel_gs, user_gs = context.gs_base_kernel, context.gs_base_user
+    regs[GS_BASE], vcpu.other_gs_base = (kernel_gs, user_gs) if vcpu.kernel_mode else (user_gs, kernel_gs)
+    vcpu.state.user = not vcpu.kernel_mode
+    vcpu.state.l4_mfn = vcpu.kernel_l4 if vcpu.kernel_mode else vcpu.user_l4
+    vcpu.kernel_ss, vcpu.kernel_sp = context.kernel_ss & 0xFFFF, context.kernel_sp
+
+
+def _flat(cs: int, ss: int) -> bool:
+    """Whether these are Xen's own 64-bit selectors, which need no descriptor of the guest's."""
+    return cs == layout.FLAT_RING3_CS64 and ss in (0, layout.FLAT_RING3_SS64)
+
+
+def _load_traps(vcpu: Vcpu, context: VcpuContext) -> None:
+    # An array in order of vectors, as Xen takes it: the vector number inside an entry does not count.
+    for vector, (_, flags, selector, _, address) in enumerate(context.traps):
+        vcpu.trap_flags[vector] = flags
+        vcpu.trap_selector[vector] = selector | 3
+        vcpu.trap_address[vector] = address
+    vcpu.event_callback = context.event_callback
+    vcpu.failsafe_callback = context.failsafe_callback
+    vcpu.syscall_callback = context.syscall_callback
+    vcpu.failsafe_masks_events = bool(context.flags & vcpu_context.VGCF_failsafe_disables_events)
+    vcpu.syscall_masks_events = bool(context.flags & vcpu_context.VGCF_syscall_disables_events)
+    for number in (0, 1, 2, 3):
+        if context.debugreg[number] < 0x0000_8000_0000_0000:
+            vcpu.debug[number] = vcpu.state.debug[number] = context.debugreg[number]
+
+
+def _up(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if not vcpu.initialised:
+        return -EINVAL
+    if not vcpu.online:
+        vcpu.online = True
+        vcpu.domain.hypervisor.scheduler.wake(vcpu)
+    return 0
+
+
+def _down(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    domain = vcpu.domain
+    if not any(other.online for other in domain.vcpus if other is not vcpu):
+        domain_shutdown(domain, SHUTDOWN_poweroff)
+        return 0
+    if vcpu.online:
+        vcpu.online = False
+        vcpu.may_run = False
+        domain.hypervisor.scheduler.kick(vcpu)
+        if vcpu.context is None or vcpu.context.running is not vcpu:
+            set_runstate(vcpu, RUNSTATE_offline, domain.hypervisor.clock.now())
+    return 0
+
+
+def _is_up(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    return int(vcpu.online)
+
+
+def _send_nmi(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if arg:
+        return -EINVAL
+    if not vcpu.nmi_pending:
+        vcpu.nmi_pending = True
+        scheduler = vcpu.domain.hypervisor.scheduler
+        if vcpu.blocked:
+            scheduler.unblock(vcpu)
+        elif vcpu is caller:
+            # Delivered on the way into the guest, so it has to leave and come back.
+            vcpu.may_run = False
+        else:
+            scheduler.kick(vcpu)
+    return 0
+
+
+def _get_physid(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    return -EINVAL  # for a vCPU that is pinned to its pCPU for good
+
+
+# --- areas shared with Xen ---------------------------------------------------------------------------
+
+
+def _get_runstate_info(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    info = runstate_info(vcpu, vcpu.domain.hypervisor.clock.now())
+    return 0 if copy_to_guest(caller, arg, info) else -EFAULT
+
+
+def _register_runstate_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    data = copy_from_guest(caller, arg, 8)
+    if data is None:
+        return -EFAULT
+    (va,) = U64.unpack(data)
+    if not _address_ok(va):
+        return -EFAULT
+    vcpu.runstate_area_va = va
+    if vcpu is caller:
+        write_runstate_area(vcpu)
+    else:
+        copy_to_guest(caller, va, runstate_info(vcpu, vcpu.domain.hypervisor.clock.now()))
+    return 0
+
+
+def _register_time_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    data = copy_from_guest(caller, arg, 8)
+    if data is None:
+        return -EFAULT
+    (va,) = U64.unpack(data)
+    if not _address_ok(va):
+        return -EFAULT
+    vcpu.time_area_va = va
+    if vcpu is caller:
+        update_time(vcpu)
+    else:
+        vcpu.time_outdated = True
+        vcpu.domain.hypervisor.scheduler.kick(vcpu)
+    return 0
+
+
+def _register_vcpu_info(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    """Move vcpu_info to a frame of the guest's choice, for good (Xen: map_vcpu_info)."""
+    data = copy_from_guest(caller, arg, _REGISTER_VCPU_INFO.size)
+    if data is None:
+        return -EFAULT
+    mfn, offset, _ = _REGISTER_VCPU_INFO.unpack(data)
+    domain = vcpu.domain
+    if offset > PAGE_SIZE - VCPU_INFO_SIZE or offset & 7 or vcpu.info_mfn:
+        return -EINVAL
+    if vcpu is not caller and vcpu.online:
+        return -EINVAL
+    if paging.get_page_and_type(domain, mfn, TYPE_WRITABLE):
+        return -EINVAL
+    memory = domain.memory.b
+    address = mfn * PAGE_SIZE + offset
+    memory[address : address + VCPU_INFO_SIZE] = memory[vcpu.info : vcpu.info + VCPU_INFO_SIZE]
+    vcpu.info, vcpu.info_mfn = address, mfn
+    # An event may have been marked in the old place just now: let the guest look at everything once.
+    memory[address] = 1
+    memory[address + layout.VCPU_INFO_PENDING_SEL : address + layout.VCPU_INFO_PENDING_SEL + 8] = _ALL_WORDS
+    return 0
+
+
+# --- timers ------------------------------------------------------------------------------------------
+
+
+def _set_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if vcpu is not caller:
+        return -EINVAL
+    hypervisor = vcpu.domain.hypervisor
+    if arg & 0xFFF <= PAGE_SIZE - _SINGLESHOT.size and not arg & 7:
+        address = translate(vcpu, arg, READ)
+        if address < 0:
+            return -EFAULT
+        memory = vcpu.domain.memory
+        timeout, flags = memory.q[address >> 3], memory.d[address + 8 >> 2]
+    else:
+        data = copy_from_guest(vcpu, arg, _SINGLESHOT.size)
+        if data is None:
+            return -EFAULT
+        timeout, flags, _ = _SINGLESHOT.unpack(data)
+    if flags & VCPU_SSHOTTMR_future and timeout < hypervisor.clock.now():
+        return -ETIME
+    hypervisor.timers.set(vcpu.timers.singleshot, timeout)
+    return 0
+
+
+def _stop_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if vcpu is not caller:
+        return -EINVAL
+    vcpu.domain.hypervisor.timers.cancel(vcpu.timers.singleshot)
+    return 0
+
+
+def _set_periodic_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    data = copy_from_guest(caller, arg, 8)
+    if data is None:
+        return -EFAULT
+    (period,) = U64.unpack(data)
+    if not MILLISECOND <= period <= LONGEST_PERIOD:
+        return -EINVAL
+    vcpu.timers.set_period(period)
+    return 0
+
+
+def _stop_periodic_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    vcpu.timers.set_period(0)
+    return 0
+
+
+def _get_virtual_time(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    return 0 if copy_to_guest(caller, arg, U64.pack(vcpu.timers.virtual_time())) else -EFAULT
+
+
+def _set_virtual_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if vcpu is not caller:
+        return -EINVAL
+    data = copy_from_guest(vcpu, arg, VIRTUAL_TIMER.size)
+    if data is None:
+        return -EFAULT
+    deadline, flags, _ = VIRTUAL_TIMER.unpack(data)
+    if flags & VCPU_SSHOTTMR_future and deadline < vcpu.timers.virtual_time():
+        return -ETIME
+    vcpu.timers.set_virtual(max(deadline, 1))
+    return 0
+
+
+def _stop_virtual_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    if vcpu is not caller:
+        return -EINVAL
+    vcpu.timers.set_virtual(0)
+    return 0
+
+
+_OPERATIONS: Final[dict[int, Operation]] = {
+    VCPUOP_initialise: _initialise,
+    VCPUOP_up: _up,
+    VCPUOP_down: _down,
+    VCPUOP_is_up: _is_up,
+    VCPUOP_get_runstate_info: _get_runstate_info,
+    VCPUOP_register_runstate_memory_area: _register_runstate_area,
+    VCPUOP_set_periodic_timer: _set_periodic_timer,
+    VCPUOP_stop_periodic_timer: _stop_periodic_timer,
+    VCPUOP_set_singleshot_timer: _set_singleshot_timer,
+    VCPUOP_stop_singleshot_timer: _stop_singleshot_timer,
+    VCPUOP_register_vcpu_info: _register_vcpu_info,
+    VCPUOP_send_nmi: _send_nmi,
+    VCPUOP_get_physid: _get_physid,
+    VCPUOP_register_vcpu_time_memory_area: _register_time_area,
+    VCPUOP_XENOLITH_get_virtual_time: _get_virtual_time,
+    VCPUOP_XENOLITH_set_virtual_timer: _set_virtual_timer,
+    VCPUOP_XENOLITH_stop_virtual_timer: _stop_virtual_timer,
+}
+
+
+def do_vcpu_op(vcpu: Vcpu, cmd: int, vcpu_id: int, arg: int) -> int:
+    """vcpu_op on one of the domain's own vCPUs."""
+    vcpus = vcpu.domain.vcpus
+    vcpu_id &= 0xFFFFFFFF
+    if vcpu_id >= len(vcpus):
+        return -ENOENT
+    operation = _OPERATIONS.get(cmd & 0xFFFFFFFF)
+    return -ENOSYS if operation is None else operation(vcpu, vcpus[vcpu_id], arg)
