@@ -456,7 +456,9 @@ def domain_shutdown(domain: Domain, reason: int) -> None:
 
 def domain_crash(victim: Vcpu | Domain, text: str) -> None:
     """End a domain that cannot go on, telling the log why."""
-    domain: Domain = getattr(victim, "domain", victim)
+    from xenolith.hypervisor.domain import Vcpu  # domain imports this module's neighbours
+
+    domain = victim.domain if isinstance(victim, Vcpu) else victim
     domain.hypervisor.log(text)
     domain.crash_report = domain.crash_report or text
     domain_shutdown(domain, SHUTDOWN_crash)
