@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register
+from iced_x86 import Decoder, Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
 from xenolith.abi.hypercalls import VMASST_TYPE_writable_pagetables
 from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, PTE_P, PTE_RW, RAX, RIP
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 MASK64: Final = (1 << 64) - 1
 ENABLED: Final = 1 << VMASST_TYPE_writable_pagetables
 
-# Register numbers in instruction-encoding order, for the 64- and 32-bit general registers.
-_GENERAL: Final = {
-    **{getattr(Register, name): number for number, name in enumerate(
-        ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
-    )},
-    **{getattr(Register, name): number for number, name in enumerate(
-        ("EAX", "ECX", "EDX", "EBX", "ESP", "EBP", "ESI", "EDI", *(f"R{n}D" for n in range(8, 16)))
-    )},
-}  # fmt: skip
+_HIGH_BYTES: Final = frozenset((Register.AH, Register.CH, Register.DH, Register.BH))
 _IMMEDIATES: Final = frozenset(
-    (OpKind.IMMEDIATE8, OpKind.IMMEDIATE32, OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE8TO32, OpKind.IMMEDIATE32TO64)
+    (
+        OpKind.IMMEDIATE8,
+        OpKind.IMMEDIATE16,
+        OpKind.IMMEDIATE32,
+        OpKind.IMMEDIATE8TO16,
+        OpKind.IMMEDIATE8TO32,
+        OpKind.IMMEDIATE8TO64,
+        OpKind.IMMEDIATE32TO64,
+    )
 )
 
 
@@ -63,8 +63,8 @@ def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
     instruction = Decoder(64, code, ip=cpu.regs[RIP]).decode()
     if not instruction or (instruction.op0_kind != OpKind.MEMORY and instruction.op1_kind != OpKind.MEMORY):
         return False
-    size = _operand_size(instruction)
-    if size not in (4, 8) or va & size - 1:
+    size = MemorySizeExt.size(instruction.memory_size)
+    if size not in (1, 2, 4, 8) or va & size - 1:
         return False
     q = vcpu.domain.memory.q
     whole = q[index]
@@ -79,29 +79,18 @@ def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
     if merged != whole and paging.modify_l1(vcpu.domain, index, merged):
         return False
     for register, value in write_back:
-        cpu.regs[register] = value
+        # Writing 32 bits of a register clears the upper half, writing fewer leaves the rest as it is.
+        cpu.regs[register] = value if size >= 4 else cpu.regs[register] & ~mask & MASK64 | value
     if flags is not None:
         cpu.set_rflags(cpu.get_rflags() & ~flags[0] | flags[1])
     cpu.regs[RIP] = instruction.next_ip
     return True
 
 
-def _operand_size(instruction: Instruction) -> int:
-    for operand in range(instruction.op_count):
-        if instruction.op_kind(operand) == OpKind.REGISTER:
-            register = instruction.op_register(operand)
-            if Register.RAX <= register <= Register.R15:
-                return 8
-            if Register.EAX <= register <= Register.R15D:
-                return 4
-            return 0
-    for operand in range(instruction.op_count):
-        if instruction.op_kind(operand) in (OpKind.IMMEDIATE8TO64, OpKind.IMMEDIATE32TO64):
-            return 8
-        if instruction.op_kind(operand) in (OpKind.IMMEDIATE8TO32, OpKind.IMMEDIATE32):
-            return 4
-    # Bit operations with an immediate have a one-byte immediate whatever their size: REX.W tells.
-    return 8 if instruction.mnemonic in (Mnemonic.BTR, Mnemonic.BTS, Mnemonic.BTC) else 0
+def _general_register(register: Register) -> int:
+    """Its number in instruction-encoding order, whatever its width; -1 for AH to BH and for others."""
+    full = RegisterExt.full_register(register)
+    return full - Register.RAX if Register.RAX <= full <= Register.R15 and register not in _HIGH_BYTES else -1
 
 
 _Outcome = tuple[int, list[tuple[int, int]], tuple[int, int] | None]
@@ -115,7 +104,7 @@ def _new_value(cpu: Cpu, instruction: Instruction, old: int, mask: int) -> _Outc
     kind = instruction.op_kind(source_operand)
     register = -1
     if kind == OpKind.REGISTER:
-        register = _GENERAL.get(instruction.op_register(source_operand), -1)
+        register = _general_register(instruction.op_register(source_operand))
         if register < 0:
             return None
         source = regs[register] & mask
