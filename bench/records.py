@@ -78,4 +78,5 @@ def parse(line: str) -> Record | None:
 
 
 def _is_sound(record: Value) -> bool:
-    return math.isfinite(record.value) and record.operations > 0 and record.seconds >= 0
+    """A value of nothing comes from a clock too coarse; a difference of two times may be negative by noise."""
+    return math.isfinite(record.value) and record.value != 0 and record.operations > 0 and record.seconds >= 0

@@ -187,9 +187,9 @@ static double copy(const struct row *row, long count)
 }
 
 const struct row compute_rows[] = {
-    {"sieve", "ms", LATENCY, 1e3, sieve, NULL, 0, 0},
-    {"sha256", "MB/s", RATE, SHA_BYTES * 1e-6, sha256, make_constants, 0, 0},
-    {"matmul", "Mflop/s", RATE, 2e-6 * N * N * N, multiply, fill_matrices, 0, 0},
-    {"memcpy", "MB/s", RATE, COPY_BYTES * 1e-6, copy, allocate_buffers, 0, 0},
+    {"sieve", "ms", LATENCY, 1e3, sieve, NULL, 0, 0, 0},
+    {"sha256", "MB/s", RATE, SHA_BYTES * 1e-6, sha256, make_constants, 0, 0, 0},
+    {"matmul", "Mflop/s", RATE, 2e-6 * N * N * N, multiply, fill_matrices, 0, 0, 0},
+    {"memcpy", "MB/s", RATE, COPY_BYTES * 1e-6, copy, allocate_buffers, 0, 0, 0},
     {0},
 };

@@ -67,9 +67,9 @@ static double file_delete(const struct row *row, long count)
 }
 
 const struct row file_rows[] = {
-    {"create_0k", "us", LATENCY, 1e6, file_create, change_to_scratch, 0, 0},
-    {"delete_0k", "us", LATENCY, 1e6, file_delete, change_to_scratch, 0, 0},
-    {"create_10k", "us", LATENCY, 1e6, file_create, change_to_scratch, 0, 10},
-    {"delete_10k", "us", LATENCY, 1e6, file_delete, change_to_scratch, 0, 10},
+    {"create_0k", "us", LATENCY, 1e6, file_create, change_to_scratch, 0, 0, FILES},
+    {"delete_0k", "us", LATENCY, 1e6, file_delete, change_to_scratch, 0, 0, FILES},
+    {"create_10k", "us", LATENCY, 1e6, file_create, change_to_scratch, 0, 10, FILES},
+    {"delete_10k", "us", LATENCY, 1e6, file_delete, change_to_scratch, 0, 10, FILES},
     {0},
 };

@@ -81,6 +81,6 @@ int main(int argc, char **argv)
     server.sin_port = htons(atoi(argv[optind + 1]));
     server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     snprintf(request, sizeof request, "GET %s HTTP/1.0\r\nHost: localhost\r\n\r\n", argv[optind + 2]);
-    measure(&(struct row){argv[optind], "req/s", RATE, 1, fetch_many, wait_for_server, 0, 0}, budget);
+    measure(&(struct row){argv[optind], "req/s", RATE, 1, fetch_many, wait_for_server, 0, 0, 0}, budget);
     return 0;
 }

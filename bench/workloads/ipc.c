@@ -122,10 +122,10 @@ static double context_switch(const struct row *row, long count)
     return seconds / hops * count; /* at least one round is made, even for fewer hops */
 }
 
-#define CONTEXT_SWITCH(P, K) {"ctx_" #P "p_" #K "k", "us", LATENCY, 1e6, context_switch, start_ring, P, K}
+#define CONTEXT_SWITCH(P, K) {"ctx_" #P "p_" #K "k", "us", LATENCY, 1e6, context_switch, start_ring, P, K, 0}
 
 const struct row ipc_rows[] = {
-    {"pipe", "us", LATENCY, 1e6, pipe_round_trip, start_echo, 0, 0},
+    {"pipe", "us", LATENCY, 1e6, pipe_round_trip, start_echo, 0, 0, 0},
     CONTEXT_SWITCH(2, 0),
     CONTEXT_SWITCH(2, 16),
     CONTEXT_SWITCH(2, 64),

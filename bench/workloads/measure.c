@@ -53,7 +53,7 @@ void measure(const struct row *row, double budget)
 {
     double begin = now(), per_operation[MOST_BATCHES];
     double batch_seconds = budget / BATCHES_IN_BUDGET;
-    long count = 1, operations = 0;
+    long count = row->at_least ? row->at_least : 1, operations = 0;
     int batches = 0;
 
     if (row->prepare)

@@ -32,6 +32,7 @@ struct row {
     void (*prepare)(const struct row *row); /* once, before the first run; may be NULL */
     int processes;                          /* for the context-switch rows */
     int kilobytes;                          /* for the context-switch and file rows */
+    int at_least;                           /* the smallest count: what one preparation is shared by; 0 means 1 */
 };
 
 /* Seconds by CLOCK_MONOTONIC. */

@@ -7,7 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, CHUNK_PAGES = 1024, MAP_BYTES = 64 << 20 };
+enum { PAGE = 4096, CHUNK_PAGES = 256, MAP_BYTES = 64 << 20 };
 
 static char *map_anonymous(size_t bytes)
 {
@@ -80,8 +80,8 @@ static double copy_on_write_fault(const struct row *row, long count)
 }
 
 const struct row memory_rows[] = {
-    {"mmap_munmap", "us", LATENCY, 1e6, map_unmap, NULL, 0, 0},
-    {"page_fault", "us", LATENCY, 1e6, page_fault, NULL, 0, 0},
-    {"cow_fault", "us", LATENCY, 1e6, copy_on_write_fault, NULL, 0, 0},
+    {"mmap_munmap", "us", LATENCY, 1e6, map_unmap, NULL, 0, 0, 0},
+    {"page_fault", "us", LATENCY, 1e6, page_fault, NULL, 0, 0, CHUNK_PAGES},
+    {"cow_fault", "us", LATENCY, 1e6, copy_on_write_fault, NULL, 0, 0, CHUNK_PAGES},
     {0},
 };

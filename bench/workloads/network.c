@@ -89,7 +89,7 @@ static double send_megabytes(const struct row *row, long count)
 }
 
 const struct row network_rows[] = {
-    {"tcp_rtt", "us", LATENCY, 1e6, round_trip, start_echo, 0, 0},
-    {"tcp_bandwidth", "MB/s", RATE, 1.048576, send_megabytes, start_sink, 0, 0},
+    {"tcp_rtt", "us", LATENCY, 1e6, round_trip, start_echo, 0, 0, 0},
+    {"tcp_bandwidth", "MB/s", RATE, 1.048576, send_megabytes, start_sink, 0, 0, 0},
     {0},
 };

@@ -57,8 +57,8 @@ static double fork_sh(const struct row *row, long count)
 }
 
 const struct row process_rows[] = {
-    {"fork_exit", "us", LATENCY, 1e6, fork_exit, NULL, 0, 0},
-    {"fork_exec", "us", LATENCY, 1e6, fork_exec, NULL, 0, 0},
-    {"fork_sh", "us", LATENCY, 1e6, fork_sh, NULL, 0, 0},
+    {"fork_exit", "us", LATENCY, 1e6, fork_exit, NULL, 0, 0, 0},
+    {"fork_exec", "us", LATENCY, 1e6, fork_exec, NULL, 0, 0, 0},
+    {"fork_sh", "us", LATENCY, 1e6, fork_sh, NULL, 0, 0, 0},
     {0},
 };

@@ -46,6 +46,6 @@ int main(int argc, char **argv)
         return 2;
     }
     command = argv + optind + 1;
-    measure(&(struct row){argv[optind], "ms", LATENCY, 1e3, run_command, NULL, 0, 0}, budget);
+    measure(&(struct row){argv[optind], "ms", LATENCY, 1e3, run_command, NULL, 0, 0, 0}, budget);
     return 0;
 }

@@ -186,14 +186,14 @@ static double protection_fault(const struct row *row, long count)
 }
 
 const struct row syscall_rows[] = {
-    {"null_syscall", "us", LATENCY, 1e6, null_syscall, NULL, 0, 0},
-    {"read_zero", "us", LATENCY, 1e6, read_zero, open_devices, 0, 0},
-    {"write_null", "us", LATENCY, 1e6, write_null, open_devices, 0, 0},
-    {"stat", "us", LATENCY, 1e6, stat_file, NULL, 0, 0},
-    {"open_close", "us", LATENCY, 1e6, open_close, NULL, 0, 0},
-    {"select_tcp", "us", LATENCY, 1e6, select_tcp, open_sockets, 0, 0},
-    {"signal_install", "us", LATENCY, 1e6, signal_install, NULL, 0, 0},
-    {"signal_handle", "us", LATENCY, 1e6, signal_handle, catch_usr1, 0, 0},
-    {"protection_fault", "us", LATENCY, 1e6, protection_fault, protect_page, 0, 0},
+    {"null_syscall", "us", LATENCY, 1e6, null_syscall, NULL, 0, 0, 0},
+    {"read_zero", "us", LATENCY, 1e6, read_zero, open_devices, 0, 0, 0},
+    {"write_null", "us", LATENCY, 1e6, write_null, open_devices, 0, 0, 0},
+    {"stat", "us", LATENCY, 1e6, stat_file, NULL, 0, 0, 0},
+    {"open_close", "us", LATENCY, 1e6, open_close, NULL, 0, 0, 0},
+    {"select_tcp", "us", LATENCY, 1e6, select_tcp, open_sockets, 0, 0, 0},
+    {"signal_install", "us", LATENCY, 1e6, signal_install, NULL, 0, 0, 0},
+    {"signal_handle", "us", LATENCY, 1e6, signal_handle, catch_usr1, 0, 0, 0},
+    {"protection_fault", "us", LATENCY, 1e6, protection_fault, protect_page, 0, 0, 0},
     {0},
 };

@@ -28,6 +28,7 @@ def test_markers_and_the_frame_of_a_row_are_recognised() -> None:
         "@row stat 1.2 us 10 0.3 more",
         "@row stat fast us 10 0.3",
         "@row stat nan us 10 0.3",
+        "@row stat 0 us 10 0.3",  # a clock too coarse
         "@row stat inf us 10 0.3",
         "@row stat 1.2 us 0 0.3",  # nothing was done
         "@row stat 1.2 us 10 -1",  # a clock that ran backwards
