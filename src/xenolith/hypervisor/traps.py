@@ -144,6 +144,13 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                 else:
                     trap_counts[COUNT_SYSCALL_BOUNCE] += 1
                     bounce_syscall(vcpu, cpu)
+            elif vector == TRAP_CPUID:
+                # Only registers may change: an engine that intercepts CPUID goes on behind it whatever RIP is.
+                # An event that came meanwhile has kicked the vCPU, and is delivered when it next enters the guest.
+                trap_counts[vector] += 1
+                emulate.cpuid(vcpu, regs)
+                vcpu.in_guest = vcpu.may_run
+                return vcpu.may_run
             else:
                 trap_counts[vector] += 1
                 if vector == VECTOR_PF:
@@ -370,7 +377,6 @@ def page_fault(vcpu: Vcpu, cpu: Cpu, error_code: int, address: int) -> None:
 
 def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int, address: int) -> None:
     """Every trap but page faults and 64-bit system calls. For #DB `address` is DR6."""
-    regs = cpu.regs
     if vector == VECTOR_GP:
         if error_code & 2:  # `int n`: error code is n << 3 | 2
             software_interrupt(vcpu, cpu, error_code >> 3 & 0xFF, error_code)
@@ -389,9 +395,6 @@ def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int, address: int) 
         cpu.set_task_switched(False)
     elif vector == VECTOR_DB:
         vcpu.debug[6] |= address & DR6_STATUS
-    elif vector == TRAP_CPUID:
-        emulate.cpuid(vcpu, regs)
-        return
     elif vector == TRAP_SYSENTER:
         handler = vcpu.sysenter_callback
         if handler:
