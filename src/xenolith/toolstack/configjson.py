@@ -7,6 +7,7 @@ the yajl library: four spaces, and an empty object or array takes three lines.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 from xenolith.toolstack.config import Action, DomainConfig, DomainType, TscMode
@@ -18,6 +19,7 @@ from xenolith.toolstack.vifspec import Nic
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool | None"
 
 _ALL_FUNCTIONS = 2**32 - 1
+_ANY_DOMID = 2**32 - 1
 _SCHED_DEFAULT = -1  # a scheduler parameter that was not given
 
 _ACTION_NAMES = {action: action.value.replace("-", "_") for action in Action}
@@ -45,6 +47,39 @@ def domain_config_json(config: DomainConfig) -> dict[str, Json]:
     ):
         if action is not Action.DESTROY:
             document[key] = _ACTION_NAMES[action]
+    return document
+
+
+def live_config_json(config: DomainConfig, domid: int, scheduler: str) -> dict[str, Json]:
+    """The configuration of a domain that exists, as `xl list -l` prints it: with what it was given in the end.
+
+    The domid inside c_info is not the domain's: libxl prints the number that means "any", and so do we.
+    """
+    filled = replace(
+        config,
+        vcpus=config.vcpus_online,
+        max_vcpus=config.vcpus_ceiling,
+        target_memory_kib=config.memory_kib,
+        max_memory_kib=config.memory_ceiling_kib,
+        video_memory_kib=0,
+        scheduler=replace(config.scheduler, weight=config.scheduler.weight or 256, cap=config.scheduler.cap or 0),
+        cmdline=config.cmdline or "",
+        msr_relaxed=bool(config.msr_relaxed),
+    )
+    document = domain_config_json(filled)
+    create, build = document["c_info"], document["b_info"]
+    assert isinstance(create, dict)
+    assert isinstance(build, dict)
+    build["sched_params"] = {"sched": scheduler} | _scheduler(filled)
+    if domid == 0:
+        kept = ("max_memkb", "target_memkb", "sched_params", "type.pv")
+        shown: dict[str, Json] = {name: build[name] for name in kept}
+        return {
+            "c_info": {"type": create["type"], "name": create["name"]},
+            "b_info": shown | {"arch_arm": {}, "arch_x86": {}},
+        }
+    up_to_name = list(create)[: list(create).index("name") + 1]
+    document["c_info"] = {name: create[name] for name in up_to_name} | {"domid": _ANY_DOMID} | create
     return document
 
 

@@ -1,0 +1,192 @@
+"""`xl create` and `xl config-update`: the commands that read a configuration file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from xenolith.cli.progress import progress_bar
+from xenolith.cli.xl_command import USAGE_ERROR, Failure, Options, Session, XlCommand, complain, resolve
+from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError
+from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.configjson import Json, domain_config_json, render
+from xenolith.toolstack.configreader import parse_domain_config
+from xenolith.toolstack.cpuspec import HostTopology
+from xenolith.toolstack.xlcfg import ConfigError
+
+STATUS_FAIL, STATUS_INVALID = 3, 6  # xl exits with the negated libxl error
+
+
+class _TooManyFiles(Exception):
+    pass
+
+
+def _sources(options: Options, operands: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The configuration file, and the key=value operands that are added to it as lines."""
+    files = [word for word in operands if "=" not in word]
+    if "f" in options:
+        files.insert(0, options["f"])
+    if len(files) > 1:
+        raise _TooManyFiles
+    return (files[0] if files else None), [word for word in operands if "=" in word]
+
+
+def _read_file(path: str, status: int) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise Failure(f"Failed to read config file: {path}: {error.strerror}", status) from error
+
+
+def _read_config(path: str, text: str, extra: Sequence[str]) -> DomainConfig:
+    """The configuration of a file's text and the lines added to it; warnings are printed."""
+    if extra:
+        text += "\n" + "".join(line + "\n" for line in extra) + "\n"
+    try:
+        config, warnings = parse_domain_config(text, path, HostTopology.of_this_machine())
+    except ConfigError as error:
+        raise Failure("\n".join(error.diagnostics), error.status) from error
+    for warning in warnings:
+        complain(warning)
+    return config
+
+
+def absolute_paths(config: DomainConfig, directory: Path) -> DomainConfig:
+    """The same configuration, with files named so that somebody who works elsewhere finds them."""
+    config.kernel = _absolute(config.kernel, directory)
+    config.ramdisk = _absolute(config.ramdisk, directory)
+    for disk in config.disks:
+        if disk.script is None and disk.target:
+            disk.target = _absolute(disk.target, directory)
+    for share in config.p9_shares:
+        share.path = str(directory / share.path)
+    for channel in config.channels:
+        channel.path = _absolute(channel.path, directory)
+    return config
+
+
+def _absolute(path: str | None, directory: Path) -> str | None:
+    return None if path is None else str(directory / path)
+
+
+def _create(session: Session, options: Options, operands: Sequence[str]) -> int:
+    try:
+        path, extra = _sources(options, operands)
+    except _TooManyFiles:
+        click.echo(CREATE.usage(), nl=False)
+        return USAGE_ERROR
+    if path is None:
+        raise Failure("Config file not specified and none in save file", STATUS_INVALID)
+    text = _read_file(path, STATUS_FAIL)
+    if "q" not in options:
+        complain(f"Parsing config from {path}")
+    config = _read_config(path, text, extra)
+    dry_run = "n" in options or session.dry_run
+    if dry_run or "d" in options:
+        click.echo(render(domain_config_json(config)), nl=False, err=not dry_run)
+    if dry_run:
+        return 0
+    try:
+        with progress_bar() as progress:
+            domid = session.client.create(absolute_paths(config, Path.cwd()), progress)
+    except ToolstackError as error:
+        raise Failure(str(error), STATUS_FAIL) from error
+    return _start(session, options, domid, config.name)
+
+
+def _start(session: Session, options: Options, domid: int, name: str) -> int:
+    """Let somebody look after the new domain, let it run, and stay with it if that was asked for."""
+    client, supervision = session.toolstack.client, session.toolstack.supervision
+    if "e" not in options:
+        supervision.supervise(domid)
+    events = supervision.watch(domid) if "F" in options and "e" not in options else None
+    console = client.open_console(domid) if "c" in options else None
+    if "p" not in options:
+        client.unpause(domid)
+    if console is not None:
+        from xenolith.cli.terminal import attach
+
+        attach(console, b"\x1d")
+    if events is not None:
+        _announce(name, domid)
+        for event in events:
+            _report(name, event)
+    return 0
+
+
+def _announce(name: str, domid: int) -> None:
+    complain(f"Waiting for domain {name} (domid {domid}) to die [pid {os.getpid()}]")
+
+
+def _report(name: str, event: DomainEvent) -> None:
+    if event.kind is EventKind.MESSAGE:
+        complain(event.text)
+    elif event.kind is EventKind.REBUILT and event.successor is not None:
+        _announce(name, event.successor)
+    elif event.kind is EventKind.DESTROYED:
+        complain(f"Domain {event.domid} has been destroyed.")
+
+
+def _config_update(session: Session, options: Options, operands: Sequence[str]) -> int:
+    if not operands:
+        complain("xl config-update requires a domain argument")
+        click.echo(CONFIG_UPDATE.usage(), nl=False)
+        return 1
+    complain(
+        "WARNING: xl now has better capability to manage domain configuration, avoid using this command when possible"
+    )
+    domid = resolve(session, operands[0])
+    try:
+        path, extra = _sources(options, operands[1:])
+    except _TooManyFiles:
+        click.echo(CREATE.usage(), nl=False)
+        return USAGE_ERROR
+    if path is None:
+        raise Failure("Config file not specified")
+    config = _read_config(path, _read_file(path, status=253), extra)
+    if "d" in options or session.dry_run:
+        document: Json = {"domid": None, "config": domain_config_json(config)}
+        click.echo(render(document), nl=False)
+    if not session.dry_run:
+        complain(f"setting dom{domid} configuration")
+        session.client.set_config(domid, absolute_paths(config, Path.cwd()))
+    return 0
+
+
+CREATE = XlCommand(
+    "create",
+    _create,
+    "Create a domain from a configuration file",
+    "<ConfigFile> [options] [vars]",
+    options="-c                      Attach to the console when the domain has been created.\n"
+    "-d                      Print the configuration that was read to stderr.\n"
+    "-e                      Do not look after the domain when it ends.\n"
+    "-F                      Stay in the foreground until the domain has ended.\n"
+    "-f FILE, --defconfig=FILE\n                     Use this configuration file.\n"
+    "-h                      Print this help.\n"
+    "-n, --dryrun            Print the resulting configuration and do nothing else.\n"
+    "-p                      Leave the domain paused.\n"
+    "-q, --quiet             Do not name the file that is read.",
+    short="Fnqf:pcde",
+    long={"dryrun": "n", "quiet": "q", "defconfig": "f"},
+    can_dry_run=True,
+    completes="files",
+)
+
+CONFIG_UPDATE = XlCommand(
+    "config-update",
+    _config_update,
+    "Change the configuration from which a domain is built again when it reboots",
+    "<Domain> <ConfigFile> [options] [vars]",
+    options="-h                      Print this help.\n"
+    "-f FILE, --defconfig=FILE\n                     Use this configuration file.\n"
+    "-d                      Print the configuration that was read.",
+    short="dqf:",
+    long={"defconfig": "f"},
+    can_dry_run=True,
+)
+
+COMMANDS = (CREATE, CONFIG_UPDATE)

@@ -1,0 +1,108 @@
+"""Attaching a terminal to a console: a real pty on one side, a console in memory on the other."""
+
+from __future__ import annotations
+
+import os
+import pty
+import termios
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from toolstack.fake import FakeConsole
+from xenolith.cli.terminal import attach, escape_character
+from xenolith.cli.xl_command import Failure
+
+
+class Terminal:
+    """A pty: `program` is the terminal of the program, `person` the end where a person would sit."""
+
+    def __init__(self) -> None:
+        self.person, self.program = pty.openpty()
+
+    def read_until(self, text: bytes) -> bytes:
+        seen = b""
+        while text not in seen:
+            seen += os.read(self.person, 4096)
+        return seen
+
+    def type(self, data: bytes) -> None:
+        os.write(self.person, data)
+
+    def close(self) -> None:
+        os.close(self.program)
+        os.close(self.person)
+
+    def attached_to(self, console: FakeConsole, stdin: int | None = None) -> threading.Thread:
+        source = self.program if stdin is None else stdin
+        thread = threading.Thread(target=attach, args=(console, b"\x1d", source, self.program))
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+def typed(console: FakeConsole, data: bytes) -> bool:
+    with console.changed:
+        return console.changed.wait_for(lambda: bytes(console.typed) == data, timeout=20)
+
+
+def test_keys_reach_the_guest_one_by_one_and_its_output_the_screen(terminal: Terminal) -> None:
+    console = FakeConsole()
+    thread = terminal.attached_to(console)
+    console.print(b"login: ")
+    assert terminal.read_until(b"login: ") == b"login: "
+    terminal.type(b"root\x03\r")
+    assert typed(console, b"root\x03\r")
+    console.close()
+    thread.join()
+
+
+def test_the_escape_character_detaches_and_is_not_sent(terminal: Terminal) -> None:
+    console = FakeConsole()
+    before = termios.tcgetattr(terminal.program)
+    thread = terminal.attached_to(console)
+    console.print(b"ready")
+    terminal.read_until(b"ready")
+    terminal.type(b"ab\x1dcd")
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert bytes(console.typed) == b"ab"
+    assert console.closed
+    assert termios.tcgetattr(terminal.program) == before
+
+
+def test_the_attachment_ends_with_the_console(terminal: Terminal) -> None:
+    console = FakeConsole()
+    console.print(b"last words\n")
+    thread = terminal.attached_to(console)
+    terminal.read_until(b"last words")
+    console.close()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
+def test_output_goes_on_when_stdin_has_ended(terminal: Terminal) -> None:
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    console = FakeConsole()
+    thread = terminal.attached_to(console, nothing)
+    console.print(b"still here")
+    assert terminal.read_until(b"here") == b"still here"
+    console.close()
+    thread.join()
+    os.close(nothing)
+
+
+def test_the_escape_character_may_be_chosen() -> None:
+    assert escape_character("^]") == b"\x1d"
+    assert escape_character("^a") == b"\x01"
+    assert escape_character("q") == b"q"
+    for wrong in ("", "^^^", "ab", "é"):
+        with pytest.raises(Failure, match="escape character"):
+            escape_character(wrong)
