@@ -74,10 +74,10 @@ def test_dom0_gets_the_answers_that_xen_gives() -> None:
     tool = scene.client("earlier")
     for path in (b"/a", b"/local", b"/py"):
         tool.ok(Op.MKDIR, path + b"\0")
-    assert play(HERE / "answers_to_dom0.txt", scene) > 90
+    assert play(HERE / "answers_to_dom0.txt", scene) == 98
 
 
 def test_guests_get_the_answers_that_xen_gives() -> None:
     scene = Scene()
     scene.client("observer")
-    assert play(HERE / "answers_to_guests.txt", scene) > 110
+    assert play(HERE / "answers_to_guests.txt", scene) == 140

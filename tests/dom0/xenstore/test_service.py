@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +231,38 @@ def test_a_guest_that_floods_does_not_keep_another_from_its_answers(service: Xen
 
 def test_the_socket_is_ours_alone(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_socket_of_a_dead_daemon_is_replaced_and_that_of_a_living_one_is_not(path: Path, tmp_path: Path) -> None:
+    second = XenstoreService()
+    with pytest.raises(FileExistsError, match="another daemon serves xenstore on"):
+        second.listen(path)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "dead"))
+    second.listen(tmp_path / "dead")
+    (tmp_path / "file").write_text("precious")
+    third = XenstoreService()
+    with pytest.raises(FileExistsError, match="is no socket"):
+        third.listen(tmp_path / "file")
+    second.stop()
+    third.stop()
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user to try")
+def test_another_user_is_hung_up_on_even_where_the_file_modes_let_him_in(path: Path) -> None:
+    listener = str(path)
+    path.chmod(0o666)
+    with tempfile.TemporaryDirectory() as public:
+        os.chmod(public, 0o755)
+        link = Path(public) / "socket"
+        os.link(listener, link)
+        stranger = (
+            f"import os, socket; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.connect({str(link)!r});"
+            f"s.sendall({pack(Op.READ, b'/tool' + bytes(1))!r}); print(s.recv(100))"
+        )
+        result = subprocess.run([sys.executable, "-c", stranger], capture_output=True, text=True, timeout=PATIENCE)
+    assert result.stdout == "b''\n" or "ConnectionResetError" in result.stderr or "BrokenPipeError" in result.stderr
 
 
 def test_a_tool_that_sends_half_a_message_or_reads_nothing_stalls_nobody(service: XenstoreService, path: Path) -> None:

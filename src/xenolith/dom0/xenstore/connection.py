@@ -38,6 +38,7 @@ class Connection(Caller):
         self._input: Final = bytearray()
         self._output: Final[deque[bytes]] = deque()
         self._output_bytes = 0
+        self._processing = False
         self._sent_of_first = 0
         self._answers = 0
         """How many of the waiting messages answer requests; the others are events."""
@@ -70,7 +71,15 @@ class Connection(Caller):
         return self._answers < self.daemon.quota.outstanding
 
     def process(self, limit: int) -> None:
-        """Run at most ``limit`` waiting requests, fewer if the client does not fetch its answers."""
+        """Run at most ``limit`` waiting requests, fewer if the client does not fetch its answers.
+
+        Whoever calls this sends the output afterwards, so the client is not woken for it.
+        """
+        self._processing = True
+        self._process(limit)
+        self._processing = False
+
+    def _process(self, limit: int) -> None:
         while limit and not self.failure and self.listening:
             buffered = self._input
             if len(buffered) < HEADER.size:
@@ -153,7 +162,7 @@ class Connection(Caller):
         self._output_bytes += len(message)
         if self._output_bytes > self.daemon.quota.unread_bytes:
             self.fail(RingError.COMM)
-        if len(self._output) == 1 or self.failure:
+        if not self._processing and (len(self._output) == 1 or self.failure):
             self._wake(self)
 
     # --- requests

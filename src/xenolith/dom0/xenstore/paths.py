@@ -42,6 +42,12 @@ def parent(path: bytes) -> bytes:
     return path[: path.rfind(b"/")] or b"/"
 
 
+def split(path: bytes) -> tuple[bytes, bytes]:
+    """The directory that holds ``path`` and the name it has there; not for the root."""
+    cut = path.rfind(b"/")
+    return path[:cut] or b"/", path[cut + 1 :]
+
+
 def join(directory: bytes, name: bytes) -> bytes:
     """The path of the child ``name`` of ``directory``."""
     return b"/" + name if directory == b"/" else directory + b"/" + name

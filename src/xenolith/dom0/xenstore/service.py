@@ -9,6 +9,7 @@ their own; a slow one delays other callbacks and no domain.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -58,6 +59,7 @@ class XenstoreService(HostStore):
         self._listener: socket.socket | None = None
         self._socket_path: Path | None = None
         self._stopping = False
+        self._serving_thread = 0
         self._threads: list[threading.Thread] = []
         self._daemon.release_request = self._release
         self._map_domain: Final = map_domain
@@ -98,16 +100,20 @@ class XenstoreService(HostStore):
             self._socket_path.unlink(missing_ok=True)
 
     def listen(self, path: Path) -> None:
-        """Serve tools on a UNIX socket at ``path`` (mode 0600; only our own user and root are let in)."""
+        """Serve tools on a UNIX socket at ``path`` (mode 0600; only our own user and root are let in).
+
+        A socket that nobody serves any more is replaced; FileExistsError if somebody does, or if it is another file.
+        """
         if self._listener is not None:
             raise RuntimeError(f"xenstore already listens on {self._socket_path}")
+        _clear(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path.unlink(missing_ok=True)
-        old_mask = os.umask(0o177)
+        os.fchmod(listener.fileno(), 0o600)  # on Linux the file that bind() makes takes its mode from here
         try:
             listener.bind(str(path))
-        finally:
-            os.umask(old_mask)
+        except OSError as error:
+            listener.close()
+            raise OSError(error.errno, f"xenstore cannot listen on {path}: {error}") from None
         listener.listen(64)
         listener.setblocking(False)
         with self._lock:
@@ -161,7 +167,7 @@ class XenstoreService(HostStore):
             sockets = [key.data for key in self._selector.get_map().values() if isinstance(key.data, SocketConnection)]
             callers: list[Caller] = [self._host, *self._daemon.domains.values(), *sockets]
             return {
-                "nodes": sum(self._daemon.store.owners().values()),
+                "nodes": self._daemon.store.size(),
                 "watches": len(self._daemon.watches),
                 "transactions": sum(len(caller.transactions) for caller in callers),
                 "domains": len(self._daemon.domains),
@@ -172,12 +178,14 @@ class XenstoreService(HostStore):
 
     def _wake(self, connection: Connection) -> None:
         """Give the connection a turn soon. Any thread, with or without the lock; never blocks."""
-        if connection not in self._queued:
+        if connection not in self._queued and not self._stopping:
             self._queued.add(connection)
             self._ready.append(connection)
-            os.eventfd_write(self._bell, 1)
+            if threading.get_ident() != self._serving_thread:
+                os.eventfd_write(self._bell, 1)
 
     def _serve(self) -> None:
+        self._serving_thread = threading.get_ident()
         while not self._stopping:
             for key, mask in self._selector.select(0 if self._ready else None):
                 if key.fileobj == self._bell:
@@ -242,7 +250,8 @@ class XenstoreService(HostStore):
         if mask & selectors.EVENT_READ:
             with self._lock:
                 connection.receive()
-        self._wake(connection)
+        if connection not in self._queued:
+            self._turn(connection)
 
     def _follow(self, connection: SocketConnection) -> None:
         """Ask the selector for just what this client's next turn waits for."""
@@ -258,3 +267,19 @@ class XenstoreService(HostStore):
         if connection.interest != wanted:
             connection.interest = wanted
             self._selector.modify(connection.stream, wanted, connection)
+
+
+def _clear(path: Path) -> None:
+    """Remove the socket of a daemon that died."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise FileExistsError(
+            f"{path} is in the way of the xenstore socket and is no socket; remove it or name another"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        answer = probe.connect_ex(str(path))
+    if answer != errno.ECONNREFUSED:
+        raise FileExistsError(f"another daemon serves xenstore on {path}; stop it or name another socket")
+    path.unlink(missing_ok=True)

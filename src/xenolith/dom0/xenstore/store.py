@@ -38,8 +38,8 @@ class View:
         """How many nodes ``domid`` owns here."""
         raise NotImplementedError
 
-    def account(self, domid: int, change: int) -> None:
-        """Note that ``domid`` owns ``change`` more nodes."""
+    def account(self, permissions: Permissions, change: int) -> None:
+        """Note that there are ``change`` more nodes with these permissions."""
         raise NotImplementedError
 
     def touched(self, path: bytes) -> None:
@@ -48,8 +48,8 @@ class View:
     def replace(self, path: bytes, node: Node, data: bytes, permissions: Permissions) -> Node:
         """Give the existing ``node`` at ``path`` a new value and permissions."""
         if permissions is not node.permissions:
-            self.account(node.permissions[0].domid, -1)
-            self.account(permissions[0].domid, +1)
+            self.account(node.permissions, -1)
+            self.account(permissions, +1)
         changed = Node(data, permissions, node.children, self.next_generation())
         self.root = with_node(self.root, path, changed)
         self.touched(path)
@@ -74,13 +74,13 @@ class View:
         permissions = directory.permissions
         if owner is not None and permissions[0].domid != owner:
             permissions = (Permission(owner, permissions[0].access), *permissions[1:])
-        self.account(permissions[0].domid, len(missing))
+        self.account(permissions, len(missing))
         made = node = Node(data, permissions, {}, self.next_generation())
         for inner in missing[:-1]:
-            node = Node(b"", permissions, {inner[inner.rfind(b"/") + 1 :]: node}, self.next_generation())
+            node = Node(b"", permissions, {paths.split(inner)[1]: node}, self.next_generation())
         top = missing[-1]
         children = directory.children.copy()
-        children[top[top.rfind(b"/") + 1 :]] = node
+        children[paths.split(top)[1]] = node
         grown = Node(directory.data, directory.permissions, children, self.next_generation())
         self.root = with_node(self.root, place, grown)
         self.touched(place)
@@ -98,9 +98,9 @@ class View:
         for removed, _ in gone:
             self.lookup(removed)
         for _, node in gone:
-            self.account(node.permissions[0].domid, -1)
+            self.account(node.permissions, -1)
         children = directory.children.copy()
-        del children[path[path.rfind(b"/") + 1 :]]
+        del children[paths.split(path)[1]]
         shrunk = Node(directory.data, directory.permissions, children, self.next_generation())
         self.root = with_node(self.root, place, shrunk)
         self.touched(place)
@@ -115,7 +115,8 @@ class Store(View):
     def __init__(self) -> None:
         super().__init__(empty_root())
         self._generation = 0
-        self._owned: Counter[int] = Counter({0: 1})
+        self._owned: Final[Counter[int]] = Counter({0: 1})
+        self._named: Final[Counter[int]] = Counter({0: 1})
         self.create(b"/tool/xenstored", b"", None)
 
     def next_generation(self) -> int:
@@ -125,14 +126,18 @@ class Store(View):
     def owned_by(self, domid: int) -> int:
         return self._owned[domid]
 
-    def account(self, domid: int, change: int) -> None:
-        self._owned[domid] += change
-        if not self._owned[domid]:
-            del self._owned[domid]
+    def account(self, permissions: Permissions, change: int) -> None:
+        _add(self._owned, permissions[0].domid, change)
+        for entry in permissions:
+            _add(self._named, entry.domid, change)
 
-    def owners(self) -> dict[int, int]:
-        """Nodes owned, by domid."""
-        return dict(self._owned)
+    def names(self, domid: int) -> bool:
+        """Whether any node's permissions mention ``domid``."""
+        return domid in self._named
+
+    def size(self) -> int:
+        """How many nodes there are."""
+        return sum(self._owned.values())
 
     def commit(self, transaction: Transaction) -> None:
         """Make the transaction's changes real at once, or raise EAGAIN and change nothing."""
@@ -142,7 +147,9 @@ class Store(View):
             self._check_unchanged(transaction)
             self._overlay(transaction)
         for domid, change in transaction.owned.items():
-            self.account(domid, change)
+            _add(self._owned, domid, change)
+        for domid, change in transaction.named.items():
+            _add(self._named, domid, change)
 
     def _check_unchanged(self, transaction: Transaction) -> None:
         for path, generation in transaction.read.items():
@@ -151,18 +158,35 @@ class Store(View):
                 raise XsError("EAGAIN", f"{path!r} changed since the transaction read it")
 
     def _overlay(self, transaction: Transaction) -> None:
-        """Lay the changed records over the current tree, directories first.
+        """Lay the changed records over the current tree.
 
-        A record's own value, permissions and child names come from the transaction; what hangs below a name that both
-        trees have comes from the current tree, since only records that were looked at may overwrite others' work.
+        A changed record's value, permissions and child names come from the transaction, all else from the current tree:
+        only records that were looked at may overwrite others' work. Each node above a change is rebuilt once, however
+        many changes are below it.
         """
-        for path in sorted(transaction.changed, key=lambda changed: (changed != b"/", changed.count(b"/"))):
-            new = find(transaction.root, path)
-            current = find(self.root, path)
-            if new is None or current is new or current is None:
-                continue  # removed with its directory's record, or arrived with it
-            children = {name: current.children.get(name, child) for name, child in new.children.items()}
-            self.root = with_node(self.root, path, Node(new.data, new.permissions, children, new.generation))
+        changed_below: dict[bytes, set[bytes]] = {}
+        for path in transaction.changed:
+            while path != b"/":
+                above, name = paths.split(path)
+                known = above in changed_below
+                changed_below.setdefault(above, set()).add(name)
+                if known:
+                    break
+                path = above
+        visits = [(b"/", self.root, transaction.root)]
+        for path, current, new in visits:  # grows while it is walked: directories come before what they hold
+            for name in changed_below.get(path, ()):
+                if name in current.children and name in new.children:
+                    visits.append((paths.join(path, name), current.children[name], new.children[name]))
+        merged: dict[bytes, Node] = {}
+        for path, current, new in reversed(visits):
+            record = new if path in transaction.changed else current
+            children = {}
+            for name in record.children:
+                both = merged.get(paths.join(path, name)) if path in changed_below else None
+                children[name] = both or current.children.get(name) or new.children[name]
+            merged[path] = Node(record.data, record.permissions, children, record.generation)
+        self.root = merged[b"/"]
 
 
 class Transaction(View):
@@ -177,6 +201,8 @@ class Transaction(View):
         self.read: Final[dict[bytes, int | None]] = {}
         self.changed: Final[dict[bytes, None]] = {}
         self.owned: Final[Counter[int]] = Counter()
+        """How many nodes more each domain owns here than in the store, and how many more permission entries it has."""
+        self.named: Final[Counter[int]] = Counter()
         self.events: Final[dict[bytes, tuple[bool, Permissions]]] = {}
         """Watch events to send at commit: path -> (only for that very path, permissions the node had before)."""
 
@@ -195,8 +221,10 @@ class Transaction(View):
     def owned_by(self, domid: int) -> int:
         return self._store.owned_by(domid) + self.owned[domid]
 
-    def account(self, domid: int, change: int) -> None:
-        self.owned[domid] += change
+    def account(self, permissions: Permissions, change: int) -> None:
+        self.owned[permissions[0].domid] += change
+        for entry in permissions:
+            self.named[entry.domid] += change
 
     def touched(self, path: bytes) -> None:
         self.changed[path] = None
@@ -205,3 +233,9 @@ class Transaction(View):
         """Whose eyes the node at ``path`` was for when the transaction began."""
         node = find(self.base, path)
         return DOM0_ONLY if node is None else node.permissions
+
+
+def _add(counter: Counter[int], domid: int, change: int) -> None:
+    counter[domid] += change
+    if not counter[domid]:
+        del counter[domid]

@@ -154,7 +154,7 @@ class Xenstored:
         view.remove(path)
 
     def _fire_removal(self, view: View, path: bytes, top: Node) -> None:
-        """While the nodes can still be seen: events for watches on each node below, deepest first, then for ``path``."""
+        """While the nodes can be seen: events for watches on each node below, deepest first, then for ``path``."""
         if self.watches or view is not self.store:
             for below, node in subtree(path, top):
                 if node is not top:
@@ -325,6 +325,8 @@ class Xenstored:
         for event, entries in self._event_permissions.items():
             self._event_permissions[event] = _without(entries, domid)
         store = self.store
+        if not store.names(domid):
+            return
         for path in [path for path, _ in subtree(b"/", store.root)][::-1]:
             node = store.lookup(path)
             if node is None:
