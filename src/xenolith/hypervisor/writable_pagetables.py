@@ -87,9 +87,9 @@ def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
     return True
 
 
-def _general_register(register: Register) -> int:
+def _general_register(register: int) -> int:
     """Its number in instruction-encoding order, whatever its width; -1 for AH to BH and for others."""
-    full = RegisterExt.full_register(register)
+    full = int(RegisterExt.full_register(register))  # type: ignore[arg-type]
     return full - Register.RAX if Register.RAX <= full <= Register.R15 and register not in _HIGH_BYTES else -1
 
 
