@@ -56,7 +56,7 @@ _SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")
 _NOTE_HEADER = struct.Struct("<III")
 
 _PRSTATUS = struct.Struct("<iiih2xQQiiii64x27Qi4x")  # elf_prstatus of x86-64, 336 bytes
-_PRPSINFO = struct.Struct("<bcbbQIIiiii16s80s")  # elf_prpsinfo of x86-64, 136 bytes
+_PRPSINFO = struct.Struct("<bcbb4xQIIiiii16s80s")  # elf_prpsinfo of x86-64, 136 bytes
 
 _ET_CORE, _EM_X86_64 = 4, 62
 _PT_LOAD, _PT_NOTE = 1, 4
