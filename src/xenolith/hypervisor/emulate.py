@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
     from xenolith.machine.engines.protocol import Cpu
 
+# A timer whose counters stand still: Linux, on processors without CPUID leaf 0x16, calibrates the TSC against them, and
+# would read one that is all ones 100,000 times before it gives up.
+PIT_COUNTERS: Final = range(0x40, 0x43)
 MASK32: Final = 0xFFFF_FFFF
 MASK64: Final = (1 << 64) - 1
 PAT_RESET: Final = 0x0000_0501_0007_0406
@@ -110,10 +113,12 @@ def _one_byte(
     if opcode in (0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF):  # IN, OUT: no such device
         if not io_allowed(vcpu):
             return 0
+        port = regs[RDX] & 0xFFFF
         if opcode < 0xE8:
+            port = code[position] if position < len(code) else 0
             position += 1
         if opcode in (0xE4, 0xEC):
-            regs[RAX] |= 0xFF
+            regs[RAX] = regs[RAX] & ~0xFF if port in PIT_COUNTERS else regs[RAX] | 0xFF
         elif opcode in (0xE5, 0xED):
             regs[RAX] = regs[RAX] | 0xFFFF if operand16 else MASK32
         return position if position <= len(code) else 0
