@@ -227,6 +227,9 @@ class _Streams:
         self.first_output: float | None = None  # time.monotonic()
         self.command_began: float | None = None
         self._reader = console.open_reader(Overflow.WAIT)
+        self._lock = threading.Lock()
+        self._in_mid_line = False  # where the output stands
+        self._input_ended = False
         self._stop, self._stopping = os.pipe()
         self._input: threading.Thread | None = None
 
@@ -250,6 +253,7 @@ class _Streams:
         try:
             while data := self._reader.read():
                 self._print(self._filtered(data))
+                self._note_prompt(in_mid_line=not data.endswith(b"\n"))
             if self.framing:
                 self._print(self.framing.finish())
         except OSError:  # nobody reads any more, or the disk is full
@@ -281,9 +285,26 @@ class _Streams:
                     self.console.write(data.partition(CTRL_RIGHT_BRACKET)[0])
                     self.notes.put(_Left())
                     return
-                self.console.write(data or END_OF_FILE)
                 if not data:
+                    self._end_input()
                     return
+                self.console.write(data)
+
+    def _end_input(self) -> None:
+        with self._lock:
+            self._input_ended = True
+        self._note_prompt(self._in_mid_line)
+
+    def _note_prompt(self, in_mid_line: bool) -> None:
+        """After the end of our input, tell it to whoever asks: to each prompt, where output stops in mid-line.
+
+        Told once and at once it would be lost: a terminal drops it when it changes its mode, as a starting shell does.
+        """
+        with self._lock:
+            self._in_mid_line = in_mid_line
+            if in_mid_line and self._input_ended:
+                with contextlib.suppress(ConsoleClosed):
+                    self.console.offer(END_OF_FILE)
 
     def _read_input(self) -> bytes | None:
         """Bytes of standard input, b"" at its end; None when it is time to stop."""

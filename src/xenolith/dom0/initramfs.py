@@ -25,7 +25,7 @@ from typing import Final
 
 from xenolith.dom0.framing import RECORD_SEPARATOR
 
-COMMAND_KERNEL_ARGUMENTS: Final = "console=hvc0 quiet loglevel=0 panic=-1"
+COMMAND_KERNEL_ARGUMENTS: Final = "console=hvc0 quiet loglevel=1 panic=-1"
 """The kernel's command line for running a command: nothing of the kernel's own comes between the marks."""
 SHELL_KERNEL_ARGUMENTS: Final = "console=hvc0 panic=-1"
 
