@@ -19,6 +19,7 @@ from xenolith.abi.hypercalls import RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
 from xenolith.hypervisor.console_io import EmergencyConsole
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
+from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.time import Timer, VcpuTimers
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 
@@ -176,16 +177,16 @@ class Domain:
         self.paused_by_control = 0
         self.shutdown_reason: int | None = None
         self.dying = False
+        self.shutdown_announced = False  # dom0 was told
         self.shutdown_code: int | None = None  # set beforehand by SCHEDOP_shutdown_code
         self.crash_report = ""
         self.watchdogs: list[Timer | None] = [None, None]
         self.emergency_console = EmergencyConsole()
         self.weight = 256  # share of the CPU relative to other domains
 
-        # Accounting: traps by kind, see traps.py; CPU time in ns.
+        # Accounting: traps by kind, see traps.py.
         self.trap_counts = [0] * 64
         self.hypercall_counts = [0] * 64
-        self.cpu_time = 0
 
     def references(self) -> Iterator[tuple[int, int | None]]:
         """Every reference to a frame that the domain's own state holds, beyond its page tables and pins.
@@ -212,6 +213,12 @@ class Domain:
     def granted_frames(self) -> frozenset[int]:
         """Frames of other domains that it has mapped by grant."""
         return frozenset()
+
+    @property
+    def cpu_time(self) -> int:
+        """ns for which its vCPUs have run."""
+        now = self.hypervisor.clock.now()
+        return sum(running_time(vcpu, now) for vcpu in self.vcpus)
 
     @property
     def shut_down(self) -> bool:

@@ -152,7 +152,7 @@ class Scheduler:
         """Stop the domain's vCPUs; none executes when this returns. Counts. Not for the domain's own threads."""
         with domain.lock:
             domain.paused_by_control += 1
-            self._tell_to_leave(domain)
+            self.tell_to_leave(domain)
         self._wait_until_stopped(domain)
 
     def unpause(self, domain: Domain) -> None:
@@ -163,7 +163,8 @@ class Scheduler:
         for context in contexts:
             context.wake()
 
-    def _tell_to_leave(self, domain: Domain) -> None:
+    def tell_to_leave(self, domain: Domain) -> None:
+        """Make all vCPUs leave the guest soon. The caller holds the domain's lock."""
         for vcpu in domain.vcpus:
             vcpu.may_run = False
         for context in _contexts(domain):
@@ -346,9 +347,7 @@ class Scheduler:
 
     def _account(self, vcpu: Vcpu, start: int) -> None:
         now = self._clock.now()
-        ran = now - start
-        vcpu.domain.cpu_time += ran
-        vcpu.share += ran * DEFAULT_WEIGHT // vcpu.domain.weight
+        vcpu.share += (now - start) * DEFAULT_WEIGHT // vcpu.domain.weight
         vcpu.timers.left()
         if vcpu.blocked:
             set_runstate(vcpu, RUNSTATE_blocked, now)
@@ -410,6 +409,16 @@ class Scheduler:
             else:
                 self._free += 1
             self._lock.notify_all()
+        if context.domain.shutdown_reason is not None:
+            self.announce_shutdown(context.domain)
+
+    def announce_shutdown(self, domain: Domain) -> None:
+        """Tell dom0 that the domain has shut down, once its last vCPU has stopped (Xen: VIRQ_DOM_EXC)."""
+        with self._lock:
+            if domain.shutdown_announced or any(context.running is not None for context in _contexts(domain)):
+                return
+            domain.shutdown_announced = True
+        events.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
 
     def preempt(self, context: Context) -> None:
         """Make whoever runs on the context give up its pCPU. From any thread; takes no lock."""
@@ -445,13 +454,13 @@ def _contexts(domain: Domain) -> list[Context]:
 
 
 def domain_shutdown(domain: Domain, reason: int) -> None:
-    """The domain stops for `reason` (SHUTDOWN_*); dom0 hears of it by VIRQ_DOM_EXC. The first reason counts."""
+    """The domain stops for `reason` (SHUTDOWN_*), of which dom0 will hear. The first reason counts."""
     with domain.lock:
         if domain.shutdown_reason is not None:
             return
         domain.shutdown_reason = domain.shutdown_code if domain.shutdown_code is not None else reason
-        domain.hypervisor.scheduler._tell_to_leave(domain)
-    events.send_global_virq(domain.hypervisor, VIRQ_DOM_EXC)
+        domain.hypervisor.scheduler.tell_to_leave(domain)
+    domain.hypervisor.scheduler.announce_shutdown(domain)
 
 
 def domain_crash(victim: Vcpu | Domain, text: str) -> None:
