@@ -1,8 +1,8 @@
 """Where a row's time goes in our own systems: their counters, per operation.
 
 `xenolith run --stats` prints its counters as JSON on standard error when the domain ends.  So each row gets
-a domain of its own, and what a domain without a row counts is taken off; the rest is divided by the number
-of operations that the row's program says it has performed.
+a domain of its own, and what a domain counts whose row does nothing is taken off; the rest is divided by the
+number of operations that the row's program says it has performed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def profile(plan: Plan, results: Results, full_image: Path, say: Say) -> None:
     for system in plan.systems:
         if not system.counts_traps or system.name not in results.versions:
             continue
-        say(f"profile of {system.title}: a boot without a row")
-        _, base = _counted(system, plan, full_image, [])
+        say(f"profile of {system.title}: a boot and a row that does nothing")
+        _, base = _counted(system, plan, full_image, ["none"])
         for row in plan.rows:
             if row.name in BOOT_ROWS or base is None:
                 continue

@@ -63,7 +63,9 @@ def _machine(results: Results) -> str:
 
 
 def _brief(reason: str) -> str:
-    return reason.splitlines()[0]
+    """What happened, and the last words."""
+    first, *rest = reason.splitlines()
+    return f"{first} {rest[-1].strip()}" if rest else first
 
 
 def _ours(results: Results) -> list[str]:
