@@ -116,7 +116,7 @@ def _map(vcpu: Vcpu, page: int, mfn: int) -> None:
     index = window_index(domain, vcpu.vcpu_id, page)
     domain.memory.q[index] = mfn << 12 | WINDOW_ENTRY if mfn else 0
     if domain.entry_changed is not None:
-        domain.entry_changed(index)
+        domain.entry_changed(index, PTE_P, 0)
     tlb.flush_page([vcpu], gdt_va(vcpu.vcpu_id) + page * 4096)
 
 

@@ -166,7 +166,8 @@ class Domain:
         # What the engine wants to be told of (None: nothing).
         self.caches_tables = False  # it caches page tables, not only translations
         self.executable_mapped: Callable[[int], None] | None = None  # see Cpu.executable_mapped
-        self.entry_changed: Callable[[int], None] | None = None  # a present page-table entry changed: its word index
+        # A present page-table entry changed: word index, old and new value. Entry 0: its whole table is no more.
+        self.entry_changed: Callable[[int, int, int], None] | None = None
 
         # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
         self.posted: deque[int] = deque()

@@ -182,7 +182,7 @@ def devalidate(domain: Domain, mfn: int, kind: int) -> None:
         if kind != TYPE_L4 or not XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
             _put_table(domain, int(table[slot]), mfn, below)
     if domain.entry_changed is not None:
-        domain.entry_changed(mfn << 9)
+        domain.entry_changed(mfn << 9, PTE_P, 0)
 
 
 def _validate_l1(domain: Domain, mfn: int) -> int:
@@ -240,7 +240,7 @@ def _devalidate_l1(domain: Domain, mfn: int) -> None:
     if len(unused):
         free_frames(domain, np.unique(unused).tolist())
     if domain.entry_changed is not None:
-        domain.entry_changed(mfn << 9)
+        domain.entry_changed(mfn << 9, PTE_P, 0)
 
 
 def _validate_upper(domain: Domain, mfn: int, kind: int) -> int:
@@ -339,7 +339,7 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
         if old & PTE_P and not (old ^ new) & COUNTED:
             q[index] = new
             if domain.entry_changed is not None:
-                domain.entry_changed(index)
+                domain.entry_changed(index, old, new)
             if (old ^ new) & PTE_NX and not new & PTE_NX and domain.executable_mapped is not None:
                 domain.executable_mapped(target)
             return 0
@@ -363,7 +363,7 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
         q[index] = new
     if old & PTE_P:
         if domain.entry_changed is not None:
-            domain.entry_changed(index)
+            domain.entry_changed(index, old, new)
         put_l1_target(domain, old)
     return 0
 
@@ -403,7 +403,7 @@ def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
         if old & PTE_P and not (old ^ new) & COUNTED:
             q[index] = new | PTE_US
             if domain.entry_changed is not None:
-                domain.entry_changed(index)
+                domain.entry_changed(index, old, new)
             return 0
         result = _get_table(domain, new, holder, below)
         if result:
@@ -412,7 +412,7 @@ def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
     q[index] = new
     if old & PTE_P:
         if domain.entry_changed is not None:
-            domain.entry_changed(index)
+            domain.entry_changed(index, old, new)
         _put_table(domain, old, holder, below)
     return 0
 

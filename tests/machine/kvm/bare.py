@@ -59,8 +59,8 @@ class Machine:
 
     def change_entry(self, index: int, value: int) -> None:
         """What the hypervisor does to an entry that was present."""
-        self.memory.q[index] = value
-        self.engine.entry_changed(index)
+        old, self.memory.q[index] = self.memory.q[index], value
+        self.engine.entry_changed(index, old, value)
 
     def write_code(self, code: str | bytes, offset: int = 0) -> int:
         data = bytes.fromhex(code) if isinstance(code, str) else code

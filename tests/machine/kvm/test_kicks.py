@@ -138,7 +138,8 @@ def test_kicks_during_changes_of_page_tables_lose_nothing(machine: Machine) -> N
             return False
         cpu.regs[RCX] = left
         left -= 1
-        machine.engine.entry_changed(index)
+        machine.engine.entry_changed(index, 1, 0)
+        cpu.flush_tlb()
         cpu.regs[RDI] = 0x1234
         return True
 

@@ -120,7 +120,8 @@ def test_a_frame_that_was_a_page_table_and_becomes_one_again_starts_afresh(machi
     )
     entry = machine.memory.q[l2_index]
     machine.change_entry(l2_index, 0)
-    machine.engine.entry_changed(table << 9)  # it is no page table any more
+    machine.engine.entry_changed(table << 9, 1, 0)  # it is no page table any more
+    cpu.flush_tlb()
     assert read(machine, cpu, base) is None
     for page in range(8):
         machine.memory.q[upper + page] = machine.data[page + 8] << PAGE_SHIFT | TABLE if page % 2 else 0
@@ -195,7 +196,9 @@ def test_other_vcpus_see_a_change_when_they_come_back(machine: Machine) -> None:
         assert left.acquire(timeout=20)
         assert len(faults) == number
         machine.change_entry(index, 0)
+        reader.flush_page(va)
         if number % 2:
+            changer.flush_page(va)
             assert read(machine, changer, DATA) is not None  # whoever enters first does it for both
         go_on.release()
         assert left.acquire(timeout=20), "the vCPU still reads a page that is not mapped"
@@ -226,8 +229,9 @@ def test_a_change_of_any_number_of_entries_leaves_the_registers_alone(machine: M
     for register, value in values.items():
         cpu.regs[register] = value
     for page in range(count):
-        machine.engine.entry_changed(machine.entry(DATA + page * 0x1000))
+        machine.engine.entry_changed(machine.entry(DATA + page * 0x1000), 1, 0)
     cpu.set_rflags(0x8C1)
+    cpu.flush_tlb()
     machine.execute(cpu, "9c 0f 0b")
     for register, value in values.items():
         assert cpu.regs[register] == value, register

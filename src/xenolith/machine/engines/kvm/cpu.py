@@ -301,12 +301,11 @@ class KvmCpu:
         run, run_q, run_d, run_h = self._run, self._run_q, self._run_d, self._run_h
         frame = self._pages.frame
         engine = self._engine
-        entries, tables = engine.changed_entries, engine.changed_tables
         fd = self._fd
         unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
         unpack_selectors = _SELECTORS.unpack_from
         while True:
-            by_stubs = bool(entries or tables or self._flush or engine.rewriting) and self._prepare_entry()
+            by_stubs = (self._flush or engine.rewriting) and self._prepare_entry()
             rip = regs[RIP]
             if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
                 # No processor can go there; the jump, or the return, faults.

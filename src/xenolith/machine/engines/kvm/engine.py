@@ -5,8 +5,8 @@ addresses are machine addresses, and the guest's page tables are the ones that t
 
 Stale translations.  Where KVM itself keeps shadow page tables, it follows a guest's stores to its tables, but not
 Python's, which arrive through another mapping.  An entry that was present and changes stays as it was in the shadow,
-for ever.  So the hypervisor reports such changes (`entry_changed`), and before guest code runs again the same
-values are stored once more from guest context, by the entry stubs (see area.EntryStubs).  Entries that were not present
+for ever.  So the hypervisor reports such changes (`entry_changed`), and a TLB flush stores the same values once
+more from guest context, by the entry stubs (see area.EntryStubs).  Entries that were not present
 are looked up afresh and need nothing.
 """
 
@@ -18,6 +18,18 @@ import threading
 from struct import pack_into, unpack_from
 from typing import Final
 
+from xenolith.abi.x86 import (
+    PTE_A,
+    PTE_ADDRESS,
+    PTE_D,
+    PTE_NX,
+    PTE_P,
+    PTE_PCD,
+    PTE_PSE,
+    PTE_PWT,
+    PTE_RW,
+    PTE_US,
+)
 from xenolith.machine.engines.kvm import api, area
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.cpu import KvmCpu
@@ -26,6 +38,9 @@ from xenolith.machine.engines.kvm.traits import HostTraits
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import MachineMemory
 
+# An entry whose other bits change still permits all that it permitted, and maps the same.
+_MAY_NOT_LOSE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_ADDRESS
+_MAY_NOT_GAIN: Final = PTE_NX | PTE_PSE | PTE_PWT | PTE_PCD | PTE_ADDRESS
 _CPUID_ENTRIES: Final = 256
 CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
 
@@ -145,15 +160,16 @@ class KvmEngine:
                 raise EngineError(f"KVM cannot make virtual processor {vcpu_id}: {error.strerror}") from error
         return cpu
 
-    def entry_changed(self, index: int) -> None:
+    def entry_changed(self, index: int, old: int, new: int) -> None:
         """Ring 0 changed a page-table entry that was present; `index` counts 64-bit words of machine memory.
 
-        Entry 0 stands for its whole table: call it with that when a frame stops being a page table.
+        It may stay in force until the next flush, as on any processor.  Entry 0 stands for its whole table: report
+        it when a frame stops being a page table.
         """
-        if index & 511:
-            self.changed_entries.add(index)
-        else:
+        if not index & 511:
             self.changed_tables.add(index >> 9)
+        elif old & ~new & _MAY_NOT_LOSE or new & ~old & _MAY_NOT_GAIN:
+            self.changed_entries.add(index)
 
     def close(self) -> None:
         for cpu in self.cpus.values():

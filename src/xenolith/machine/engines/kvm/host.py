@@ -102,6 +102,12 @@ class ProbeMachine:
             self.cpu.run(on_trap)
         return traps[0]
 
+    def change_entry(self, index: int, value: int) -> None:
+        """Change a page-table entry as the hypervisor does, with a flush."""
+        old, self.memory.q[index] = self.memory.q[index], value
+        self.engine.entry_changed(index, old, value)
+        self.cpu.flush_tlb()
+
     def close(self) -> None:
         self.engine.close()
         self.memory.close()
@@ -181,8 +187,7 @@ def _keeps_stale_entries(machine: ProbeMachine) -> bool:
     machine.cpu.switch_mode(machine.second_l4, False)
     stale = _read(machine, _OTHER) != 1
     machine.cpu.switch_mode(machine.state.l4_mfn, False)
-    q[machine.data_entry + 1] = entry
-    machine.engine.entry_changed(machine.data_entry + 1)
+    machine.change_entry(machine.data_entry + 1, entry)
     return stale
 
 
@@ -253,9 +258,7 @@ def _check_cures(traits: HostTraits) -> None:
         q = machine.memory.q
         q[machine.data << 9], q[machine.other << 9] = 1, 2
         _read(machine, _DATA)
-        q[machine.data_entry] = machine.other << PAGE_SHIFT | _TABLE
-        machine.engine.entry_changed(machine.data_entry)
-        machine.cpu.flush_tlb()
+        machine.change_entry(machine.data_entry, machine.other << PAGE_SHIFT | _TABLE)
         if _read(machine, _DATA) != 2:
             raise _fail("a changed page-table entry stays unseen after a flush")
     finally:
