@@ -1,6 +1,6 @@
 /*
- * Endings. One way to end a domain, chosen by the first word of the command line; all but "shutdown"
- * and "recursion" are faults that Xen can deliver to nobody, so it crashes the domain.
+ * Endings. One way to end a domain, chosen by the first word of the command line; most
+ * are faults that Xen can deliver to nobody, so it crashes the domain.
  *
  *   shutdown reason=N   SCHEDOP_shutdown with that reason
  *   no-handler          a fault with no trap table
@@ -9,6 +9,7 @@
  *   no-iret-frame       the iret hypercall with the stack pointer in unmapped memory
  *   no-callback         an event with upcalls unmasked and no event callback
  *   recursion           a page-fault handler that faults, until the stack has run over
+ *   watchdog            a watchdog of one second that nobody pats
  *   no-user-tables      a jump to user mode with no user page tables
  */
 #include "events.h"
@@ -38,6 +39,17 @@ static void user_mode_without_tables(void)
     iret_raw(frame);
 }
 
+static void never_pat_the_watchdog(void)
+{
+    struct {
+        u32 id, timeout; /* in seconds */
+    } watchdog = {0, 1};
+    if (HYPERCALL(HC_sched_op, SCHEDOP_watchdog, &watchdog) < 0)
+        return;
+    for (;;)
+        HYPERCALL(HC_sched_op, SCHEDOP_yield, 0);
+}
+
 int main(void)
 {
     print("ending: %s\n", start_info->cmd_line);
@@ -61,6 +73,8 @@ int main(void)
         trap_set(VECTOR_PF, TRAP_MASKS_UPCALLS, (void (*)(void))WILD);
         *(volatile u64 *)WILD = 1;
     }
+    if (option("watchdog"))
+        never_pat_the_watchdog();
     if (option("no-user-tables"))
         user_mode_without_tables();
     check(false, "the domain should not have lived to see this");

@@ -15,7 +15,7 @@ from pathlib import Path
 PREBUILT = Path(__file__).resolve().parents[2] / "guests" / "prebuilt"
 
 # Shutdown reasons of Xen's public sched.h.
-POWEROFF, REBOOT, SUSPEND, CRASH = range(4)
+POWEROFF, REBOOT, SUSPEND, CRASH, WATCHDOG = range(5)
 
 PASSED = re.compile(r"^done PASSED=[1-9]\d* FAILED=0$", re.MULTILINE)
 FAILED_CHECK = re.compile(r"^not ok .*$", re.MULTILINE)
@@ -70,6 +70,8 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("events"),
     checks("multicall"),
     checks("version"),
+    checks("timers"),
+    checks("memory"),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),
     ending("shutdown reason=3", CRASH),
@@ -82,4 +84,5 @@ CATALOGUE: tuple[Guest, ...] = (
     ending("no-callback", CRASH),
     ending("recursion", CRASH),
     ending("no-user-tables", CRASH),
+    ending("watchdog", WATCHDOG),
 )
