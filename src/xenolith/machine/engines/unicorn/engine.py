@@ -11,6 +11,7 @@ import ctypes
 from xenolith.machine.engines.protocol import Engine
 from xenolith.machine.engines.unicorn import library, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.engines.unicorn.instance import Instance
 from xenolith.machine.memory import MachineMemory
 
 
@@ -22,8 +23,8 @@ class UnicornEngine(Engine):
     xcr0_mask = xsave.X87 | xsave.SSE
 
     def __init__(self, memory: MachineMemory) -> None:
-        self._lib = library.load()
-        self._cpu = UnicornCpu(self._lib, memory)
+        self._instance = Instance(library.load(), memory)
+        self._cpu = UnicornCpu(self._instance, memory)
         self.l4_entries: dict[int, int] = {}
 
     def cpu(self, vcpu_id: int) -> UnicornCpu:
@@ -33,7 +34,7 @@ class UnicornEngine(Engine):
     def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """CPUID of the processor that QEMU emulates."""
         words = [ctypes.c_uint32() for _ in range(4)]
-        self._lib.cpuid(self._cpu._env, leaf, subleaf, *map(ctypes.byref, words))
+        self._instance.lib.cpuid(self._instance.env, leaf, subleaf, *map(ctypes.byref, words))
         eax, ebx, ecx, edx = (word.value for word in words)
         return eax, ebx, ecx, edx
 

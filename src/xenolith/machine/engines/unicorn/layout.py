@@ -16,7 +16,7 @@ UC_STRUCT_SIZE: Final = 14900  # at least
 CPU_STATE: Final = -0x8A50  # the start of CPUState
 CPU_CLASS: Final = CPU_STATE + 0x81B0  # pointer to its CPUClass ...
 CLASS_DEBUG_HANDLER: Final = 0x78  # ... which holds what to call when a block ends in EXCP_DEBUG
-TLB_DIRTY: Final = -0x878  # u16: one bit for each MMU index used since its last flush
+TLB_DIRTY: Final = -0x890  # u16: one bit for each MMU index used since its last flush
 TLB_DESCRIPTION: Final = -0x870
 TLB_DESCRIPTION_SIZE: Final = 0x2B8
 TLB_DESCRIPTION_USED: Final = 0x20  # within it: u64, number of entries in use
@@ -38,6 +38,7 @@ LDT: Final = 328  # u32 selector, pad, u64 base, u32 limit, u32 flags: as for th
 TR: Final = 352
 GDT: Final = 376
 IDT: Final = 400
+TABLE_SIZE: Final = 24  # of LDT, TR, GDT and IDT each
 CR: Final = 424  # CR0..CR4, u64 each
 EFER: Final = 592
 FPSTT: Final = 604  # u32: top of the x87 stack
@@ -57,6 +58,9 @@ OLD_EXCEPTION: Final = 5496  # i32: for the double fault logic, which must never
 ENV_SIZE: Final = 5568
 
 VCPU_BLOCK: Final = XMM + 16 * XMM_STRIDE  # env up to here is all that guest code can change of a vCPU
+
+# --- flags that ring 0 may set: ID AC RF NT DF IF TF and the status flags; IOPL and VM stay 0 -------------------
+SETTABLE_FLAGS: Final = 0x254FD5
 
 # --- hflags: what a block's translation depends on, besides the address ----------------------------
 HF_CPL: Final = 3

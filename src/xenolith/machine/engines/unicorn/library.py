@@ -28,6 +28,8 @@ UC_PROT_ALL: Final = 7
 UC_HOOK_INTR: Final = 1
 UC_HOOK_INSN: Final = 2
 UC_HOOK_INSN_INVALID: Final = 0x4000
+UC_X86_INS_IN: Final = 218
+UC_X86_INS_OUT: Final = 500
 UC_X86_INS_CPUID: Final = 113
 UC_X86_INS_SYSCALL: Final = 699
 UC_X86_INS_SYSENTER: Final = 700
@@ -36,14 +38,7 @@ UC_CTL_USE_EXITS: Final = 4
 UC_CTL_CPU_MODEL: Final = 7
 UC_CTL_TCG_BUFFER_SIZE: Final = 13
 
-# C callbacks.  The arguments that nobody reads (uc, user_data) are declared as truth values or left out: making
-# no integer of them saves 30 ns a trap.
-Ignored = ctypes.c_bool
-InterruptCallback = ctypes.CFUNCTYPE(None, Ignored, c_uint32)
-InstructionCallback = ctypes.CFUNCTYPE(None, Ignored)
-InvalidCallback = ctypes.CFUNCTYPE(ctypes.c_bool, Ignored)
-CpuidCallback = ctypes.CFUNCTYPE(c_int, Ignored)
-DebugCallback = ctypes.CFUNCTYPE(None, Ignored)
+TrapCallback = ctypes.CFUNCTYPE(ctypes.c_bool, c_uint32, c_uint64, c_uint64)  # vector, error code, address
 
 
 class Library:
@@ -71,12 +66,6 @@ class Library:
         self.emu_start.argtypes = (c_void_p, c_uint64, c_uint64, c_uint64, c_size_t)
         self.emu_start.restype = c_int
 
-        self.tlb_flush = self._function("tlb_flush_x86_64", None, c_void_p)
-        self.tlb_flush_by_mmuidx = self._function("tlb_flush_by_mmuidx_x86_64", None, c_void_p, c_uint)
-        self.tlb_flush_page = self._function("tlb_flush_page_x86_64", None, c_void_p, c_uint64)
-        self.tb_invalidate_phys_range = self._function(
-            "tb_invalidate_phys_range_x86_64", None, c_void_p, c_uint64, c_uint64
-        )
         self.update_cr0 = self._function("cpu_x86_update_cr0_x86_64", None, c_void_p, c_uint32)
         self.update_cr3 = self._function("cpu_x86_update_cr3_x86_64", None, c_void_p, c_uint64)
         self.update_cr4 = self._function("cpu_x86_update_cr4_x86_64", None, c_void_p, c_uint32)
@@ -84,8 +73,6 @@ class Library:
             "cpu_x86_cpuid_x86_64", None, c_void_p, c_uint32, c_uint32, *[POINTER(c_uint32)] * 4
         )
         self.set_dr = self._function("helper_set_dr_x86_64", None, c_void_p, c_int, c_uint64)
-        self.read_eflags = self._function("helper_read_eflags_x86_64", c_uint64, c_void_p)
-        self.write_eflags = self._function("helper_write_eflags_x86_64", None, c_void_p, c_uint64, c_uint32)
         self.update_fp_status = self._function("update_fp_status_x86_64", None, c_void_p)
         self.update_mxcsr_status = self._function("update_mxcsr_status_x86_64", None, c_void_p)
 
@@ -95,12 +82,6 @@ class Library:
             return ctypes.cast(getattr(self._keeps_lock, symbol), c_void_p).value or 0
         except AttributeError:
             raise EngineError(f"{self.path} does not export {symbol}: {_ADVICE}") from None
-
-    def defaulting(self, symbol: str, *arguments: tuple[Any, Any]) -> Any:
-        """A function without result, its (type, default) arguments given; None marks one that has no default."""
-        prototype = ctypes.PYFUNCTYPE(None, *[kind for kind, _ in arguments])
-        flags = tuple((1, "") if default is None else (1, "", default) for _, default in arguments)
-        return prototype((symbol, self._keeps_lock), flags)
 
     def check(self, error: int, doing: str) -> None:
         """Raise EngineError if a public function returned an error."""

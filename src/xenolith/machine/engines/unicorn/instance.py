@@ -1,0 +1,123 @@
+"""One Unicorn instance: its memory, its private state, and the machine code that works on it."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_void_p
+from typing import Any, Final
+
+import numpy as np
+
+from xenolith.abi.x86 import (
+    CR0_ET,
+    CR0_MP,
+    CR0_NE,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_DE,
+    CR4_FSGSBASE,
+    CR4_OSFXSR,
+    CR4_OSXMMEXCPT,
+    CR4_OSXSAVE,
+    CR4_PAE,
+    EFER_LME,
+    EFER_NX,
+    EFER_SCE,
+    MSR_EFER,
+)
+from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
+from xenolith.machine.engines.unicorn.library import Library
+from xenolith.machine.machine_code import function
+from xenolith.machine.memory import MachineMemory
+
+CODE_BUFFER_BYTES: Final = 32 << 20  # of translated code; QEMU's default would reserve 1 GiB of addresses
+CPU_MODEL: Final = 25  # Icelake-Client: of the Intel models the one with the most instructions that TCG executes
+CR0: Final = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG
+CR4: Final = CR4_DE | CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE | CR4_OSXSAVE
+
+
+class Instance:
+    """A Unicorn instance over all of machine memory, in long mode at CPL 3 on page table 0.
+
+    `uc`, `cpu` and `env` are the addresses of uc_struct, CPUState and CPUX86State; `b`, `d` and `q` are views of the
+    latter by bytes, 32-bit and 64-bit words.
+    """
+
+    def __init__(self, lib: Library, memory: MachineMemory) -> None:
+        self.lib = lib
+        handle = c_void_p()
+        lib.check(lib.open(library.UC_ARCH_X86, library.UC_MODE_64, ctypes.byref(handle)), "opening an instance")
+        self.uc = handle.value or 0
+        for control, value in (
+            (library.UC_CTL_CPU_MODEL, CPU_MODEL),
+            (library.UC_CTL_TCG_BUFFER_SIZE, CODE_BUFFER_BYTES),
+            (library.UC_CTL_USE_EXITS, 1),  # and none given: no address stops execution
+        ):
+            lib.check(lib.ctl(self.uc, control | 1 << 26 | 1 << 30, value), f"setting option {control}")
+        error = lib.mem_map_ptr(self.uc, 0, memory.size, library.UC_PROT_ALL, memory.address)
+        lib.check(error, "mapping machine memory")
+        self.cpu: int = ctypes.c_uint64.from_address(self.uc + layout.UC_CPU).value
+        self.env = self.cpu - layout.CPU_STATE
+        self.b = _view(self.env, layout.ENV_SIZE)
+        self.d, self.q = self.b.cast("I"), self.b.cast("Q")
+        self._checksums = np.zeros(memory.frames, dtype=np.uint64)  # of frames that were executable
+        self._l4_of_tlb = np.zeros(2, dtype=np.uint64)  # whose translations the TLBs of kernel and user mode hold
+        self._addresses = {
+            "uc": self.uc,
+            "cpu": self.cpu,
+            "env": self.env,
+            "memory": memory.address,
+            "checksums": self._checksums.ctypes.data,
+            "l4_of_tlb": self._l4_of_tlb.ctypes.data,
+            "emu_stop": lib.address("uc_emu_stop"),
+            "read_eflags": lib.address("helper_read_eflags_x86_64"),
+            "write_eflags": lib.address("helper_write_eflags_x86_64"),
+            "raise_exception": lib.address("raise_exception_err_x86_64"),
+            "tlb_flush": lib.address("tlb_flush_x86_64"),
+            "tlb_flush_page": lib.address("tlb_flush_page_x86_64"),
+            "tlb_flush_by_mmuidx": lib.address("tlb_flush_by_mmuidx_x86_64"),
+            "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
+        }
+        self._callbacks: list[Any] = []  # Unicorn holds only their addresses
+        self._enter_long_mode()
+
+    def call(self, listing: stubs.Listing, result: Any, *arguments: Any) -> Any:
+        """A Python callable of this machine code."""
+        return function(stubs.encode(listing, **self._addresses), result, *arguments)
+
+    def hook(self, kind: int, listing: stubs.Listing, instruction: int = 0, trap: int = 0, **callbacks: Any) -> None:
+        """Have Unicorn call this machine code, which calls the ctypes `callbacks`, at traps of that kind."""
+        addresses = {name: ctypes.cast(callback, c_void_p).value or 0 for name, callback in callbacks.items()}
+        code = function(stubs.encode(listing, **self._addresses, **addresses, trap=trap), None)
+        self._callbacks += [*callbacks.values(), code]
+        handle = c_void_p()
+        everywhere = 1, 0
+        error = self.lib.hook_add(
+            self.uc, ctypes.byref(handle), kind, ctypes.cast(code, c_void_p), None, *everywhere, instruction
+        )
+        self.lib.check(error, "adding a hook")
+
+    def close(self) -> None:
+        """Give everything back to the host; the views are dead."""
+        self.q.release()
+        self.d.release()
+        self.b.release()
+        self.lib.close(self.uc)
+
+    def _enter_long_mode(self) -> None:
+        lib = self.lib
+        _view(self.uc + layout.UC_NO_EXIT_REQUEST, 1)[0] = 1  # a stop must not split a read-modify-write
+        lib.update_cr4(self.env, CR4)
+        efer = (ctypes.c_uint64 * 2)(MSR_EFER, EFER_SCE | EFER_LME | EFER_NX)
+        lib.check(lib.reg_write(self.uc, library.UC_X86_REG_MSR, efer), "setting EFER")
+        lib.update_cr3(self.env, 0)
+        lib.update_cr0(self.env, CR0)
+        self.d[layout.HFLAGS // 4] |= layout.HF_CPL | layout.HF_KERNEL
+        self.q[layout.XCR0 // 8] = xsave.X87 | xsave.SSE
+        for table in (layout.LDT, layout.TR, layout.GDT, layout.IDT):
+            self.b[table : table + layout.TABLE_SIZE] = bytes(layout.TABLE_SIZE)
+
+
+def _view(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")

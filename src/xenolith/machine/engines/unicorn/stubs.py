@@ -1,0 +1,274 @@
+"""The machine code between QEMU and Python.
+
+A trap that costs Python a microsecond must not spend half of it on finding out what happened.  So QEMU's hooks
+call a few instructions of our own, which put a trap's vector, error code and address into argument registers and call
+the Python trap handler once; and what ring 0 asks of the engine at almost every trap (flags, TLB flushes, mode
+switches) is one call into machine code.  Everything that decides anything is in Python.
+
+A listing has one line an instruction: its offset, its encoding, its text.  Names in braces are filled in when
+an engine is made: addresses (8 bytes) and numbers of layout.py (4 bytes).  System V calling convention.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from xenolith.machine.engines.unicorn import layout
+
+Listing = tuple[tuple[int, str, str], ...]
+
+NUMBERS: Final = {
+    "cr2": layout.CR + 2 * 8,
+    "cr3": layout.CR + 3 * 8,
+    "eip": layout.EIP,
+    "hflags": layout.HFLAGS,
+    "hf_kernel": layout.HF_KERNEL,
+    "error_code": layout.ERROR_CODE,
+    "is_int": layout.ERROR_CODE + 4,
+    "dr6": layout.DR + 6 * 8,
+    "old_exception": layout.OLD_EXCEPTION,
+    "settable_flags": layout.SETTABLE_FLAGS,
+    "cpu_state": layout.CPU_STATE,
+    "dirty": layout.TLB_DIRTY,
+    "dirty_in_cpu": layout.TLB_DIRTY - layout.CPU_STATE,
+    "parked_fast": layout.TLB_FAST + layout.MMU_PARKED * layout.TLB_FAST_SIZE,
+    "used_fast": layout.TLB_FAST + layout.MMU_USER * layout.TLB_FAST_SIZE,
+    "parked_end": layout.TLB_DESCRIPTION + layout.MMU_PARKED * layout.TLB_DESCRIPTION_SIZE - 8,
+    "used_end": layout.TLB_DESCRIPTION + layout.MMU_USER * layout.TLB_DESCRIPTION_SIZE - 8,
+    "tlb_words": layout.TLB_DESCRIPTION_SIZE // 8,
+    "system_used": layout.TLB_DESCRIPTION
+    + layout.MMU_SYSTEM * layout.TLB_DESCRIPTION_SIZE
+    + layout.TLB_DESCRIPTION_USED,
+}
+
+
+def encode(listing: Listing, **names: int) -> bytes:
+    """The machine code of a listing; `names` gives its addresses, and `trap` (a number of 4 bytes) if it has one."""
+    values = {name: (number & 0xFFFF_FFFF).to_bytes(4, "little").hex() for name, number in NUMBERS.items()}
+    for name, number in names.items():
+        values[name] = number.to_bytes(4 if name == "trap" else 8, "little").hex()
+    return bytes.fromhex(" ".join(encoding.format(**values) for _, encoding, _ in listing))
+
+
+# get_rflags() -> flags
+GET_RFLAGS: Final[Listing] = (
+    (0x00, "48 bf {env}", "mov rdi, env"),
+    (0x0A, "48 b8 {read_eflags}", "mov rax, read_eflags"),
+    (0x14, "ff e0", "jmp rax"),
+)
+
+# set_rflags(flags)
+SET_RFLAGS: Final[Listing] = (
+    (0x00, "48 89 fe", "mov rsi, rdi"),
+    (0x03, "48 bf {env}", "mov rdi, env"),
+    (0x0D, "ba {settable_flags}", "mov edx, settable_flags"),
+    (0x12, "48 b8 {write_eflags}", "mov rax, write_eflags"),
+    (0x1C, "ff e0", "jmp rax"),
+)
+
+# flush_tlb(): every MMU index, even one whose bit in `dirty` the exchange of TLBs has left behind
+FLUSH_TLB: Final[Listing] = (
+    (0x00, "48 bf {cpu}", "mov rdi, cpu"),
+    (0x0A, "66 c7 87 {dirty_in_cpu} 07 00", "mov word [rdi+dirty_in_cpu], 0x7"),
+    (0x13, "48 b8 {tlb_flush}", "mov rax, tlb_flush"),
+    (0x1D, "ff e0", "jmp rax"),
+)
+
+# flush_page(va)
+FLUSH_PAGE: Final[Listing] = (
+    (0x00, "48 89 fe", "mov rsi, rdi"),
+    (0x03, "48 bf {cpu}", "mov rdi, cpu"),
+    (0x0D, "48 b8 {tlb_flush_page}", "mov rax, tlb_flush_page"),
+    (0x17, "ff e0", "jmp rax"),
+)
+
+# switch_mode(l4_mfn, user): load CR3; if the mode changes, exchange the two modes' TLBs and mark the flags; if the TLB
+# now in use holds another page table's translations, empty it; if the processor itself has used its TLB, empty that
+SWITCH_MODE: Final[Listing] = (
+    (0x00, "48 ba {env}", "mov rdx, env"),
+    (0x0A, "48 89 f8", "mov rax, rdi"),
+    (0x0D, "48 c1 e0 0c", "shl rax, 0xc"),
+    (0x11, "48 89 82 {cr3}", "mov qword [rdx+cr3], rax"),
+    (0x18, "40 0f b6 f6", "movzx esi, sil"),
+    (0x1C, "8b 8a {hflags}", "mov ecx, dword [rdx+hflags]"),
+    (0x22, "c1 e9 1e", "shr ecx, 0x1e"),
+    (0x25, "83 e1 01", "and ecx, 0x1"),
+    (0x28, "31 f1", "xor ecx, esi"),
+    (0x2A, "75 4f", "jne 0x7b"),
+    (0x2C, "81 b2 {hflags} {hf_kernel}", "xor dword [rdx+hflags], hf_kernel"),
+    (0x36, "0f 10 82 {parked_fast}", "movups xmm0, [rdx+parked_fast]"),
+    (0x3D, "0f 10 8a {used_fast}", "movups xmm1, [rdx+used_fast]"),
+    (0x44, "0f 11 8a {parked_fast}", "movups [rdx+parked_fast], xmm1"),
+    (0x4B, "0f 11 82 {used_fast}", "movups [rdx+used_fast], xmm0"),
+    (0x52, "b9 {tlb_words}", "mov ecx, tlb_words"),
+    (0x57, "48 8b 84 ca {parked_end}", "mov rax, qword [rdx+rcx*8+parked_end]"),
+    (0x5F, "4c 8b 84 ca {used_end}", "mov r8, qword [rdx+rcx*8+used_end]"),
+    (0x67, "4c 89 84 ca {parked_end}", "mov qword [rdx+rcx*8+parked_end], r8"),
+    (0x6F, "48 89 84 ca {used_end}", "mov qword [rdx+rcx*8+used_end], rax"),
+    (0x77, "ff c9", "dec ecx"),
+    (0x79, "75 dc", "jne 0x57"),
+    (0x7B, "49 b8 {l4_of_tlb}", "mov r8, l4_of_tlb"),
+    (0x85, "b9 06 00 00 00", "mov ecx, 0x6"),
+    (0x8A, "49 39 3c f0", "cmp qword [r8+rsi*8], rdi"),
+    (0x8E, "49 89 3c f0", "mov qword [r8+rsi*8], rdi"),
+    (0x92, "75 10", "jne 0xa4"),
+    (0x94, "b9 04 00 00 00", "mov ecx, 0x4"),
+    (0x99, "48 83 ba {system_used} 00", "cmp qword [rdx+system_used], 0x0"),
+    (0xA1, "75 01", "jne 0xa4"),
+    (0xA3, "c3", "ret"),
+    (0xA4, "66 c7 82 {dirty} 07 00", "mov word [rdx+dirty], 0x7"),
+    (0xAD, "48 8d ba {cpu_state}", "lea rdi, [rdx+cpu_state]"),
+    (0xB4, "89 ce", "mov esi, ecx"),
+    (0xB6, "48 b8 {tlb_flush_by_mmuidx}", "mov rax, tlb_flush_by_mmuidx"),
+    (0xC0, "ff e0", "jmp rax"),
+)
+
+# code_written(mfn): forget the frame's checksum, drop the blocks translated from it
+CODE_WRITTEN: Final[Listing] = (
+    (0x00, "48 b8 {checksums}", "mov rax, checksums"),
+    (0x0A, "48 c7 04 f8 00 00 00 00", "mov qword [rax+rdi*8], 0x0"),
+    (0x12, "48 89 fe", "mov rsi, rdi"),
+    (0x15, "48 c1 e6 0c", "shl rsi, 0xc"),
+    (0x19, "48 8d 96 00 10 00 00", "lea rdx, [rsi+0x1000]"),
+    (0x20, "48 bf {uc}", "mov rdi, uc"),
+    (0x2A, "48 b8 {invalidate}", "mov rax, invalidate"),
+    (0x34, "ff e0", "jmp rax"),
+)
+
+# executable_mapped(mfn): if the checksum of the frame differs from the last one, drop the blocks translated from it
+EXECUTABLE_MAPPED: Final[Listing] = (
+    (0x00, "48 89 fe", "mov rsi, rdi"),
+    (0x03, "48 c1 e6 0c", "shl rsi, 0xc"),
+    (0x07, "48 ba {memory}", "mov rdx, memory"),
+    (0x11, "48 01 f2", "add rdx, rsi"),
+    (0x14, "49 b9 15 7c 4a 7f b9 79 37 9e", "mov r9, 0x9e3779b97f4a7c15"),
+    (0x1E, "31 c0", "xor eax, eax"),
+    (0x20, "45 31 c0", "xor r8d, r8d"),
+    (0x23, "45 31 d2", "xor r10d, r10d"),
+    (0x26, "45 31 db", "xor r11d, r11d"),
+    (0x29, "b9 80 00 00 00", "mov ecx, 0x80"),
+    (0x2E, "48 33 02", "xor rax, qword [rdx]"),
+    (0x31, "4c 33 42 08", "xor r8, qword [rdx+0x8]"),
+    (0x35, "4c 33 52 10", "xor r10, qword [rdx+0x10]"),
+    (0x39, "4c 33 5a 18", "xor r11, qword [rdx+0x18]"),
+    (0x3D, "48 c1 c8 1d", "ror rax, 0x1d"),
+    (0x41, "49 c1 c8 1d", "ror r8, 0x1d"),
+    (0x45, "49 c1 ca 1d", "ror r10, 0x1d"),
+    (0x49, "49 c1 cb 1d", "ror r11, 0x1d"),
+    (0x4D, "49 0f af c1", "imul rax, r9"),
+    (0x51, "4d 0f af c1", "imul r8, r9"),
+    (0x55, "4d 0f af d1", "imul r10, r9"),
+    (0x59, "4d 0f af d9", "imul r11, r9"),
+    (0x5D, "48 83 c2 20", "add rdx, 0x20"),
+    (0x61, "ff c9", "dec ecx"),
+    (0x63, "75 c9", "jne 0x2e"),
+    (0x65, "49 c1 c8 10", "ror r8, 0x10"),
+    (0x69, "49 c1 ca 20", "ror r10, 0x20"),
+    (0x6D, "49 c1 cb 30", "ror r11, 0x30"),
+    (0x71, "4c 31 c0", "xor rax, r8"),
+    (0x74, "4c 31 d0", "xor rax, r10"),
+    (0x77, "4c 31 d8", "xor rax, r11"),
+    (0x7A, "48 83 c8 01", "or rax, 0x1"),
+    (0x7E, "49 b8 {checksums}", "mov r8, checksums"),
+    (0x88, "49 39 04 f8", "cmp qword [r8+rdi*8], rax"),
+    (0x8C, "74 21", "je 0xaf"),
+    (0x8E, "49 89 04 f8", "mov qword [r8+rdi*8], rax"),
+    (0x92, "48 8d 96 00 10 00 00", "lea rdx, [rsi+0x1000]"),
+    (0x99, "48 bf {uc}", "mov rdi, uc"),
+    (0xA3, "48 b8 {invalidate}", "mov rax, invalidate"),
+    (0xAD, "ff e0", "jmp rax"),
+    (0xAF, "c3", "ret"),
+)
+
+# Hook UC_HOOK_INTR(uc, vector, user_data): deliver(vector, error code, address), stop if it returns false.  INT n,
+# except INT3 and INTO, is a #GP at the instruction.  old_exception is reset, else the next page fault would be a double
+# fault.
+INTERRUPT: Final[Listing] = (
+    (0x00, "49 b8 {env}", "mov r8, env"),
+    (0x0A, "41 c7 80 {old_exception} ff ff ff ff", "mov dword [r8+old_exception], 0xffffffff"),
+    (0x15, "89 f7", "mov edi, esi"),
+    (0x17, "41 8b b0 {error_code}", "mov esi, dword [r8+error_code]"),
+    (0x1E, "31 d2", "xor edx, edx"),
+    (0x20, "41 83 b8 {is_int} 00", "cmp dword [r8+is_int], 0x0"),
+    (0x28, "75 18", "jne 0x42"),
+    (0x2A, "83 ff 0e", "cmp edi, 0xe"),
+    (0x2D, "49 0f 44 90 {cr2}", "cmove rdx, qword [r8+cr2]"),
+    (0x35, "83 ff 01", "cmp edi, 0x1"),
+    (0x38, "49 0f 44 90 {dr6}", "cmove rdx, qword [r8+dr6]"),
+    (0x40, "eb 1c", "jmp 0x5e"),
+    (0x42, "8d 47 fd", "lea eax, [rdi-0x3]"),
+    (0x45, "83 f8 01", "cmp eax, 0x1"),
+    (0x48, "76 14", "jbe 0x5e"),
+    (0x4A, "49 83 a8 {eip} 02", "sub qword [r8+eip], 0x2"),
+    (0x52, "8d 34 fd 02 00 00 00", "lea esi, [rdi*8+0x2]"),
+    (0x59, "bf 0d 00 00 00", "mov edi, 0xd"),
+    (0x5E, "48 83 ec 08", "sub rsp, 0x8"),
+    (0x62, "48 b8 {deliver}", "mov rax, deliver"),
+    (0x6C, "83 ff 22", "cmp edi, 0x22"),
+    (0x6F, "75 0a", "jne 0x7b"),
+    (0x71, "48 b8 {deliver_cpuid}", "mov rax, deliver_cpuid"),
+    (0x7B, "ff d0", "call rax"),
+    (0x7D, "84 c0", "test al, al"),
+    (0x7F, "75 16", "jne 0x97"),
+    (0x81, "48 bf {uc}", "mov rdi, uc"),
+    (0x8B, "48 b8 {emu_stop}", "mov rax, emu_stop"),
+    (0x95, "ff d0", "call rax"),
+    (0x97, "48 83 c4 08", "add rsp, 0x8"),
+    (0x9B, "c3", "ret"),
+)
+
+# Hook UC_HOOK_INSN_INVALID(uc, user_data) -> true (go on): #UD, or INT 6
+INVALID: Final[Listing] = (
+    (0x00, "49 b8 {env}", "mov r8, env"),
+    (0x0A, "41 c7 80 {old_exception} ff ff ff ff", "mov dword [r8+old_exception], 0xffffffff"),
+    (0x15, "bf 06 00 00 00", "mov edi, 0x6"),
+    (0x1A, "31 f6", "xor esi, esi"),
+    (0x1C, "31 d2", "xor edx, edx"),
+    (0x1E, "41 83 b8 {is_int} 00", "cmp dword [r8+is_int], 0x0"),
+    (0x26, "74 0a", "je 0x32"),
+    (0x28, "bf 0d 00 00 00", "mov edi, 0xd"),
+    (0x2D, "be 32 00 00 00", "mov esi, 0x32"),
+    (0x32, "48 83 ec 08", "sub rsp, 0x8"),
+    (0x36, "48 b8 {deliver_invalid}", "mov rax, deliver_invalid"),
+    (0x40, "ff d0", "call rax"),
+    (0x42, "84 c0", "test al, al"),
+    (0x44, "75 16", "jne 0x5c"),
+    (0x46, "48 bf {uc}", "mov rdi, uc"),
+    (0x50, "48 b8 {emu_stop}", "mov rax, emu_stop"),
+    (0x5A, "ff d0", "call rax"),
+    (0x5C, "b8 01 00 00 00", "mov eax, 0x1"),
+    (0x61, "48 83 c4 08", "add rsp, 0x8"),
+    (0x65, "c3", "ret"),
+)
+
+# Hook for SYSCALL and SYSENTER(uc, user_data): RIP goes past the instruction, whose length QEMU holds in r13 and adds
+# again when we return
+SYSTEM_CALL: Final[Listing] = (
+    (0x00, "49 b8 {env}", "mov r8, env"),
+    (0x0A, "4d 01 a8 {eip}", "add qword [r8+eip], r13"),
+    (0x11, "bf {trap}", "mov edi, trap"),
+    (0x16, "31 f6", "xor esi, esi"),
+    (0x18, "31 d2", "xor edx, edx"),
+    (0x1A, "48 83 ec 08", "sub rsp, 0x8"),
+    (0x1E, "48 b8 {deliver}", "mov rax, deliver"),
+    (0x28, "ff d0", "call rax"),
+    (0x2A, "49 b8 {env}", "mov r8, env"),
+    (0x34, "4d 29 a8 {eip}", "sub qword [r8+eip], r13"),
+    (0x3B, "84 c0", "test al, al"),
+    (0x3D, "75 16", "jne 0x55"),
+    (0x3F, "48 bf {uc}", "mov rdi, uc"),
+    (0x49, "48 b8 {emu_stop}", "mov rax, emu_stop"),
+    (0x53, "ff d0", "call rax"),
+    (0x55, "48 83 c4 08", "add rsp, 0x8"),
+    (0x59, "c3", "ret"),
+)
+
+# Hook for instructions that this Unicorn executes at CPL 3 but which must trap (CPUID, IN, OUT): raise a fault, at the
+# instruction, with number `trap`.  Never returns.
+RAISE_FAULT: Final[Listing] = (
+    (0x00, "48 bf {env}", "mov rdi, env"),
+    (0x0A, "be {trap}", "mov esi, trap"),
+    (0x0F, "31 d2", "xor edx, edx"),
+    (0x11, "48 b8 {raise_exception}", "mov rax, raise_exception"),
+    (0x1B, "ff e0", "jmp rax"),
+)
