@@ -37,7 +37,7 @@ class Vcpu:
 
     def __init__(self, domain: Domain, vcpu_id: int) -> None:
         self.domain = domain
-        self.vcpu_id = vcpu_id
+        self.vcpu_id: int = vcpu_id
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
         self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise
@@ -49,7 +49,7 @@ class Vcpu:
         self.kernel_mode = True
         self.kernel_l4 = 0  # MFN; 0: none
         self.user_l4 = 0  # MFN; 0: none
-        self.other_gs_base = 0  # of the mode it is not in: swapped on every mode switch
+        self.other_gs_base: int = 0  # of the mode it is not in: swapped on every mode switch
         self.compatibility = False  # runs on CS/SS that are not 64-bit flat
         self.flat_selectors: set[tuple[int, int]] = set()  # (CS, SS) pairs known to be 64-bit flat
 
@@ -206,14 +206,15 @@ class Domain:
             yield mfn, TYPE_WRITABLE
         if self.shared_info_mfn:
             yield self.shared_info_mfn, TYPE_WRITABLE
+        yield from self.grants.references()
 
     def shared_frames(self) -> list[int]:
         """Frames of Xen's that are shared with the domain, besides shared_info: its grant table."""
-        return []
+        return self.grants.frames
 
     def granted_frames(self) -> frozenset[int]:
         """Frames of other domains that it has mapped by grant."""
-        return frozenset()
+        return self.grants.granted_frames()
 
     @property
     def cpu_time(self) -> int:

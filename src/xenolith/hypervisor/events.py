@@ -85,8 +85,9 @@ PER_VCPU_VIRQS: Final = frozenset(
     (VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_XENPMU, *range(VIRQ_ARCH_0 + 1, VIRQ_ARCH_0 + 8))
 )
 
-# Domain.posted holds ports, ~vcpu_id for a poll whose time is up, and this:
+# Domain.posted holds ports, ~vcpu_id for a poll whose time is up, and these:
 _WATCHDOG: Final = -(1 << 31)
+_CODE_WRITTEN: Final = -(1 << 40)  # minus an MFN
 
 Handler = Callable[[int], None]
 
@@ -351,6 +352,13 @@ def post_watchdog(domain: Domain) -> None:
     domain.hypervisor.scheduler.kick(domain.vcpus[0])
 
 
+def post_code_written(domain: Domain, mfn: int) -> None:
+    """Somebody outside the domain has written to one of its frames: code translated from it is stale."""
+    if domain.executable_mapped is not None:
+        domain.posted.append(_CODE_WRITTEN - mfn)
+        domain.hypervisor.scheduler.kick(domain.vcpus[0])
+
+
 def drain(domain: Domain) -> None:
     """Apply what was posted. The domain's own thread, holding its lock."""
     posted = domain.posted
@@ -369,6 +377,10 @@ def drain(domain: Domain) -> None:
 
 
 def _apply_request(domain: Domain, request: int) -> None:
+    if request <= _CODE_WRITTEN:
+        if domain.executable_mapped is not None:
+            domain.executable_mapped(_CODE_WRITTEN - request)
+        return
     if request == _WATCHDOG:
         from xenolith.hypervisor.scheduler import domain_shutdown
 

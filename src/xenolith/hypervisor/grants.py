@@ -1,42 +1,92 @@
-"""Grant tables: how a domain lets another reach some of its frames (paper 3.4; public/grant_table.h, version 1)."""
+"""Grant tables: how a domain lets another reach some of its frames (paper 3.4; public/grant_table.h, version 1).
+
+A grant is an entry in a table that the granting domain shares with Xen: flags, the domain it is for, the frame.  To use
+a frame the other domain *pins* the entry through Xen, which checks it and notes in the entry that the frame is
+being read or written; the granter cannot withdraw it before the last pin is gone.  Xen remembers what it checked
+(`_Active`), since the granter may overwrite the entry at any time.  A pinned entry's frame keeps an existence reference
+and, for writing, a type reference of the frame table's, so it can be neither freed nor made a page table.
+
+This module has the tables, the pins, and the way in for dom0, whose back-ends are Python and map frames by handle;
+`grant_table_op` has the hypercall.  A granter's entries and pins are protected by the granter's lock.
+"""
 
 from __future__ import annotations
 
-from struct import Struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS
-from xenolith.abi.hypercalls import (
-    GNTTABOP_get_version,
-    GNTTABOP_query_size,
-    GNTTABOP_setup_table,
+from xenolith.abi.grant_table import (
+    GRANT_ENTRIES_PER_FRAME,
+    GRANT_ENTRY_SIZE,
+    GNTST_bad_copy_arg,
+    GNTST_bad_domain,
+    GNTST_bad_gntref,
+    GNTST_bad_handle,
+    GNTST_bad_page,
+    GNTST_general_error,
+    GNTST_no_device_space,
+    GNTST_okay,
+    GTF_permit_access,
+    GTF_reading,
+    GTF_readonly,
+    GTF_type_mask,
+    GTF_writing,
 )
-from xenolith.abi.layout import U64
-from xenolith.hypervisor.events import domain_by_any_id
-from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
+from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
+from xenolith.hypervisor import events, paging
+from xenolith.hypervisor.frames import TYPE_WRITABLE
+from xenolith.machine.atomic import compare_exchange_32
 from xenolith.machine.memory import OutOfMemory
 
 if TYPE_CHECKING:
-    from xenolith.hypervisor.domain import Domain, Vcpu
+    from xenolith.hypervisor.domain import Domain
 
-DEFAULT_MAX_FRAMES: Final = 64
-GNTST_okay: Final = 0
-GNTST_general_error: Final = -1
-GNTST_bad_domain: Final = -2
-GNTST_bad_virt_addr: Final = -5
-GNTST_permission_denied: Final = -8
+DEFAULT_MAX_FRAMES: Final = 64  # of the table, as xl.cfg's max_grant_frames
+DEFAULT_MAX_MAPPINGS: Final = 1 << 16  # of others' frames at a time (Xen: max_maptrack_frames)
+ATTEMPTS: Final = 5  # at changing an entry that its owner is changing all the time
 
-_SETUP_TABLE = Struct("<HHIh6xQ")  # dom, pad, nr_frames, status, frame_list (a pointer)
-_QUERY_SIZE = Struct("<HHIIh2x")  # dom, pad, nr_frames, max_nr_frames, status
+
+class _Active:
+    """An entry in use: what it said when it was pinned, and how often it is pinned."""
+
+    __slots__ = ("domid", "mfn", "readers", "writers")
+
+    def __init__(self, domid: int, mfn: int) -> None:
+        self.domid = domid
+        self.mfn = mfn
+        self.readers = 0
+        self.writers = 0
+
+
+@dataclass(slots=True)
+class Mapping:
+    """A grant that a domain has mapped (Xen: struct grant_mapping)."""
+
+    granter: Domain
+    ref: int
+    mfn: int
+    writable: bool
+    l1_index: int = 0  # of the page-table entry, in 64-bit words of machine memory; 0: dom0 in Python has none
 
 
 class GrantTable:
-    """A domain's grant table and what it has mapped of others'."""
+    """A domain's grant table, and its map-track: what it has mapped of others'."""
 
-    def __init__(self, domain: Domain, max_frames: int = DEFAULT_MAX_FRAMES) -> None:
+    def __init__(
+        self, domain: Domain, max_frames: int = DEFAULT_MAX_FRAMES, max_mappings: int = DEFAULT_MAX_MAPPINGS
+    ) -> None:
         self.domain = domain
         self.max_frames = max_frames
-        self.frames: list[int] = []  # MFNs
+        self.max_mappings = max_mappings
+        self.frames: list[int] = []  # MFNs of the table
+        self._active: dict[int, _Active] = {}  # by reference
+        self._mappings: dict[int, Mapping] = {}  # by handle
+        self._free_handles: list[int] = []
+        self._handles_lock = threading.Lock()  # back-ends map grants of several domains at once; innermost
+
+    # --- the table -----------------------------------------------------------------------------------
 
     def grow(self, frames: int) -> bool:
         """Make the table at least this many frames long; False where that cannot be."""
@@ -51,70 +101,195 @@ class GrantTable:
         self.frames += new
         return True
 
-    def release_all(self) -> None:
-        """The domain is dying: give up everything it has mapped."""
+    @property
+    def entries(self) -> int:
+        return len(self.frames) * GRANT_ENTRIES_PER_FRAME
 
+    def entry_address(self, ref: int) -> int:
+        """Machine address of an entry."""
+        return (self.frames[ref >> 9] << PAGE_SHIFT) + ref % GRANT_ENTRIES_PER_FRAME * GRANT_ENTRY_SIZE
 
-def _target(vcpu: Vcpu, domid: int) -> Domain | int:
-    domain = domain_by_any_id(vcpu, domid)
-    if domain is None:
-        return GNTST_bad_domain
-    return domain if domain is vcpu.domain else GNTST_permission_denied
+    # --- pins, by the granter's lock -------------------------------------------------------------------
 
+    def pin(self, ref: int, domid: int, writable: bool) -> int:
+        """Let `domid` use the frame of an entry: its MFN, or a GNTST_* error. Takes no frame reference."""
+        if not 0 <= ref < self.entries:
+            return GNTST_bad_gntref
+        active = self._active.get(ref)
+        if active is not None and active.domid != domid:
+            return GNTST_general_error
+        if active is None or (writable and not active.writers):
+            result = self._mark(ref, domid, GTF_reading | GTF_writing * writable)
+            if result:
+                return result
+        if active is None:
+            mfn = self.domain.memory.d[self.entry_address(ref) + 4 >> 2]
+            active = self._active[ref] = _Active(domid, mfn)
+        if writable:
+            active.writers += 1
+        else:
+            active.readers += 1
+        return active.mfn
 
-def _setup_table(vcpu: Vcpu, uop: int, count: int) -> int:
-    if count != 1:
-        return -EINVAL
-    data = copy_from_guest(vcpu, uop, _SETUP_TABLE.size)
-    if data is None:
-        return -EFAULT
-    domid, _, nr_frames, _, frame_list = _SETUP_TABLE.unpack(data)
-    status = _fill_frame_list(vcpu, domid, nr_frames, frame_list)
-    if status == -EINVAL << 16:
-        return -EINVAL
-    return 0 if copy_to_guest(vcpu, uop + 8, (status & 0xFFFF).to_bytes(2, "little")) else -EFAULT
-
-
-def _fill_frame_list(vcpu: Vcpu, domid: int, nr_frames: int, frame_list: int) -> int:
-    domain = _target(vcpu, domid)
-    if isinstance(domain, int):
-        return domain
-    table = domain.grants
-    if nr_frames > table.max_frames:
-        return -EINVAL << 16
-    if not table.grow(nr_frames):
+    def _mark(self, ref: int, domid: int, marks: int) -> int:
+        """Note in the entry that it is used, if it permits that (Xen: _set_status_v1)."""
+        memory = self.domain.memory
+        address = self.entry_address(ref)
+        for _ in range(ATTEMPTS):
+            seen = memory.d[address >> 2]
+            flags = seen & 0xFFFF
+            if flags & GTF_type_mask != GTF_permit_access or seen >> 16 != domid:
+                return GNTST_general_error
+            if marks & GTF_writing and flags & GTF_readonly:
+                return GNTST_general_error
+            if compare_exchange_32(memory.address + address, seen, seen | marks) == seen:
+                return GNTST_okay
         return GNTST_general_error
-    mfns = b"".join(map(U64.pack, table.frames[:nr_frames]))
-    return GNTST_okay if copy_to_guest(vcpu, frame_list, mfns) else GNTST_bad_virt_addr
+
+    def unpin(self, ref: int, writable: bool) -> None:
+        """Undo one `pin`."""
+        active = self._active[ref]
+        if writable:
+            active.writers -= 1
+        else:
+            active.readers -= 1
+        marks = 0 if active.writers else GTF_writing
+        if not active.writers and not active.readers:
+            marks |= GTF_reading
+            del self._active[ref]
+        if marks and ref < self.entries:  # the table is gone when its domain is dead
+            self._unmark(ref, marks)
+
+    def _unmark(self, ref: int, marks: int) -> None:
+        memory = self.domain.memory
+        address = self.entry_address(ref)
+        for _ in range(ATTEMPTS):
+            seen = memory.d[address >> 2]
+            if compare_exchange_32(memory.address + address, seen, seen & ~marks & 0xFFFFFFFF) == seen:
+                return
+
+    def in_use(self, ref: int) -> bool:
+        return ref in self._active
+
+    # --- map-track ---------------------------------------------------------------------------------------
+
+    def add_mapping(self, mapping: Mapping) -> int:
+        """Remember a mapping; its handle, or GNTST_no_device_space."""
+        with self._handles_lock:
+            if len(self._mappings) >= self.max_mappings:
+                return GNTST_no_device_space
+            handle = self._free_handles.pop() if self._free_handles else len(self._mappings)
+            self._mappings[handle] = mapping
+        return handle
+
+    def mapping(self, handle: int) -> Mapping | None:
+        return self._mappings.get(handle)
+
+    def forget_mapping(self, handle: int) -> None:
+        with self._handles_lock:
+            del self._mappings[handle]
+            self._free_handles.append(handle)
+
+    def granted_frames(self) -> frozenset[int]:
+        """MFNs of others that the domain's page tables may map."""
+        return frozenset(mapping.mfn for mapping in self._mappings.values() if mapping.l1_index)
+
+    def release_all(self) -> None:
+        """The domain is dying and does not run: give up everything it has mapped, and its table."""
+        for handle, mapping in list(self._mappings.items()):
+            # Page-table entries give up their frames themselves, when the page tables go.
+            if mapping.l1_index:
+                with mapping.granter.lock:
+                    mapping.granter.grants.unpin(mapping.ref, mapping.writable)
+                self.forget_mapping(handle)
+            else:
+                self.unmap(handle)
+        with self.domain.lock:
+            self.frames = []
+
+    # --- for dom0 in Python ------------------------------------------------------------------------------
+
+    def map(self, granter: Domain | None, ref: int, writable: bool) -> int:
+        """Map a grant into dom0: a handle for `mapped` and `unmap`, or a GNTST_* error.
+
+        The frame is that of the granter's entry `ref`, which must be for this domain. Any thread that holds no lock.
+        """
+        if granter is None or granter.dying:
+            return GNTST_bad_domain
+        with granter.lock:
+            mfn = granter.grants.pin(ref, self.domain.domid, writable)
+            if mfn < 0:
+                return mfn
+            if not _take_frame(granter, mfn, writable):
+                granter.grants.unpin(ref, writable)
+                return GNTST_bad_page
+            handle = self.add_mapping(Mapping(granter, ref, mfn, writable))
+            if handle < 0:
+                _drop_frame(granter, mfn, writable)
+                granter.grants.unpin(ref, writable)
+        return handle
+
+    def mapped(self, handle: int) -> memoryview:
+        """The frame behind a handle that `map` gave; to be written only if it was mapped so."""
+        mapping = self._mappings[handle]
+        page = self.domain.memory.page(mapping.mfn)
+        return page if mapping.writable else page.toreadonly()
+
+    def unmap(self, handle: int) -> int:
+        """Give up a grant. Views of the frame must not be used any more."""
+        mapping = self._mappings.get(handle)
+        if mapping is None or mapping.l1_index:
+            return GNTST_bad_handle
+        granter = mapping.granter
+        with granter.lock:
+            self.forget_mapping(handle)
+            granter.grants.unpin(mapping.ref, mapping.writable)
+            _drop_frame(granter, mapping.mfn, mapping.writable)
+        if mapping.writable:
+            events.post_code_written(granter, mapping.mfn)
+        return GNTST_okay
+
+    def read(self, granter: Domain | None, ref: int, offset: int, size: int) -> bytes | int:
+        """Copy bytes out of a granted frame without mapping it, or a GNTST_* error."""
+        if offset < 0 or size < 0 or offset + size > PAGE_SIZE:
+            return GNTST_bad_copy_arg
+        handle = self.map(granter, ref, False)
+        if handle < 0:
+            return handle
+        data = bytes(self.mapped(handle)[offset : offset + size])
+        self.unmap(handle)
+        return data
+
+    def write(self, granter: Domain | None, ref: int, offset: int, data: bytes | bytearray | memoryview) -> int:
+        """Copy bytes into a granted frame without mapping it; GNTST_*."""
+        if offset < 0 or offset + len(data) > PAGE_SIZE:
+            return GNTST_bad_copy_arg
+        handle = self.map(granter, ref, True)
+        if handle < 0:
+            return handle
+        self.mapped(handle)[offset : offset + len(data)] = data
+        return self.unmap(handle)
+
+    def references(self) -> Iterator[tuple[int, int | None]]:
+        """References to the domain's frames by those who map them without a page table: dom0 in Python.
+
+        (MFN, the type it needs or None), for the invariant checker.
+        """
+        for active in self._active.values():
+            grantee = self.domain.hypervisor.domain(active.domid)
+            if grantee is not None and grantee.engine is None:
+                yield from [(active.mfn, None)] * active.readers
+                yield from [(active.mfn, TYPE_WRITABLE)] * active.writers
 
 
-def _query_size(vcpu: Vcpu, uop: int, count: int) -> int:
-    if count != 1:
-        return -EINVAL
-    data = copy_from_guest(vcpu, uop, _QUERY_SIZE.size)
-    if data is None:
-        return -EFAULT
-    domid = _QUERY_SIZE.unpack(data)[0]
-    domain = _target(vcpu, domid)
-    if isinstance(domain, int):
-        answer = _QUERY_SIZE.pack(domid, 0, 0, 0, domain)
+def _take_frame(owner: Domain, mfn: int, writable: bool) -> bool:
+    if writable:
+        return not paging.get_page_and_type(owner, mfn, TYPE_WRITABLE)
+    return owner.frames.get_page(mfn, owner.domid)
+
+
+def _drop_frame(owner: Domain, mfn: int, writable: bool) -> None:
+    if writable:
+        paging.put_page_and_type(owner, mfn)
     else:
-        answer = _QUERY_SIZE.pack(domid, 0, len(domain.grants.frames), domain.grants.max_frames, GNTST_okay)
-    return 0 if copy_to_guest(vcpu, uop, answer) else -EFAULT
-
-
-def _get_version(vcpu: Vcpu, uop: int, count: int) -> int:
-    return 0 if copy_to_guest(vcpu, uop + 4, (1).to_bytes(4, "little")) else -EFAULT
-
-
-_OPERATIONS: Final = {
-    GNTTABOP_setup_table: _setup_table,
-    GNTTABOP_query_size: _query_size,
-    GNTTABOP_get_version: _get_version,
-}
-
-
-def do_grant_table_op(vcpu: Vcpu, cmd: int, uop: int, count: int) -> int:
-    """grant_table_op."""
-    operation = _OPERATIONS.get(cmd & 0xFFFFFFFF)
-    return -ENOSYS if operation is None else operation(vcpu, uop, count & 0xFFFFFFFF)
+        paging.put_page(owner, mfn)

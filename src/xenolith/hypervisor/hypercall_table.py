@@ -11,7 +11,7 @@ from xenolith.hypervisor import (
     console_io,
     descriptors,
     events,
-    grants,
+    grant_table_op,
     memory_op,
     mmu,
     multicall,
@@ -38,8 +38,7 @@ def do_privileged(vcpu: Vcpu) -> int:
     return -EPERM
 
 
-HYPERCALL_TABLE: Final[list[tuple[Callable[..., Any], int]]] = [(do_not_implemented, 0)] * abi.HYPERCALLS
-for _number, _entry in {
+_FUNCTIONS: Final[dict[int, tuple[Callable[..., Any], int]]] = {
     abi.HYPERVISOR_set_trap_table: (traps.do_set_trap_table, 1),
     abi.HYPERVISOR_mmu_update: (mmu.do_mmu_update, 4),
     abi.HYPERVISOR_set_gdt: (descriptors.do_set_gdt, 2),
@@ -59,7 +58,7 @@ for _number, _entry in {
     abi.HYPERVISOR_xen_version: (version.do_xen_version, 2),
     abi.HYPERVISOR_console_io: (console_io.do_console_io, 3),
     abi.HYPERVISOR_physdev_op_compat: (physdev.do_physdev_op_compat, 1),
-    abi.HYPERVISOR_grant_table_op: (grants.do_grant_table_op, 3),
+    abi.HYPERVISOR_grant_table_op: (grant_table_op.do_grant_table_op, 3),
     abi.HYPERVISOR_vm_assist: (vm_assist.do_vm_assist, 2),
     abi.HYPERVISOR_update_va_mapping_otherdomain: (mmu.do_update_va_mapping_otherdomain, 4),
     abi.HYPERVISOR_iret: (traps.do_iret, 0),
@@ -72,5 +71,5 @@ for _number, _entry in {
     abi.HYPERVISOR_physdev_op: (physdev.do_physdev_op, 2),
     abi.HYPERVISOR_sysctl: (do_privileged, 0),
     abi.HYPERVISOR_domctl: (do_privileged, 0),
-}.items():
-    HYPERCALL_TABLE[_number] = _entry
+}
+HYPERCALL_TABLE: Final = [_FUNCTIONS.get(number, (do_not_implemented, 0)) for number in range(abi.HYPERCALLS)]

@@ -38,7 +38,9 @@ from xenolith.abi.vcpu_context import VcpuContext
 from xenolith.abi.x86 import (
     CS,
     DS,
+    EFLAGS_DEFINED,
     EFLAGS_IF,
+    EFLAGS_IOPL,
     EFLAGS_RESERVED_ONE,
     ES,
     FS,
@@ -187,7 +189,7 @@ def _load_registers(vcpu: Vcpu, context: VcpuContext) -> None:
         (R14, given.r14),
         (R15, given.r15),
         (RIP, given.rip),
-        (RFLAGS, given.rflags & ~0x3000 & 0x3FFFFF | EFLAGS_IF | EFLAGS_RESERVED_ONE),
+        (RFLAGS, given.rflags & EFLAGS_DEFINED & ~EFLAGS_IOPL | EFLAGS_IF | EFLAGS_RESERVED_ONE),
         (ES, given.es),
         (DS, given.ds),
         (FS, given.fs),
@@ -195,6 +197,7 @@ def _load_registers(vcpu: Vcpu, context: VcpuContext) -> None:
         (FS_BASE, context.fs_base),
     ):
         regs[index] = value
+    vcpu.iopl = given.rflags >> 12 & 3  # which is virtual
     # The selectors of guest-kernel mode are shown with RPL 0; it runs, like everything, with RPL 3.
     regs[CS] = given.cs | 3
     regs[SS] = given.ss | 3 if given.ss else 0
