@@ -216,7 +216,8 @@ class FakeClient:
             )
             self.guests[domid] = FakeDomain(info, copy.deepcopy(config))
             self._note("create", config.name)
-            return domid
+        self._hub.publish(DomainEvent(EventKind.CREATED, domid))
+        return domid
 
     def _change(self, domid: int, **fields: object) -> None:
         with self._lock:

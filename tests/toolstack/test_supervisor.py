@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from toolstack.fake import UNREADABLE, FakeClient
-from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError
+from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
 from xenolith.toolstack.config import Action, DomainConfig
 from xenolith.toolstack.supervisor import Supervisor
 
@@ -35,7 +35,7 @@ def started(machine: FakeClient, supervisor: Supervisor, config: DomainConfig) -
     """A running, supervised domain and what will happen to it."""
     domid = machine.create(config)
     supervisor.supervise(domid)
-    events = supervisor.watch(domid)
+    events = every(supervisor.watch(domid))
     machine.unpause(domid)
     return domid, events
 

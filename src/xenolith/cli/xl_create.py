@@ -10,7 +10,7 @@ import click
 
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import USAGE_ERROR, Failure, Options, Session, XlCommand, complain, resolve
-from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError
+from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
 from xenolith.toolstack.config import DomainConfig
 from xenolith.toolstack.configjson import Json, domain_config_json, render
 from xenolith.toolstack.configreader import parse_domain_config
@@ -112,7 +112,7 @@ def _start(session: Session, options: Options, domid: int, name: str) -> int:
         attach(console, b"\x1d")
     if events is not None:
         _announce(name, domid)
-        for event in events:
+        for event in every(events):
             _report(name, event)
     return 0
 

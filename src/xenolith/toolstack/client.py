@@ -187,6 +187,7 @@ def no_progress(progress: Progress) -> None:
 
 
 class EventKind(StrEnum):
+    CREATED = "created"  # it exists now, paused
     SHUTDOWN = "shutdown"  # it has shut down by itself; `reason` says how
     DESTROYED = "destroyed"  # it does not exist any more
     MESSAGE = "message"  # what the supervisor did about it; `text` says what
@@ -269,16 +270,22 @@ class Client(Protocol):
     def clear_dmesg(self) -> None: ...
 
     def subscribe(self) -> EventStream:
-        """Follow what happens to domains from now on: events SHUTDOWN and DESTROYED."""
+        """Follow what happens to domains from now on: events CREATED, SHUTDOWN and DESTROYED."""
 
 
 class EventStream(Protocol):
     """Events in order. A reader that is too slow loses the oldest, never delays a domain."""
 
     def get(self, timeout: float | None = None) -> DomainEvent | None:
-        """The next event; None when `timeout` seconds passed or the stream was closed."""
+        """The next event; None when `timeout` seconds passed, or the stream has ended or was closed."""
 
     def close(self) -> None: ...
+
+
+def every(stream: EventStream) -> Iterator[DomainEvent]:
+    """The events of a stream up to its end."""
+    while (event := stream.get()) is not None:
+        yield event
 
 
 class Supervision(Protocol):
@@ -287,10 +294,10 @@ class Supervision(Protocol):
     def supervise(self, domid: int) -> None:
         """Apply the domain's configured actions when it shuts down, and to what is built in its place."""
 
-    def watch(self, domid: int) -> Iterator[DomainEvent]:
-        """Everything that happens to a supervised domain and its successors, up to RELEASED or DESTROYED.
+    def watch(self, domid: int) -> EventStream:
+        """Everything that happens from now on to a supervised domain and its successors.
 
-        Events that happen after the call are seen, even before the first is asked for.
+        The stream ends after RELEASED or DESTROYED.
         """
 
 

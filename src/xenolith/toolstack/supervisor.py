@@ -8,14 +8,17 @@ done by a thread of its own, so that no domain waits for another.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from xenolith.toolstack.client import Client, DomainEvent, EventKind, ToolstackError
+from xenolith.toolstack.client import Client, DomainEvent, EventKind, EventStream, ToolstackError
 from xenolith.toolstack.config import DomainConfig
-from xenolith.toolstack.events import EventHub
+from xenolith.toolstack.events import EventHub, EventQueue
 from xenolith.toolstack.lifecycle import RESTART_PAUSE_S, Lifecycle, Plan, State, Step
+
+_NO_DOMAIN = -1
 
 
 class Supervisor:
@@ -46,29 +49,14 @@ class Supervisor:
         elif info.shutdown:
             self._ended(DomainEvent(EventKind.SHUTDOWN, domid, reason=info.shutdown_reason))
 
-    def watch(self, domid: int) -> Iterator[DomainEvent]:
-        queue = self._hub.subscribe()
+    def watch(self, domid: int) -> EventStream:
+        watch = _Watch(self._hub.subscribe(), domid)
         with self._lock:
             supervised = domid in self._lives
         if not supervised:
-            queue.close()
+            watch.close()
             raise ToolstackError(f"Domain {domid} is not supervised.")
-
-        def events() -> Iterator[DomainEvent]:
-            watched = domid
-            try:
-                while (event := queue.get()) is not None:
-                    if event.domid != watched:
-                        continue
-                    yield event
-                    if event.kind in (EventKind.RELEASED, EventKind.DESTROYED):
-                        return
-                    if event.kind is EventKind.REBUILT and event.successor is not None:
-                        watched = event.successor
-            finally:
-                queue.close()
-
-        return events()
+        return watch
 
     def close(self) -> None:
         """Stop following; returns when no thread of the supervisor is left."""
@@ -185,3 +173,30 @@ class Supervisor:
 
     def _say(self, domid: int, text: str) -> None:
         self._hub.publish(DomainEvent(EventKind.MESSAGE, domid, text=text))
+
+
+class _Watch:
+    """The events of one domain and of those that are built in its place (the EventStream of `watch`)."""
+
+    def __init__(self, queue: EventQueue, domid: int) -> None:
+        self._queue = queue
+        self._domid = domid
+
+    def get(self, timeout: float | None = None) -> DomainEvent | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            event = self._queue.get(left)
+            if event is None or event.domid == self._domid:
+                break
+        if event is None:
+            return None
+        if event.kind is EventKind.REBUILT and event.successor is not None:
+            self._domid = event.successor
+        elif event.kind in (EventKind.RELEASED, EventKind.DESTROYED):
+            self._queue.close()
+            self._domid = _NO_DOMAIN
+        return event
+
+    def close(self) -> None:
+        self._queue.close()

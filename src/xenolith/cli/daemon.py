@@ -1,0 +1,110 @@
+"""`xenolith daemon`: the machine that the `xl` command talks to.
+
+Started on demand by the first command, by hand, or by a service manager; docs/xl.md has an example for systemd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from xenolith.toolstack.rundir import Leftovers, RunDirectory, default_socket
+
+DEFAULT_MEMORY_MIB = 4096  # of address space; host memory is used as guests touch theirs
+
+
+class _Ready:
+    """Tells whoever started the daemon what they should know, and in the end that it listens."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def say(self, text: str) -> None:
+        if self._descriptor is not None:
+            os.write(self._descriptor, text.encode() + b"\n")
+
+    def finish(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+@click.command()
+@click.option(
+    "--socket",
+    "socket_path",
+    type=click.Path(path_type=Path),
+    help="Where to listen. Default: XENOLITH_SOCKET, or control.sock in the user's runtime directory.",
+)
+@click.option("--engine", default="auto", show_default=True, help="Which engine runs the guests.")
+@click.option("--memory", "memory_mib", default=DEFAULT_MEMORY_MIB, show_default=True, help="Machine memory, in MiB.")
+@click.option("--pcpus", default=os.cpu_count() or 1, show_default="the host's", help="Number of pCPUs.")
+@click.option("--log-level", default="info", show_default=True, help="debug, info, warning or error.")
+@click.option("--ready-fd", type=int, hidden=True, help="A descriptor to write to when the daemon listens.")
+def daemon(
+    socket_path: Path | None, engine: str, memory_mib: int, pcpus: int, log_level: str, ready_fd: int | None
+) -> None:
+    """Run a machine for the xl command, in the foreground.
+
+    Log lines are JSON objects on stderr. SIGTERM shuts the guests down and ends the daemon.
+    """
+    from xenolith.toolstack.daemon import JsonFormatter, note
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
+    ready = _Ready(ready_fd)
+    directory = RunDirectory((socket_path or default_socket()).absolute())
+    try:
+        leftovers = directory.acquire()
+        _tell_losses(leftovers, ready)
+        _serve(directory, engine, memory_mib, pcpus, ready)
+    except Exception as error:
+        note("the daemon cannot start", logging.ERROR, error=str(error))
+        ready.say(str(error).replace("\n", " "))
+        raise click.ClickException(str(error)) from error
+    finally:
+        ready.finish()
+
+
+def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
+    from xenolith.toolstack.daemon import note
+
+    if leftovers is not None:
+        note("cleaned up after a daemon that was killed", logging.WARNING, lost=leftovers.describe())
+        ready.say(leftovers.describe())
+
+
+def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, ready: _Ready) -> None:
+    """Switch a machine on and serve it until a signal comes."""
+    from xenolith.dom0.power import power_on
+    from xenolith.toolstack.daemon import Daemon, note, shut_guests_down
+    from xenolith.toolstack.embedded import EmbeddedToolstack
+    from xenolith.toolstack.supervisor import Supervisor
+
+    with ExitStack() as cleanup:
+        cleanup.callback(directory.release)
+        client = EmbeddedToolstack(power_on([memory_mib], engine, pcpus))
+        cleanup.callback(client.close)
+        supervisor = Supervisor(client, directory.dump_path)
+        server = Daemon(directory, client, supervisor)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.stop)
+        ready.say("ready")
+        ready.finish()
+        server.serve()
+        note("stopping")
+        supervisor.close()  # from here on nothing is built again
+        shut_guests_down(client)
+        server.close()
+        note("stopped")
+
+
+if __name__ == "__main__":
+    daemon()

@@ -1,0 +1,153 @@
+"""Where the daemon lives in the file system, and what one that was killed has left there.
+
+One directory per daemon, for its user only:
+
+    control.sock     the socket; its path may be chosen, the directory is then `<socket>.d`
+    lock             locked by the running daemon; the kernel lets go of it however the daemon ends
+    state.json       the domains that exist, written whenever one comes or goes
+    daemon.log       the log of a daemon that was started on demand
+    dump/            core files of domains that crashed
+
+A daemon ended by SIGKILL or a power cut had no time to clean up: the next one finds a lock that nobody holds and a
+state.json with domains in it, says which they were, and removes what is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from xenolith.toolstack.client import ToolstackError
+
+SOCKET_VARIABLE: Final = "XENOLITH_SOCKET"
+
+
+def default_socket() -> Path:
+    """XENOLITH_SOCKET, or control.sock in this user's runtime directory."""
+    if chosen := os.environ.get(SOCKET_VARIABLE):
+        return Path(chosen).absolute()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "xenolith" if runtime else Path(tempfile.gettempdir()) / f"xenolith-{os.getuid()}"
+    return base / "control.sock"
+
+
+class AlreadyRunning(ToolstackError):
+    """Another daemon serves this socket."""
+
+
+class UnsafeDirectory(ToolstackError):
+    """The directory belongs to somebody else, who could put another socket in our place."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostDomain:
+    """A domain that was running when its daemon was killed."""
+
+    domid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What a daemon that was killed has left."""
+
+    pid: int
+    domains: tuple[LostDomain, ...]
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        names = ", ".join(f"{domain.name} (domid {domain.domid})" for domain in self.domains)
+        lost = f"its domains are lost: {names}" if names else "it had no domains"
+        return f"The daemon that ran before (pid {self.pid}) was killed; {lost}."
+
+
+class RunDirectory:
+    """The directory of one daemon; only the daemon that holds the lock may make one."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self.socket_path = socket_path
+        self.path = socket_path.with_name(socket_path.name + ".d")
+        self._lock: int | None = None
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "daemon.log"
+
+    @property
+    def dump_path(self) -> Path:
+        return self.path / "dump"
+
+    @property
+    def _state_path(self) -> Path:
+        return self.path / "state.json"
+
+    def prepare(self) -> None:
+        """Make the directories, for this user only. Raises UnsafeDirectory."""
+        self.socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        for directory in (self.socket_path.parent, self.path):
+            status = directory.lstat()
+            ours = status.st_uid in (os.getuid(), 0)
+            sticky_or_closed = bool(status.st_mode & 0o1000) or not status.st_mode & 0o022
+            if not ours or not sticky_or_closed:
+                raise UnsafeDirectory(
+                    f"{directory} can be changed by others: choose another socket with --socket or {SOCKET_VARIABLE}"
+                )
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Held by a program that is about to start the daemon, so that only one does. Raises UnsafeDirectory."""
+        self.prepare()
+        lock = os.open(self.path / "starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def acquire(self) -> Leftovers | None:
+        """Become the daemon of this directory; what a killed one left, cleaned away. Raises AlreadyRunning."""
+        self.prepare()
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise AlreadyRunning(f"a daemon serves {self.socket_path} already") from None
+        self._lock = lock
+        leftovers = self._leftovers()
+        self.socket_path.unlink(missing_ok=True)
+        self.write_state([])
+        return leftovers
+
+    def _leftovers(self) -> Leftovers | None:
+        try:
+            state = json.loads(self._state_path.read_text())
+            domains = tuple(LostDomain(int(domain["domid"]), str(domain["name"])) for domain in state["domains"])
+            return Leftovers(int(state["pid"]), domains)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OSError):
+            return Leftovers(0, ())  # it was killed while it wrote; there is nothing to tell
+
+    def write_state(self, domains: list[LostDomain]) -> None:
+        """Note which domains exist. A reader sees the old state or the new one, nothing between."""
+        state = {"pid": os.getpid(), "domains": [{"domid": lost.domid, "name": lost.name} for lost in domains]}
+        fresh = self._state_path.with_suffix(".new")
+        fresh.write_text(json.dumps(state))
+        fresh.replace(self._state_path)
+
+    def release(self) -> None:
+        """Clean up after an orderly end."""
+        self.socket_path.unlink(missing_ok=True)
+        self._state_path.unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
