@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
 from typing import TYPE_CHECKING, Final
@@ -37,7 +38,7 @@ from xenolith.machine.tsc import TscClock
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
     from xenolith.hypervisor.hypervisor import Hypervisor
-    from xenolith.machine.engines.protocol import Cpu, TrapHandler
+    from xenolith.machine.engines.protocol import Cpu, CpuState, TrapHandler
 
 QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
 WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
@@ -52,12 +53,14 @@ class Context:
         self.cpu = cpu
         self.vcpus: list[Vcpu] = []
         self.running: Vcpu | None = None  # holds a pCPU
+        self.pcpu = -1  # the one it holds, or held last
         self.wanted: Vcpu | None = None  # waits for one
         self.loaded: Vcpu | None = None
         self.preempt = False  # leave the pCPU at the next chance
         self.stopping = False
         self.slice_start = 0
         self.quantum_timer = Timer(lambda: scheduler.preempt(self))
+        self.swap: Callable[[CpuState, CpuState], None] | None = getattr(cpu, "swap", None)  # quicker than store, load
         self._handlers: dict[Vcpu, TrapHandler] = {}
         # Binary semaphores, taken until somebody releases them.
         self._wakeup = threading.Lock()
@@ -107,7 +110,7 @@ class Scheduler:
         self._timers = hypervisor.timers
         self._refresh_time = not isinstance(self._clock, TscClock)
         self._lock = threading.Condition(threading.Lock())
-        self._free = pcpus
+        self._free = list(range(pcpus))
         self._waiting: list[Context] = []
         self._running: list[Context] = []
         self._busy = 0  # contexts that are not idle
@@ -334,12 +337,17 @@ class Scheduler:
     def _switch(self, context: Context, vcpu: Vcpu) -> None:
         """Exchange the vCPU that is loaded on the context's Cpu."""
         cpu, before = context.cpu, context.loaded
-        if before is not None:
-            cpu.store(before.state)
+        context.loaded = None
+        if before is None:
+            cpu.load(vcpu.state)
+        else:
             before.regs = before.state.regs
             before.cpu = None
-            context.loaded = None
-        cpu.load(vcpu.state)
+            if context.swap is not None:
+                context.swap(before.state, vcpu.state)
+            else:
+                cpu.store(before.state)
+                cpu.load(vcpu.state)
         vcpu.cpu = cpu
         vcpu.regs = cpu.regs
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
@@ -366,16 +374,16 @@ class Scheduler:
             self._least_share = max(self._least_share, min(shares, default=vcpu.share))
             vcpu.share = max(vcpu.share, self._least_share - WAKE_CREDIT)
             if self._free and not self._waiting:
-                self._free -= 1
-                self._grant(context, vcpu, now)
+                self._grant(context, vcpu, now, self._free.pop())
                 return
             context.wanted = vcpu
             self._waiting.append(context)
             self._make_room(vcpu, now)
         context.granted.acquire()
 
-    def _grant(self, context: Context, vcpu: Vcpu, now: int) -> None:
+    def _grant(self, context: Context, vcpu: Vcpu, now: int, pcpu: int) -> None:
         context.running, context.wanted = vcpu, None
+        context.pcpu = pcpu
         context.preempt = False
         context.slice_start = now
         self._running.append(context)
@@ -402,12 +410,12 @@ class Scheduler:
                 following = min(self._waiting, key=_wanted_share)
                 self._waiting.remove(following)
                 assert following.wanted is not None
-                self._grant(following, following.wanted, self._clock.now())
+                self._grant(following, following.wanted, self._clock.now(), context.pcpu)
                 following.granted.release()
                 if self._waiting:
                     self._timers.set(following.quantum_timer, following.slice_start + QUANTUM)
             else:
-                self._free += 1
+                self._free.append(context.pcpu)
             self._lock.notify_all()
         if context.domain.shutdown_reason is not None:
             self.announce_shutdown(context.domain)

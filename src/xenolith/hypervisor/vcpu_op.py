@@ -7,9 +7,8 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, vcpu_context
-from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, ETIME
+from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS
 from xenolith.abi.extensions import (
-    VIRTUAL_TIMER,
     VCPUOP_XENOLITH_get_virtual_time,
     VCPUOP_XENOLITH_set_virtual_timer,
     VCPUOP_XENOLITH_stop_virtual_timer,
@@ -17,7 +16,6 @@ from xenolith.abi.extensions import (
 from xenolith.abi.hypercalls import (
     RUNSTATE_offline,
     SHUTDOWN_poweroff,
-    VCPU_SSHOTTMR_future,
     VCPUOP_down,
     VCPUOP_get_physid,
     VCPUOP_get_runstate_info,
@@ -346,6 +344,7 @@ def _register_vcpu_info(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
 
 
 def _set_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    """A time that has passed raises the event at once, with VCPU_SSHOTTMR_future too (observed on Xen 4.17)."""
     if vcpu is not caller:
         return -EINVAL
     hypervisor = vcpu.domain.hypervisor
@@ -353,15 +352,12 @@ def _set_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
         address = translate(vcpu, arg, READ)
         if address < 0:
             return -EFAULT
-        memory = vcpu.domain.memory
-        timeout, flags = memory.q[address >> 3], memory.d[address + 8 >> 2]
+        timeout = vcpu.domain.memory.q[address >> 3]
     else:
         data = copy_from_guest(vcpu, arg, _SINGLESHOT.size)
         if data is None:
             return -EFAULT
-        timeout, flags, _ = _SINGLESHOT.unpack(data)
-    if flags & VCPU_SSHOTTMR_future and timeout < hypervisor.clock.now():
-        return -ETIME
+        timeout = _SINGLESHOT.unpack(data)[0]
     hypervisor.timers.set(vcpu.timers.singleshot, timeout)
     return 0
 
@@ -396,13 +392,10 @@ def _get_virtual_time(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
 def _set_virtual_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     if vcpu is not caller:
         return -EINVAL
-    data = copy_from_guest(vcpu, arg, VIRTUAL_TIMER.size)
+    data = copy_from_guest(vcpu, arg, 8)
     if data is None:
         return -EFAULT
-    deadline, flags, _ = VIRTUAL_TIMER.unpack(data)
-    if flags & VCPU_SSHOTTMR_future and deadline < vcpu.timers.virtual_time():
-        return -ETIME
-    vcpu.timers.set_virtual(max(deadline, 1))
+    vcpu.timers.set_virtual(max(U64.unpack(data)[0], 1))
     return 0
 
 
