@@ -9,6 +9,7 @@
  *   no-iret-frame       the iret hypercall with the stack pointer in unmapped memory
  *   no-callback         an event with upcalls unmasked and no event callback
  *   recursion           a page-fault handler that faults, until the stack has run over
+ *   reset               EVTCHNOP_reset, which takes the console too; then reason 7, or a crash if it went wrong
  *   watchdog            a watchdog of one second that nobody pats
  *   no-user-tables      a jump to user mode with no user page tables
  */
@@ -37,6 +38,20 @@ static void user_mode_without_tables(void)
 {
     u64 frame[9] = {0, 0, 0, 0, (u64)page, FLAT_RING3_CS64, 0x202, (u64)page, FLAT_RING3_SS};
     iret_raw(frame);
+}
+
+static void reset_events(void)
+{
+    struct {
+        u16 dom;
+    } self = {DOMID_SELF};
+    u32 port = (u32)evtchn_bind_ipi(0);
+    evtchn_send(port);
+    bool right = HYPERCALL(HC_event_channel_op, EVTCHNOP_reset, &self) == 0;
+    right = right && evtchn_send(port) == -EINVAL && evtchn_close(start_info->console_evtchn) == -EINVAL;
+    right = right && evtchn_bind_ipi(0) == 1; /* the lowest port is free, the store's as a rule */
+    unsigned reason = right ? 7 : SHUTDOWN_crash;
+    HYPERCALL(HC_sched_op, SCHEDOP_shutdown, &reason);
 }
 
 static void never_pat_the_watchdog(void)
@@ -73,6 +88,8 @@ int main(void)
         trap_set(VECTOR_PF, TRAP_MASKS_UPCALLS, (void (*)(void))WILD);
         *(volatile u64 *)WILD = 1;
     }
+    if (option("reset"))
+        reset_events();
     if (option("watchdog"))
         never_pat_the_watchdog();
     if (option("no-user-tables"))

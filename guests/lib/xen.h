@@ -11,6 +11,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long u64;
 typedef signed char s8;
+typedef short s16;
 typedef int s32;
 typedef long s64;
 typedef _Bool bool;
@@ -73,6 +74,7 @@ typedef _Bool bool;
 #define EPERM 1
 #define ENOENT 2
 #define ESRCH 3
+#define ENXIO 6
 #define E2BIG 7
 #define EBADF 9
 #define EAGAIN 11

@@ -72,6 +72,8 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("version"),
     checks("timers"),
     checks("memory"),
+    checks("smp", vcpus=3),
+    checks("grants"),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),
     ending("shutdown reason=3", CRASH),
@@ -85,4 +87,5 @@ CATALOGUE: tuple[Guest, ...] = (
     ending("recursion", CRASH),
     ending("no-user-tables", CRASH),
     ending("watchdog", WATCHDOG),
+    ending("reset", 7),
 )
