@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -11,19 +13,27 @@ from rich.progress import Progress as Bar
 
 from xenolith.toolstack.client import OnProgress, Progress, no_progress
 
+PATIENCE_S: Final = 1.0  # what is done sooner needs no bar
+
 
 @contextmanager
-def progress_bar() -> Iterator[OnProgress]:
+def progress_bar(now: Callable[[], float] = time.monotonic) -> Iterator[OnProgress]:
     """A function to report progress to; it draws on stderr if that is a terminal and says nothing otherwise."""
     terminal = Console(stderr=True)
     if not terminal.is_terminal:
         yield no_progress
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
+    bar = Bar(*columns, console=terminal, transient=True)
+    task = bar.add_task("", total=None)
+    patient_until = now() + PATIENCE_S
 
-        def report(progress: Progress) -> None:
-            bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)
+    def report(progress: Progress) -> None:
+        if now() >= patient_until:
+            bar.start()
+        bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)
 
+    try:
         yield report
+    finally:
+        bar.stop()
