@@ -96,6 +96,7 @@ class UnicornCpu:
         self._kicked = False
         self._inside = False  # a stop is heard now
         self._add_hooks()
+        instance.seal()
 
     # --- a vCPU's state -----------------------------------------------------------------------------
 

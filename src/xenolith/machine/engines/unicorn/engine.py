@@ -12,6 +12,7 @@ from xenolith.machine.engines.protocol import Engine
 from xenolith.machine.engines.unicorn import library, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import Instance
+from xenolith.machine.engines.unicorn.verify import verify
 from xenolith.machine.memory import MachineMemory
 
 
@@ -23,7 +24,9 @@ class UnicornEngine(Engine):
     xcr0_mask = xsave.X87 | xsave.SSE
 
     def __init__(self, memory: MachineMemory) -> None:
-        self._instance = Instance(library.load(), memory)
+        lib = library.load()
+        verify(lib)
+        self._instance = Instance(lib, memory)
         self._cpu = UnicornCpu(self._instance, memory)
         self.l4_entries: dict[int, int] = {}
 

@@ -27,8 +27,8 @@ from xenolith.abi.x86 import (
     MSR_EFER,
 )
 from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
+from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
-from xenolith.machine.machine_code import function
 from xenolith.machine.memory import MachineMemory
 
 CODE_BUFFER_BYTES: Final = 32 << 20  # of translated code; QEMU's default would reserve 1 GiB of addresses
@@ -79,24 +79,27 @@ class Instance:
             "tlb_flush_by_mmuidx": lib.address("tlb_flush_by_mmuidx_x86_64"),
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
+        self._code = CodePage()
         self._callbacks: list[Any] = []  # Unicorn holds only their addresses
         self._enter_long_mode()
 
     def call(self, listing: stubs.Listing, result: Any, *arguments: Any) -> Any:
-        """A Python callable of this machine code."""
-        return function(stubs.encode(listing, **self._addresses), result, *arguments)
+        """A Python callable of this machine code, to be called after `seal`."""
+        return self._code.function(stubs.encode(listing, **self._addresses), result, *arguments)
 
     def hook(self, kind: int, listing: stubs.Listing, instruction: int = 0, trap: int = 0, **callbacks: Any) -> None:
         """Have Unicorn call this machine code, which calls the ctypes `callbacks`, at traps of that kind."""
         addresses = {name: ctypes.cast(callback, c_void_p).value or 0 for name, callback in callbacks.items()}
-        code = function(stubs.encode(listing, **self._addresses, **addresses, trap=trap), None)
-        self._callbacks += [*callbacks.values(), code]
+        code = self._code.place(stubs.encode(listing, **self._addresses, **addresses, trap=trap))
+        self._callbacks += callbacks.values()
         handle = c_void_p()
         everywhere = 1, 0
-        error = self.lib.hook_add(
-            self.uc, ctypes.byref(handle), kind, ctypes.cast(code, c_void_p), None, *everywhere, instruction
-        )
+        error = self.lib.hook_add(self.uc, ctypes.byref(handle), kind, code, None, *everywhere, instruction)
         self.lib.check(error, "adding a hook")
+
+    def seal(self) -> None:
+        """All machine code is in place."""
+        self._code.seal()
 
     def close(self) -> None:
         """Give everything back to the host; the views are dead."""

@@ -81,7 +81,7 @@ class Library:
         try:
             return ctypes.cast(getattr(self._keeps_lock, symbol), c_void_p).value or 0
         except AttributeError:
-            raise EngineError(f"{self.path} does not export {symbol}: {_ADVICE}") from None
+            raise EngineError(f"{self.path} does not export {symbol}: {ADVICE}") from None
 
     def check(self, error: int, doing: str) -> None:
         """Raise EngineError if a public function returned an error."""
@@ -96,7 +96,7 @@ class Library:
         return function
 
 
-_ADVICE = f"the Unicorn engine needs PyPI's x86-64 Linux wheel of it (pip install unicorn=={VERSION})"
+ADVICE: Final = f"the Unicorn engine needs PyPI's x86-64 Linux wheel of it (pip install unicorn=={VERSION})"
 
 
 @functools.cache
@@ -105,13 +105,13 @@ def load() -> Library:
     try:
         version = importlib.metadata.version("unicorn")
     except importlib.metadata.PackageNotFoundError:
-        raise EngineError(f"the package unicorn is not installed: {_ADVICE}") from None
+        raise EngineError(f"the package unicorn is not installed: {ADVICE}") from None
     if version != VERSION:
-        raise EngineError(f"unicorn {version} is installed: {_ADVICE}")
+        raise EngineError(f"unicorn {version} is installed: {ADVICE}")
     spec = importlib.util.find_spec("unicorn")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     for folder in folders:
         path = folder / "lib" / "libunicorn.so.2"
         if path.exists():
             return Library(path)
-    raise EngineError(f"no libunicorn.so.2 in {', '.join(map(str, folders))}: {_ADVICE}")
+    raise EngineError(f"no libunicorn.so.2 in {', '.join(map(str, folders))}: {ADVICE}")
