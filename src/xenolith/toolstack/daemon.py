@@ -20,7 +20,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -93,9 +93,10 @@ class Daemon:
 
     def __init__(self, directory: RunDirectory, client: Client, supervision: Supervision) -> None:
         self._directory = directory
-        self._client = client
-        self._supervision = supervision
+        self.client = client
+        self.supervision = supervision
         self._lock = threading.Lock()
+        self._state_lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._stopping = threading.Event()
         self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -142,7 +143,7 @@ class Daemon:
                 Channel(peer_socket).send(Error(ToolstackError.__name__, refusal, ToolstackError.rc))
             peer_socket.close()
             return
-        connection = _Connection(peer_socket, pid, self._client, self._supervision, self._forget)
+        connection = _Connection(peer_socket, pid, self)
         with self._lock:
             self._connections.add(connection)
         connection.start()
@@ -154,7 +155,7 @@ class Daemon:
             return f"{MAX_CONNECTIONS} connections are open already: try again when another command has ended"
         return ""
 
-    def _forget(self, connection: _Connection) -> None:
+    def forget(self, connection: _Connection) -> None:
         with self._lock:
             self._connections.discard(connection)
 
@@ -164,10 +165,16 @@ class Daemon:
             if event.kind in (EventKind.CREATED, EventKind.DESTROYED):
                 self._write_state()
 
+    def after_request(self, method: str) -> None:
+        """Called by a connection's thread when it has done what was asked."""
+        if method in ("create", "rename"):
+            self._write_state()
+
     def _write_state(self) -> None:
-        domains = [LostDomain(domain.domid, domain.name) for domain in self._client.domains() if domain.domid]
         try:
-            self._directory.write_state(domains)
+            with self._state_lock:
+                domains = [LostDomain(domain.domid, domain.name) for domain in self.client.domains() if domain.domid]
+                self._directory.write_state(domains)
         except OSError as error:
             note("the state file cannot be written", logging.ERROR, error=str(error))
 
@@ -217,20 +224,13 @@ def _ask_to_power_off(client: Client, domid: int) -> None:
 class _Connection:
     """One peer and the thread that serves it."""
 
-    def __init__(
-        self,
-        peer: socket.socket,
-        pid: int,
-        client: Client,
-        supervision: Supervision,
-        forget: Callable[[_Connection], None],
-    ) -> None:
+    def __init__(self, peer: socket.socket, pid: int, daemon: Daemon) -> None:
         self._socket = peer
         self._channel = Channel(peer)
         self._pid = pid
-        self._client = client
-        self._supervision = supervision
-        self._forget = forget
+        self._daemon = daemon
+        self._client = daemon.client
+        self._supervision = daemon.supervision
         self._stream: ConsoleStream | EventStream | None = None
         self._thread = threading.Thread(target=self._run, name=f"peer {pid}", daemon=True)
 
@@ -265,7 +265,7 @@ class _Connection:
             log.exception("connection failed", extra={"fields": {"pid": self._pid}})
         finally:
             self.end()
-            self._forget(self)
+            self._daemon.forget(self)
 
     def _greet(self) -> bool:
         hello = self._channel.receive()
@@ -317,7 +317,9 @@ class _Connection:
         target = self._supervision if name == "supervise" else self._client
         if METHODS[name].reports_progress:
             arguments = arguments | {"progress": self._progress()}
-        return getattr(target, name)(**arguments)
+        value = getattr(target, name)(**arguments)
+        self._daemon.after_request(name)
+        return value
 
     def _progress(self) -> OnProgress:
         """A function that tells the peer about progress if that is possible without waiting for it."""
