@@ -43,6 +43,7 @@ from xenolith.machine.memory import Frames, OutOfMemory
 if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
 
+E820_RAM: Final = 1
 XEN_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A  # entries of Xen's own upper tables
 WINDOW_TABLE: Final = PTE_P | PTE_RW | PTE_A
 
@@ -297,13 +298,13 @@ class Control:
         return self._domain(domid).shared_info_mfn
 
     def initialise_shared_info(self, domid: int, max_pfn: int) -> None:
-        """As a domain finds it at boot: all events and upcalls masked, the clock set."""
+        """As a domain finds it at boot: upcalls masked, the clock set, RAM from 0 to `max_pfn`."""
         domain = self._domain(domid)
         memory, base = domain.memory.b, domain.shared_info
         for vcpu in domain.vcpus:
             memory[vcpu.info + layout.VCPU_INFO_UPCALL_MASK] = 1
-        memory[base + layout.SHARED_EVTCHN_MASK : base + layout.SHARED_EVTCHN_MASK + 512] = b"\xff" * 512
         layout.U64.pack_into(memory, base + layout.SHARED_MAX_PFN, max_pfn)
+        domain.memory_map = [(0, max_pfn * PAGE_SIZE, E820_RAM)]
         time.set_wall_clock(domain)
 
     def set_boot_context(self, domid: int, *, l4_mfn: int, entry: int, stack: int, start_info: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EFAULT, EINVAL
-from xenolith.abi.x86 import PTE_A, PTE_NX, PTE_P
+from xenolith.abi.x86 import PTE_A, PTE_NX, PTE_P, is_canonical
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, translate
@@ -185,7 +185,7 @@ def do_update_descriptor(vcpu: Vcpu, address: int, descriptor: int) -> int:
 
 def set_ldt(vcpu: Vcpu, va: int, entries: int) -> int:
     """MMUEXT_SET_LDT: `entries` descriptors at page-aligned linear address `va`; 0 entries: none."""
-    if va & 0xFFF or entries > MAX_LDT_ENTRIES:
+    if va & 0xFFF or not is_canonical(va) or entries > MAX_LDT_ENTRIES:
         return -EINVAL
     unload_ldt(vcpu)
     vcpu.ldt_va, vcpu.ldt_entries = (va, entries) if entries else (0, 0)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, x86
-from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDX, RIP, is_canonical
+from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDI, RDX, RIP, RSI, is_canonical
 from xenolith.hypervisor import cpuid as cpuid_policy
-from xenolith.hypervisor.guest_memory import copy_from_guest
+from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
+from xenolith.machine.tsc import read_tsc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,8 @@ GUEST_EFER: Final = x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX
 FORCED_PREFIX: Final = b"\x0f\x0bxen"
 PREFIXES: Final = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 INSTRUCTION_LIMIT: Final = 15  # bytes (SDM vol. 2, 2.3.11)
+STRING_IO_BATCH: Final = 1024  # repetitions of INS or OUTS in one trap
+NOT_FINISHED: Final = -1  # instead of a length: RIP is as it should be
 
 
 def fetch(vcpu: Vcpu, va: int, size: int) -> bytes:
@@ -88,6 +91,8 @@ def privileged_instruction(vcpu: Vcpu, cpu: Cpu) -> bool:
         length = _one_byte(vcpu, cpu, code, position, opcode, operand16, repeated)
     if length == 0:
         return False
+    if length == NOT_FINISHED:
+        return True
     regs[RIP] = start + length & MASK64
     return True
 
@@ -97,19 +102,11 @@ def _one_byte(
 ) -> int:
     """The instruction's length, 0 if it is not emulated. `position` is after the opcode."""
     regs = cpu.regs
-    memory, mask = vcpu.domain.memory.b, vcpu.info + layout.VCPU_INFO_UPCALL_MASK
-    if opcode in (0xFA, 0xFB):  # CLI, STI
-        if not io_allowed(vcpu):
-            return 0
-        memory[mask] = 1 if opcode == 0xFA else 0
-        return position
-    if opcode == 0xF4:  # HLT
-        if not vcpu.kernel_mode:
-            return 0
-        from xenolith.hypervisor.sched_op import block
-
-        block(vcpu)
-        return position
+    if opcode in (0xFA, 0xFB):  # CLI, STI: allowed and without effect, the guest's own flag is the upcall mask
+        return position if io_allowed(vcpu) else 0
+    if opcode in (0x6C, 0x6D, 0x6E, 0x6F):  # INS, OUTS
+        size = 1 if opcode in (0x6C, 0x6E) else 2 if operand16 else 4
+        return _string_io(vcpu, cpu, opcode < 0x6E, size, repeated, position)
     if opcode in (0xE4, 0xE5, 0xE6, 0xE7, 0xEC, 0xED, 0xEE, 0xEF):  # IN, OUT: no such device
         if not io_allowed(vcpu):
             return 0
@@ -123,6 +120,28 @@ def _one_byte(
             regs[RAX] = regs[RAX] | 0xFFFF if operand16 else MASK32
         return position if position <= len(code) else 0
     return 0
+
+
+def _string_io(vcpu: Vcpu, cpu: Cpu, inward: bool, size: int, repeated: bool, length: int) -> int:
+    """INS stores ones, OUTS goes nowhere. A long repetition is done in parts: RIP stays and the guest faults again."""
+    if not io_allowed(vcpu):
+        return 0
+    regs = cpu.regs
+    pointer = RDI if inward else RSI
+    step = -size if cpu.get_rflags() & x86.EFLAGS_DF else size
+    count = regs[RCX] if repeated else 1
+    for _ in range(min(count, STRING_IO_BATCH)):
+        address = regs[pointer]
+        reached = copy_to_guest(vcpu, address, b"\xff" * size) if inward else copy_from_guest(vcpu, address, size)
+        if not reached:
+            from xenolith.hypervisor.traps import inject_page_fault
+
+            inject_page_fault(vcpu, cpu, x86.PFEC_WRITE if inward else 0, address)
+            return NOT_FINISHED
+        regs[pointer] = address + step & MASK64
+        if repeated:
+            regs[RCX] -= 1
+    return NOT_FINISHED if repeated and regs[RCX] else length
 
 
 def _two_byte(vcpu: Vcpu, cpu: Cpu, code: bytes, position: int, rex: int) -> int:
@@ -153,7 +172,7 @@ def _two_byte(vcpu: Vcpu, cpu: Cpu, code: bytes, position: int, rex: int) -> int
         vcpu.task_switched = False
         cpu.set_task_switched(False)
         return position
-    if opcode in (0x08, 0x09):  # INVD, WBINVD: no device memory, nothing to do
+    if opcode == 0x09:  # WBINVD: no device memory, nothing to do
         return position
     if opcode == 0x31:  # RDTSC under CR4.TSD
         return 0
@@ -261,6 +280,7 @@ _READABLE: Final[dict[int, Callable[[Vcpu], int]]] = {
     x86.MSR_APIC_BASE: lambda vcpu: 0xFEE0_0000 | 1 << 11 | (1 << 8 if vcpu.vcpu_id == 0 else 0),
     x86.MSR_BIOS_SIGN_ID: lambda vcpu: 0,
     x86.MSR_PLATFORM_ID: lambda vcpu: 0,
+    x86.MSR_TSC: lambda vcpu: read_tsc(),
 }
 
 
@@ -286,5 +306,4 @@ def write_msr(vcpu: Vcpu, number: int, value: int) -> bool:
         return True  # writing 0 and CPUID 1 is how the microcode revision is asked for
     if number == x86.MSR_EFER:
         return value | GUEST_EFER == GUEST_EFER
-    # A value that is there already may be written (Xen: guest_wrmsr for PV).
-    return read_msr(vcpu, number) == value
+    return False

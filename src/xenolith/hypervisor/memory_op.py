@@ -146,7 +146,10 @@ def allocate_extent(domain: Domain, order: int) -> int | None:
 
 
 def remove_page(domain: Domain, mfn: int) -> bool:
-    """Drop the allocation's reference; the frame is freed when nothing else holds it (Xen: guest_remove_page)."""
+    """Drop the allocation's reference; the frame is freed when nothing else holds it (Xen: guest_remove_page).
+
+    False where the frame is not the domain's.  A second time, while something still holds it, nothing happens.
+   """
     frames = domain.frames
     if not frames.get_page(mfn, domain.domid):
         return False
@@ -155,7 +158,7 @@ def remove_page(domain: Domain, mfn: int) -> bool:
         frames.count_info[mfn] &= ~ALLOCATED
         paging.put_page(domain, mfn)
     paging.put_page(domain, mfn)
-    return bool(allocated)
+    return True
 
 
 # --- questions -------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 from xenolith.abi.hypercalls import (
+    DOMID_IO,
     DOMID_SELF,
+    DOMID_XEN,
     MMU_MACHPHYS_UPDATE,
     MMU_NORMAL_PT_UPDATE,
     MMU_PT_UPDATE_NO_TRANSLATE,
@@ -60,8 +62,10 @@ _unpack_mmuext = layout.MMUEXT_OP.unpack
 def frame_owner(vcpu: Vcpu, foreign: int) -> Domain | int:
     """The domain whose frames a paging hypercall may name, or an errno (Xen: get_pg_owner and the XSM default)."""
     domain = vcpu.domain
-    if foreign == DOMID_SELF:
-        return domain
+    if foreign in (DOMID_SELF, DOMID_IO):
+        return domain  # DOMID_IO adds device memory to what may be named, and there is none
+    if foreign == DOMID_XEN:
+        return -EPERM
     if foreign == domain.domid or domain.hypervisor.domain(foreign) is None:
         return -ESRCH
     return -EPERM

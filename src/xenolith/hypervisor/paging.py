@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xenolith.abi.errno import EBUSY, EINVAL
+from xenolith.abi.errno import EBUSY, EINVAL, EPERM
 from xenolith.abi.hypercalls import DOMID_XEN
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
@@ -62,6 +62,7 @@ L1_DISALLOWED: Final = DISALLOWED & ~PTE_G
 UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A | PTE_US
 COUNTED: Final = ~UNCOUNTED & (1 << 64) - 1
 GUEST_KERNEL: Final = 1 << 52  # Xen's mark on an L1 entry that the guest gave without the user bit
+PHYSICAL_BITS: Final = 46  # width of a machine address
 INVALID_M2P_ENTRY: Final = (1 << 64) - 1
 
 _U64 = np.uint64
@@ -76,6 +77,11 @@ def adjust_l1(entry: int) -> int:
     if entry & GUEST_KERNEL:
         return entry | PTE_US
     return entry | PTE_US | PTE_G if entry & PTE_US else entry | PTE_US | GUEST_KERNEL
+
+
+def absent_frame(mfn: int) -> int:
+    """The errno for mapping an address without memory: device registers, of which a domain has none, or nonsense."""
+    return -EPERM if mfn >> PHYSICAL_BITS - 12 == 0 else -EINVAL
 
 
 # --- frame types -----------------------------------------------------------------------------------
@@ -196,10 +202,9 @@ def _validate_l1(domain: Domain, mfn: int) -> int:
         return -EINVAL
     targets = (entries & _FRAME) >> _U64(12)
     if int(targets.max()) >= frames.frames:
-        return -EINVAL
-    foreign = frames.owners[targets] != domain.domid
-    if foreign.any():
-        return -EINVAL
+        return absent_frame(int(targets.max()))
+    if (frames.owners[targets] != domain.domid).any():
+        return -EBUSY
     writable = targets[(entries & _U64(PTE_RW)) != 0]
     if len(writable):
         infos = frames.type_infos[writable]
@@ -272,7 +277,7 @@ def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
         return -EINVAL
     mfn = (entry & FRAME) >> 12
     result = get_page_and_type(domain, mfn, below)
-    if result and domain.frames.valid(mfn):
+    if result == -EINVAL and domain.frames.valid(mfn):
         return _get_linear(domain, entry, holder, below + (1 << TYPE_SHIFT))
     return result
 
@@ -343,12 +348,10 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
             if (old ^ new) & PTE_NX and not new & PTE_NX and domain.executable_mapped is not None:
                 domain.executable_mapped(target)
             return 0
-        if not 0 < target < frames.frames:
-            return -EINVAL
+        if target >= frames.frames:
+            return absent_frame(target)
         if frames.owner[target] != (domain if source is None else source).domid:
-            return -EINVAL
-        if not frames.count_info[target] & EXISTENCE_COUNT:
-            return -EINVAL
+            return -EBUSY
         if new & PTE_RW:
             info = frames.type_info[target]
             if info & TYPE_MASK == TYPE_WRITABLE:

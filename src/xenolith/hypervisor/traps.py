@@ -99,6 +99,7 @@ COUNT_UPCALL: Final = 41
 COUNT_PAGE_TABLE_WRITE: Final = 42
 COUNT_PRIVILEGED: Final = 43
 
+RDPMC: Final = b"\x0f\x33"
 DR6_STATUS: Final = 0xE00F  # B0-B3, BD, BS, BT
 DR6_ONES: Final = 0xFFFF0FF0  # always read as one
 
@@ -200,6 +201,7 @@ def deliver_events(vcpu: Vcpu, cpu: Cpu) -> None:
 def upcall(vcpu: Vcpu, cpu: Cpu) -> None:
     """Bounce to the event callback; further upcalls are masked until the guest unmasks them."""
     if not vcpu.event_callback:
+        crash(vcpu, "an event is pending and no event callback is registered")
         return
     vcpu.domain.trap_counts[COUNT_UPCALL] += 1
     bounce(vcpu, cpu, vcpu.event_callback, None, True)
@@ -387,6 +389,8 @@ def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int, address: int) 
     elif vector == VECTOR_UD:
         if emulate.forced_invalid_opcode(vcpu, cpu):
             return
+        if emulate.fetch(vcpu, cpu.regs[RIP], 2) == RDPMC:
+            vector, error_code = VECTOR_GP, 0  # an engine that lacks the instruction: what a guest gets on any other
     elif vector == VECTOR_NM:
         if not vcpu.task_switched:
             cpu.set_task_switched(False)
