@@ -329,6 +329,8 @@ def test_a_client_that_vanishes_leaves_no_thread_behind(served: Served, remote: 
             channel.receive()
     left = set(threading.enumerate()) - before
     for thread in left:
+        while thread.ident is None:
+            os.sched_yield()  # it is being started at this moment
         thread.join(20)
     assert not any(thread.is_alive() for thread in left)
 
