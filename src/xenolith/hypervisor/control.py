@@ -167,6 +167,8 @@ class Control:
             entries[slot - layout.XEN_FIRST_SLOT] = entry
         if engine.cpus_shared:
             domain.executable_mapped = engine.cpu(0).executable_mapped
+        else:
+            domain.executable_mapped = getattr(engine, "executable_mapped", None)
         domain.caches_tables = getattr(engine, "caches_tables", False)
         domain.entry_changed = getattr(engine, "entry_changed", None)
         domain.events = EventChannels(domain)

@@ -25,13 +25,16 @@ class Machine:
 
     def __init__(self) -> None:
         self.memory = MachineMemory(4096)
-        self.engine = KvmEngine(self.memory)
+        self.engine = self.make_engine()
         self.l4 = self.new_l4()
         self.code = self.map_new(CODE)
         self.data = [self.map_new(DATA + number * 0x1000) for number in range(DATA_PAGES)]
         self.map_new(STACK_TOP - 0x1000)
         self.gdt = self.map_new(GDT)
         self.states: list[CpuState] = []
+
+    def make_engine(self) -> KvmEngine:
+        return KvmEngine(self.memory)
 
     def frame(self) -> int:
         return int(self.memory.allocate(1)[0])

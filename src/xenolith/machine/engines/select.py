@@ -13,7 +13,7 @@ from xenolith.machine.engines.protocol import Engine, EngineError
 from xenolith.machine.memory import MachineMemory
 
 _log = logging.getLogger(__name__)
-ENGINES: Final = ("auto", "unicorn", "kvm")
+ENGINES: Final = ("auto", "unicorn", "kvm", "adaptive")
 
 
 class Choice(NamedTuple):
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 
 def choose(name: str = "auto") -> Choice:
-    """The engine to use for `auto`, `unicorn` or `kvm`.
+    """The engine to use for a name of ENGINES.
 
     The reason is logged as well: as a warning where `auto` has to do without KVM, else for `-v`.
     Raises EngineError where the engine that was asked for cannot run here, and ValueError for an unknown name.
@@ -37,9 +37,11 @@ def choose(name: str = "auto") -> Choice:
     try:
         kind = kvm_kind()
     except EngineError as error:
-        if name == "kvm":
-            raise EngineError(f"the KVM engine cannot run here: {error}") from error
+        if name != "auto":
+            raise EngineError(f"the {name} engine cannot run here: {error}") from error
         return _chosen("unicorn", _unicorn(), f"Unicorn, because KVM cannot be used: {error}", logging.WARNING)
+    if name == "adaptive":
+        return _chosen(name, _adaptive, f"KVM and Unicorn in turns, as asked for: {kind}", logging.INFO)
     return _chosen("kvm", _kvm, f"KVM, {'as asked for' if name == 'kvm' else 'which works here'}: {kind}", logging.INFO)
 
 
@@ -59,6 +61,12 @@ def _kvm(memory: MachineMemory) -> Engine:
     from xenolith.machine.engines.kvm.engine import KvmEngine
 
     return KvmEngine(memory)
+
+
+def _adaptive(memory: MachineMemory) -> Engine:
+    from xenolith.machine.engines.adaptive import AdaptiveEngine
+
+    return AdaptiveEngine(memory)
 
 
 def _unicorn() -> Callable[[MachineMemory], Engine]:

@@ -143,9 +143,12 @@ _thread = threading.local()
 
 
 class KvmCpu:
-    """A vCPU of KVM. See the engine protocol for the methods that are not explained here."""
+    """A vCPU of KVM. See the engine protocol for the methods that are not explained here.
 
-    def __init__(self, engine: KvmEngine, number: int, vm_fd: int) -> None:
+    `regs`: where to keep the register file; words that abi.x86 does not name are left alone.
+    """
+
+    def __init__(self, engine: KvmEngine, number: int, vm_fd: int, regs: memoryview | None = None) -> None:
         self._engine = engine
         self._memory = engine.memory
         self._stubs = engine.area.stubs
@@ -156,7 +159,7 @@ class KvmCpu:
         self._run_q = self._run.cast("Q")
         self._run_d = self._run.cast("I")
         self._run_h = self._run.cast("H")
-        self.regs = register_file()
+        self.regs = register_file() if regs is None else regs
         self.get_rflags: Callable[[], int] = partial(self.regs.__getitem__, RFLAGS)
         self.set_rflags: Callable[[int], None] = self._set_rflags
         self._file = self.regs.cast("B")
@@ -186,7 +189,7 @@ class KvmCpu:
         self.regs[RFLAGS] = value & _ENTRY_FLAGS | _ALWAYS_SET
 
     def load(self, state: CpuState) -> None:
-        self.regs[:] = state.regs
+        self.regs[: RIP + 1] = state.regs[: RIP + 1]
         self.set_rflags(state.regs[RFLAGS])
         self._gdt = (state.gdt_va, state.gdt_limit)
         self._ldt = (state.ldt_va, state.ldt_limit)
@@ -204,7 +207,8 @@ class KvmCpu:
         self._flush = True
 
     def store(self, state: CpuState) -> None:
-        state.regs[:] = self.regs
+        state.regs[: RFLAGS + 1] = self.regs[: RFLAGS + 1]
+        state.regs[ES : GS + 3] = self.regs[ES : GS + 3]
         state.l4_mfn = self._l4_mfn
         state.user = self._user
         state.task_switched = self._task_switched
@@ -238,10 +242,7 @@ class KvmCpu:
 
     def set_code_stack(self, cs: int, ss: int) -> None:
         code = segments.code_segment(cs, self._descriptor)
-        if ss & ~segments.SELECTOR_RPL or not code.flags & _LONG_CODE:
-            stack = segments.stack_segment(ss, self._descriptor)
-        else:
-            stack = segments.NULL  # a null SS is good enough for 64-bit code
+        stack = segments.stack_segment(ss, self._descriptor)
         if code.flags & _LONG_CODE:
             self._cs, self._ss = _FLAT_CODE, _FLAT_STACK
         else:

@@ -149,13 +149,14 @@ class KvmEngine:
 
     # --- running ------------------------------------------------------------------------------------------
 
-    def cpu(self, vcpu_id: int) -> KvmCpu:
+    def cpu(self, vcpu_id: int, regs: memoryview | None = None) -> KvmCpu:
+        """The Cpu of this vCPU, made at the first call; it keeps its register file in `regs` if given then."""
         cpu = self.cpus.get(vcpu_id)
         if cpu is None:
             if vcpu_id >= area.MAX_CPUS:
                 raise EngineError(f"the KVM engine has room for {area.MAX_CPUS} vCPUs")
             try:
-                cpu = self.cpus[vcpu_id] = KvmCpu(self, vcpu_id, self._vm)
+                cpu = self.cpus[vcpu_id] = KvmCpu(self, vcpu_id, self._vm, regs)
             except OSError as error:
                 raise EngineError(f"KVM cannot make virtual processor {vcpu_id}: {error.strerror}") from error
         return cpu

@@ -7,7 +7,9 @@ for its module is not looked at: what counts is behaviour.  All of it takes some
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import time
 from typing import Final, NamedTuple
 
 from xenolith.abi.layout import FLAT_RING3_CS32, FLAT_RING3_CS64, FLAT_RING3_DS32, FLAT_RING3_SS32, FLAT_RING3_SS64
@@ -131,6 +133,7 @@ def host_traits() -> HostTraits:
             cpuid_is_native=native,
             xcr0=xcr0,
             xcr0_settable=xcr0_settable,
+            exit_cost_ns=_exit_cost_ns(machine),
         )
     finally:
         machine.close()
@@ -228,6 +231,21 @@ def _runs_compatibility_code(machine: ProbeMachine) -> bool:
     rip = cpu.regs[RIP]
     cpu.set_code_stack(FLAT_RING3_CS64, FLAT_RING3_SS64)
     return rip != _CODE
+
+
+def _exit_cost_ns(machine: ProbeMachine) -> int:
+    """The middle one of a hundred system calls."""
+    times = [time.perf_counter_ns()]
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        times.append(time.perf_counter_ns())
+        machine.cpu.regs[RIP] = _CODE
+        return len(times) <= 100
+
+    machine.execute("0f 05")
+    machine.cpu.regs[RIP] = _CODE
+    machine.cpu.run(on_trap)
+    return sorted(after - before for before, after in itertools.pairwise(times))[50]
 
 
 def _cpuid_is_native(machine: ProbeMachine) -> bool:

@@ -18,6 +18,7 @@ class HostTraits:
     cpuid_is_native: bool  # guest code sees the processor's CPUID, whatever KVM was told
     xcr0: int  # the XSAVE components that guest code can use
     xcr0_settable: bool
+    exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
     def kind(self) -> str:
@@ -39,5 +40,6 @@ CAUTIOUS = HostTraits(
     cpuid_is_native=False,
     xcr0=3,
     xcr0_settable=False,
+    exit_cost_ns=0,
 )
 """Traits to find out the real ones with: every cure is on."""

@@ -1,0 +1,369 @@
+"""The adaptive engine: a vCPU that moves between KVM and Unicorn while it runs.
+
+The two engines are good at different things.  On KVM guest code computes at native speed, but on a host without VMX or
+SVM a trap costs tens of microseconds before Python sees it.  On Unicorn code is several times slower and a trap
+nearly free.  So a vCPU that mostly traps (a kernel that builds its page tables) is better off on Unicorn, and one that
+computes on KVM.  A vCPU's state belongs to no engine (design decision 3), so it is stored from one and loaded into
+the other at a trap boundary.
+
+What has to stay exact:
+
+- Registers.  Both engines work on one register file in place.
+- x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: code that
+  would touch them, or read or write them by XSAVE and XRSTOR, raises #UD there, which moves the vCPU back
+  to KVM, where the same instruction is executed.  Legacy SSE code leaves the upper parts alone.
+- Any other instruction that Unicorn does not know likewise moves the vCPU to KVM: guests find in CPUID what KVM has.
+- Translations.  Unicorn keeps code that it translated, and KVM changes memory behind its back: executable frames are
+  compared by checksum at each move.  TLBs are flushed.
+- States that KVM gets wrong on some hosts (CR0.TS, breakpoints, 32-bit code, selectors other than null) run on Unicorn.
+- Atomicity.  Unicorn's LOCK prefix does not hold against another processor, so a domain with several vCPUs stays on
+  KVM.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from xenolith.abi.x86 import (
+    CR4_OSXSAVE,
+    CS,
+    FS,
+    GS,
+    PAGE_SHIFT,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RIP,
+    VECTOR_UD,
+)
+from xenolith.machine.engines.kvm.cpu import KvmCpu
+from xenolith.machine.engines.kvm.engine import KvmEngine
+from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, TrapHandler
+from xenolith.machine.engines.unicorn import layout, paging
+from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.engines.unicorn.engine import UnicornEngine
+from xenolith.machine.memory import MachineMemory
+
+BOTH_HAVE: Final = 3  # XSAVE components: x87 and SSE
+XSTATE_BV: Final = 512  # in an XSAVE image
+_CR3: Final = layout.CR // 8 + 3
+_CR4: Final = layout.CR // 8 + 4
+_MASK32: Final = 0xFFFF_FFFF
+_MASK64: Final = (1 << 64) - 1
+_UD2: Final = b"\x0f\x0b"
+
+# Policy.  A window of traps is long enough for its rate to mean something and short beside the cost of a wrong move.
+WINDOW: Final = 256  # traps
+HOLD: Final = 2048  # traps for which a vCPU stays where it was sent because the other engine could not go on
+SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
+PATIENCE: Final = 2  # windows in a row that must speak for a move
+QUIET_NS: Final = 10_000_000  # a window without enough traps ends after this long
+UNICORN_TRAP_NS: Final = 1_000
+HANDLER_NS: Final = 7_000  # Python's share of a trap on Unicorn, where it is not measured
+
+
+class AdaptiveEngine:
+    """A domain's pair of engines. Raises EngineError where either cannot run here."""
+
+    name = "adaptive"
+    cpus_shared = False
+
+    def __init__(self, memory: MachineMemory) -> None:
+        self.memory = memory
+        self.kvm = KvmEngine(memory)
+        self.unicorn = UnicornEngine(memory)
+        self.xcr0_mask = self.kvm.xcr0_mask
+        self.l4_entries = {**self.unicorn.l4_entries, **self.kvm.l4_entries}
+        self.caches_tables = self.kvm.caches_tables
+        self.entry_changed = self.kvm.entry_changed
+        self._cpu: AdaptiveCpu | None = None
+
+    @property
+    def may_move(self) -> bool:
+        """Whether the domain has a single vCPU: see the module's text on atomicity."""
+        return len(self.kvm.cpus) == 1
+
+    def cpu(self, vcpu_id: int) -> Cpu:
+        if vcpu_id:
+            return self.kvm.cpu(vcpu_id)
+        if self._cpu is None:
+            self._cpu = AdaptiveCpu(self)
+        return self._cpu
+
+    def executable_mapped(self, mfn: int) -> None:
+        """See `Cpu.executable_mapped`."""
+        if self._cpu is not None:
+            self._cpu.executable_mapped(mfn)
+
+    def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        return self.kvm.host_cpuid(leaf, subleaf)
+
+    def close(self) -> None:
+        self.unicorn.close()
+        self.kvm.close()
+
+
+class AdaptiveCpu:
+    """A vCPU that is on one of two engines. See the protocol's Cpu for methods without explanation."""
+
+    get_rflags: Callable[[], int]
+    set_rflags: Callable[[int], None]
+    switch_mode: Callable[[int, bool], None]
+    flush_tlb: Callable[[], None]
+    flush_page: Callable[[int], None]
+    set_ldt: Callable[[int, int], None]
+
+    def __init__(self, engine: AdaptiveEngine) -> None:
+        self._engine = engine
+        self._memory = engine.memory
+        self._unicorn: UnicornCpu = engine.unicorn.cpu(0)
+        self.regs = self._unicorn.regs
+        self._kvm: KvmCpu = engine.kvm.cpu(0, self.regs)
+        self._state = CpuState(xsave=bytearray(engine.kvm.xsave_size))
+        self._executable: set[int] = set()  # MFNs of frames that Unicorn may have translated
+        self._task_switched = False
+        self._dr7 = 0
+        self._active: Cpu = self._kvm
+        self._target: Cpu | None = None  # where to go on
+        self._requested: str | None = None
+        self._leave = False
+        self._kick = False
+        self.moves = 0
+        self.policy = True  # False: only `request_move` and necessity move it
+        self._hold = 0
+        self._votes = 0
+        self._traps = 0
+        self._handler_ns = 0
+        self._window_start = 0
+        self._go_to(self._unicorn)
+
+    @property
+    def running_on(self) -> str:
+        """The engine it is on: `kvm` or `unicorn`."""
+        return "kvm" if self._active is self._kvm else "unicorn"
+
+    # --- state ------------------------------------------------------------------------------------------
+
+    def load(self, state: CpuState) -> None:
+        self._task_switched, self._dr7 = state.task_switched, state.debug[7]
+        self._state.xcr0 = state.xcr0
+        self._state.xsave = bytearray(state.xsave.ljust(self._engine.kvm.xsave_size, b"\0"))
+        self._active.load(state)
+        self._prepare_active()
+
+    def store(self, state: CpuState) -> None:
+        if self._active is self._kvm:
+            self._kvm.store(state)
+            return
+        self._store_from_unicorn(state)
+
+    def set_segment(self, segment: int, selector: int) -> None:
+        self._active.set_segment(segment, selector)
+
+    def set_code_stack(self, cs: int, ss: int) -> None:
+        self._active.set_code_stack(cs, ss)
+
+    def set_task_switched(self, on: bool) -> None:
+        self._task_switched = on
+        self._active.set_task_switched(on)
+
+    def set_debug(self, number: int, value: int) -> None:
+        if number == 7:
+            self._dr7 = value
+        self._active.set_debug(number, value)
+
+    def set_xcr0(self, value: int) -> None:
+        self._state.xcr0 = value
+        if self._active is self._kvm:
+            self._kvm.set_xcr0(value)
+
+    def code_written(self, mfn: int) -> None:
+        if self._active is self._unicorn:
+            self._unicorn.code_written(mfn)
+
+    def executable_mapped(self, mfn: int) -> None:
+        self._executable.add(mfn)
+        if self._active is self._unicorn:
+            self._unicorn.executable_mapped(mfn)
+
+    # --- running ------------------------------------------------------------------------------------------
+
+    def run(self, on_trap: TrapHandler) -> None:
+        self._leave = False
+        on_kvm, on_unicorn = self._handlers(on_trap)
+        while True:
+            self._look_around()
+            if self._target is not None:
+                self._move()
+            self._active.run(on_kvm if self._active is self._kvm else on_unicorn)
+            moving = self._target is not None
+            if moving:
+                self._move()
+            if self._leave or self._kick or not moving:
+                self._kick = False
+                return
+
+    def kick(self) -> None:
+        self._kick = True
+        self._active.kick()
+
+    def request_move(self, name: str) -> None:
+        """Go on on the engine `kvm` or `unicorn` from the next trap boundary on. From any thread."""
+        self._requested = name
+        self._active.kick()
+
+    def _handlers(self, on_trap: TrapHandler) -> tuple[TrapHandler, TrapHandler]:
+        clock = time.perf_counter_ns
+
+        def on_kvm(vector: int, error_code: int, address: int) -> bool:
+            start = clock()
+            if not on_trap(vector, error_code, address):
+                self._leave = True
+            self._handler_ns += clock() - start
+            self._traps += 1
+            if self._requested is not None or self._traps >= WINDOW or self._only_unicorn_can():
+                self._look_around()
+            return not self._leave and self._target is None
+
+        def on_unicorn(vector: int, error_code: int, address: int) -> bool:
+            if vector == TRAP_CPUID:
+                self._answer_cpuid()
+                return True
+            if vector == VECTOR_UD and self._only_kvm_can():
+                self._hold = HOLD
+                self._target = self._kvm
+                return False
+            if not on_trap(vector, error_code, address):
+                self._leave = True
+            self._traps += 1
+            if self._requested is not None or self._traps >= WINDOW:
+                self._look_around()
+            return not self._leave and self._target is None
+
+        return on_kvm, on_unicorn
+
+    def _answer_cpuid(self) -> None:
+        """CPUID executed on Unicorn: what it would have been on KVM."""
+        regs = self.regs
+        leaf, subleaf = regs[RAX] & _MASK32, regs[RCX] & _MASK32
+        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = self._engine.kvm.host_cpuid(leaf, subleaf)
+
+    # --- where to run -------------------------------------------------------------------------------------
+
+    def _only_unicorn_can(self) -> bool:
+        """Whether this host's KVM would get the guest's state wrong."""
+        traits, regs = self._engine.kvm.traits, self.regs
+        return (
+            (self._task_switched and not traits.traps_task_switched)
+            or (self._dr7 & 0xFF and not traits.has_breakpoints)
+            or (not traits.keeps_selectors and (regs[FS] | regs[GS]) & 0xFFFC)
+            or (not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L)
+        ) != 0
+
+    def _only_kvm_can(self) -> bool:
+        """Whether an undefined opcode on Unicorn may be one that KVM executes: not UD2, nor what follows Xen's own."""
+        code = self._unicorn_code(2)
+        return code is not None and code != _UD2 and self._engine.may_move
+
+    def _unicorn_code(self, size: int) -> bytes | None:
+        regs = self.regs
+        return paging.read(self._memory, regs[_CR3] >> PAGE_SHIFT, regs[RIP] + regs[CS + 1] & _MASK64, size)
+
+    def _look_around(self) -> None:
+        """Decide where to go on: by request, by necessity, or by what the last traps cost."""
+        requested, self._requested = self._requested, None
+        here = self._active
+        if not self._engine.may_move:
+            wanted: Cpu = self._kvm
+        elif self._only_unicorn_can():
+            wanted = self._unicorn
+        elif requested is not None:
+            wanted = self._kvm if requested == "kvm" else self._unicorn
+        elif not self.policy:
+            wanted = here
+        else:
+            wanted = self._by_measurement()
+        self._target = wanted if wanted is not here else None
+
+    def _by_measurement(self) -> Cpu:
+        now = time.perf_counter_ns()
+        traps, elapsed = self._traps, now - self._window_start
+        here = self._active
+        on_kvm = here is self._kvm
+        if traps < WINDOW and (on_kvm or elapsed < QUIET_NS):
+            return here
+        handled, self._handler_ns = self._handler_ns, 0
+        self._traps, self._window_start = 0, now
+        if self._hold > 0:
+            self._hold -= traps
+            return here
+        exit_cost = self._engine.kvm.traits.exit_cost_ns
+        if on_kvm:
+            interval = (elapsed - handled) / max(traps, 1)
+            better = max(interval - exit_cost, 0) * SLOWDOWN + UNICORN_TRAP_NS < interval * 0.7
+        else:
+            interval = max(elapsed / max(traps, 1) - HANDLER_NS, 0)
+            better = interval / SLOWDOWN + exit_cost < interval * 0.7
+        self._votes = self._votes + 1 if better else 0
+        if self._votes < PATIENCE:
+            return here
+        return self._unicorn if on_kvm else self._kvm
+
+    # --- moving -------------------------------------------------------------------------------------------
+
+    def _move(self) -> None:
+        target, self._target = self._target, None
+        assert target is not None
+        state = self._state
+        if target is self._unicorn:
+            self._kvm.store(state)
+            self._check_executable()
+        else:
+            self._store_from_unicorn(state)
+            self._check_executable()
+        self._go_to(target)
+        target.load(state)
+        self._prepare_active()
+        self.moves += 1
+
+    def _store_from_unicorn(self, state: CpuState) -> None:
+        """Unicorn's state, with what only KVM has of the extended state left as it was."""
+        wide = self._state.xsave
+        components = int.from_bytes(wide[XSTATE_BV : XSTATE_BV + 8], "little") & ~BOTH_HAVE
+        upper = bytes(wide[576:])
+        self._unicorn.store(state)
+        image = state.xsave
+        image[576:] = upper
+        components |= int.from_bytes(image[XSTATE_BV : XSTATE_BV + 8], "little") & BOTH_HAVE
+        image[XSTATE_BV : XSTATE_BV + 8] = components.to_bytes(8, "little")
+        if state is not self._state:
+            state.xcr0 = self._state.xcr0
+            self._state.xsave = bytearray(image)
+
+    def _check_executable(self) -> None:
+        """Have Unicorn compare what it has translated with memory as it is now."""
+        check = self._unicorn.executable_mapped
+        for mfn in self._executable:
+            check(mfn)
+
+    def _prepare_active(self) -> None:
+        if self._active is self._unicorn:
+            self._unicorn.flush_tlb()
+            if self._engine.xcr0_mask & ~BOTH_HAVE:
+                # XSAVE and its kin are to be undefined, so that they are executed where all components are.
+                self.regs[_CR4] &= ~CR4_OSXSAVE
+        else:
+            self._kvm.flush_tlb()
+
+    def _go_to(self, target: Cpu) -> None:
+        """Make an engine the one that all calls go to."""
+        self._active = target
+        self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
+        self.switch_mode = target.switch_mode
+        self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page
+        self.set_ldt = target.set_ldt
+        self._votes = self._traps = self._handler_ns = 0
+        self._window_start = time.perf_counter_ns()

@@ -1,0 +1,318 @@
+"""A vCPU that moves between KVM and Unicorn while it runs keeps every bit of its state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from xenolith.abi.x86 import (
+    CS,
+    EFLAGS_CF,
+    FS_BASE,
+    PAGE_SHIFT,
+    R8,
+    R15,
+    RAX,
+    RCX,
+    RDI,
+    RIP,
+    RSP,
+    SS,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_NM,
+    VECTOR_PF,
+    VECTOR_UD,
+)
+from xenolith.machine.engines.adaptive import AdaptiveCpu, AdaptiveEngine
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState
+
+from .bare import CODE, DATA, GDT, STACK_TOP, TABLE, Machine
+
+ENGINES = ("kvm", "unicorn")
+
+
+class AdaptiveMachine(Machine):
+    def make_engine(self) -> AdaptiveEngine:  # type: ignore[override]
+        return AdaptiveEngine(self.memory)
+
+    def adaptive_cpu(self) -> AdaptiveCpu:
+        cpu = self.engine.cpu(0)
+        assert isinstance(cpu, AdaptiveCpu)
+        cpu.policy = False
+        state = CpuState(l4_mfn=self.l4, gdt_va=GDT, gdt_limit=0xFFF, xcr0=self.engine.xcr0_mask)
+        state.regs[CS], state.regs[SS] = 0xE033, 0xE02B
+        cpu.load(state)
+        cpu.regs[RSP] = STACK_TOP
+        cpu.executable_mapped(self.code)
+        return cpu
+
+    def on(self, cpu: AdaptiveCpu, engine: str, code: str | None = None, offset: int = 0) -> tuple[int, int, int]:
+        """Run from CODE + offset to the first trap, on that engine."""
+        if code is not None:
+            self.write_code(code, offset)
+            cpu.code_written(self.code)
+        cpu.request_move(engine)
+        cpu.regs[RIP] = CODE + offset
+        return self.go_on(cpu)
+
+    def go_on(self, cpu: AdaptiveCpu) -> tuple[int, int, int]:
+        traps: list[tuple[int, int, int]] = []
+
+        def on_trap(vector: int, error_code: int, address: int) -> bool:
+            traps.append((vector, error_code, address))
+            return False
+
+        while not traps:
+            cpu.run(on_trap)
+        return traps[0]
+
+
+@pytest.fixture
+def machine() -> Iterator[AdaptiveMachine]:
+    made = AdaptiveMachine()
+    yield made
+    made.close()
+
+
+def test_general_registers_flags_and_bases_survive_every_move(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    for register in range(16):
+        cpu.regs[register] = 0x1234_5678_9ABC_DE00 + register
+    cpu.regs[RSP] = STACK_TOP
+    cpu.regs[FS_BASE] = DATA
+    cpu.set_rflags(EFLAGS_CF | 0x400)
+    before = cpu.regs[: R15 + 1].tolist()
+    for number in range(20):
+        engine = ENGINES[number % 2]
+        assert machine.on(cpu, engine, "0f 0b") == (VECTOR_UD, 0, 0)
+        assert cpu.running_on == engine
+        assert cpu.regs[: R15 + 1].tolist() == before
+        assert cpu.regs[FS_BASE] == DATA
+        assert cpu.get_rflags() & 0xFFF == EFLAGS_CF | 0x400 | 0x202
+    assert cpu.moves >= 19
+
+
+def test_what_one_engine_writes_the_other_reads(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    cpu.regs[RDI] = DATA
+    for number in range(10):
+        cpu.regs[RAX] = number
+        machine.on(cpu, ENGINES[number % 2], "48 89 07 0f 0b")
+        cpu.regs[RAX] = 0
+        machine.on(cpu, ENGINES[(number + 1) % 2], "48 8b 07 0f 0b")
+        assert cpu.regs[RAX] == number
+
+
+def test_code_changed_on_kvm_is_not_stale_on_unicorn(machine: AdaptiveMachine) -> None:
+    """The guest rewrites its own code on one engine and runs it on the other, to and fro."""
+    cpu = machine.adaptive_cpu()
+    alias = DATA + 0x20_0000
+    machine.memory.q[machine.entry(alias)] = machine.code << PAGE_SHIFT | TABLE
+    machine.write_code("b8 00 00 00 00 0f 0b", 0x800)  # mov eax, imm; ud2
+    machine.write_code("89 07 0f 0b")  # mov [rdi], eax; ud2
+    cpu.code_written(machine.code)
+    cpu.regs[RDI] = alias + 0x801
+    for number in [1, 2, 1, 1, 3, 2, 1]:
+        cpu.regs[RAX] = number
+        assert machine.on(cpu, "kvm")[0] == VECTOR_UD
+        assert machine.on(cpu, "unicorn", offset=0x800)[0] == VECTOR_UD
+        assert cpu.regs[RAX] == number
+        cpu.regs[RAX] = number + 100
+        assert machine.on(cpu, "unicorn")[0] == VECTOR_UD
+        assert machine.on(cpu, "unicorn", offset=0x800)[0] == VECTOR_UD
+        assert cpu.regs[RAX] == number + 100
+        assert machine.on(cpu, "kvm", offset=0x800)[0] == VECTOR_UD
+        assert cpu.regs[RAX] == number + 100
+
+
+def test_page_tables_changed_while_on_one_engine_hold_on_the_other(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    machine.set_word(1)
+    machine.set_word(2, page=1)
+    machine.write_code("48 8b 07 0f 0b")
+    cpu.regs[RDI] = DATA
+    index = machine.entry(DATA)
+    for number in range(12):
+        change, use = ENGINES[number % 2], ENGINES[(number // 2 + 1) % 2]
+        machine.on(cpu, change)
+        target = number % 3
+        machine.change_entry(index, machine.data[target] << PAGE_SHIFT | TABLE if target < 2 else 0)
+        cpu.flush_page(DATA)
+        vector, _, _ = machine.on(cpu, use)
+        assert vector == (VECTOR_UD if target < 2 else VECTOR_PF)
+        if target < 2:
+            assert cpu.regs[RAX] == target + 1
+
+
+def test_vector_registers_survive_whole(machine: AdaptiveMachine) -> None:
+    """Unicorn has no upper halves; it must not lose them, nor may its SSE code change them."""
+    if not machine.engine.xcr0_mask & 4:
+        pytest.skip("this processor has no AVX")
+    cpu = machine.adaptive_cpu()
+    data = os.urandom(32)
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 32] = data
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "kvm", "c5 fe 6f 1f 0f 0b")  # vmovdqu ymm3, [rdi]
+    machine.on(cpu, "unicorn", "66 0f ef db 0f 0b")  # pxor xmm3, xmm3: legacy SSE, the upper half stays
+    assert cpu.running_on == "unicorn"
+    machine.on(cpu, "kvm", "c5 fe 7f 5f 20 0f 0b")
+    assert machine.memory.b[start + 32 : start + 48] == bytes(16)
+    assert machine.memory.b[start + 48 : start + 64] == data[16:]
+
+
+def test_a_wide_instruction_on_unicorn_moves_to_kvm_and_is_executed(machine: AdaptiveMachine) -> None:
+    if not machine.engine.xcr0_mask & 4:
+        pytest.skip("this processor has no AVX")
+    cpu = machine.adaptive_cpu()
+    data = os.urandom(32)
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 32] = data
+    cpu.regs[RDI] = DATA
+    code = "48 ff c0 c5 fe 6f 07 c5 fe 7f 47 20 48 ff c0 0f 0b"
+    cpu.regs[RAX] = 0
+    assert machine.on(cpu, "unicorn", code) == (VECTOR_UD, 0, 0)
+    assert cpu.running_on == "kvm"
+    assert cpu.regs[RAX] == 2
+    assert machine.memory.b[start + 32 : start + 64] == data
+
+
+@pytest.mark.parametrize(
+    "code", ["0f ae 27", "0f 01 d0", "0f c7 27", "0f ae 2f"], ids=["xsave", "xgetbv", "xsavec", "xrstor"]
+)
+def test_extended_state_is_only_saved_where_all_of_it_is(machine: AdaptiveMachine, code: str) -> None:
+    if not machine.engine.xcr0_mask & ~3:
+        pytest.skip("this processor has no wide state")
+    cpu = machine.adaptive_cpu()
+    cpu.regs[RDI] = DATA
+    cpu.regs[RCX] = 0
+    cpu.regs[RAX], cpu.regs[2] = 7, 0
+    assert machine.on(cpu, "unicorn", code + " 0f 0b")[0] == VECTOR_UD
+    assert cpu.running_on == "kvm"
+    assert cpu.regs[RIP] == CODE + 3
+
+
+def test_an_undefined_opcode_is_one_on_both(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    for engine in ENGINES:
+        assert machine.on(cpu, engine, "0f 0b 78 65 6e 0f a2") == (VECTOR_UD, 0, 0)
+        assert cpu.running_on == engine
+        assert machine.on(cpu, engine, "0f 04") == (VECTOR_UD, 0, 0)
+        assert cpu.regs[RIP] == CODE
+
+
+def test_cpuid_gives_the_same_answer_on_both(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    answers = []
+    for engine in ENGINES:
+        cpu.regs[RAX], cpu.regs[RCX] = 7, 0
+        machine.on(cpu, engine, "0f a2 0f 0b")
+        answers.append([cpu.regs[register] & 0xFFFF_FFFF for register in range(4)])
+    assert answers[0] == answers[1]
+
+
+def test_the_task_switched_flag_is_honoured_on_every_host(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    machine.on(cpu, "kvm", "0f 05 d9 e8 0f 0b")
+    cpu.set_task_switched(True)
+    assert machine.go_on(cpu) == (VECTOR_NM, 0, 0)
+    cpu.set_task_switched(False)
+    assert machine.go_on(cpu) == (VECTOR_UD, 0, 0)
+
+
+def test_breakpoints_are_honoured_on_every_host(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    machine.on(cpu, "kvm", "0f 05 90 90 0f 0b")
+    cpu.set_debug(0, CODE + 3)
+    cpu.set_debug(7, 0x402)
+    assert machine.go_on(cpu)[0] == VECTOR_DB
+    assert cpu.regs[RIP] == CODE + 3
+    cpu.set_debug(7, 0x400)
+    assert machine.go_on(cpu) == (VECTOR_UD, 0, 0)
+
+
+def test_selectors_read_back_as_loaded_on_every_host(machine: AdaptiveMachine) -> None:
+    machine.set_descriptor(0x68, 0x0000_0FFF, 0x0040_F300)
+    cpu = machine.adaptive_cpu()
+    cpu.regs[RAX] = 0x6B
+    machine.on(cpu, "kvm", "8e e0 0f 05 31 c0 8c e0 0f 0b")  # mov fs, eax; syscall; mov eax, fs; ud2
+    assert machine.go_on(cpu)[0] == VECTOR_UD
+    assert cpu.regs[RAX] == 0x6B
+
+
+def test_32_bit_code_runs_on_every_host(machine: AdaptiveMachine) -> None:
+    machine.set_descriptor(0x20, 0x0000_FFFF, 0x00CF_FB00)
+    machine.set_descriptor(0x28, 0x0000_FFFF, 0x00CF_F300)
+    cpu = machine.adaptive_cpu()
+    machine.on(cpu, "kvm", "0f 05")
+    machine.write_code("40 50 5b cd 80")
+    cpu.code_written(machine.code)
+    cpu.set_code_stack(0x23, 0x2B)
+    cpu.regs[RAX] = 7
+    cpu.regs[RIP] = CODE
+    assert machine.go_on(cpu) == (VECTOR_GP, 0x402, 0)
+    assert (cpu.regs[RAX], cpu.regs[3]) == (8, 8)
+
+
+def test_a_checksum_is_exact_over_a_thousand_moves(machine: AdaptiveMachine) -> None:
+    """An FNV hash over a page, a byte at a time with a system call after each; every few calls the vCPU moves."""
+    cpu = machine.adaptive_cpu()
+    data = os.urandom(4096)
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 4096] = data
+    # rax = hash, rdi = pointer, r8 = left, r9 = prime
+    code = "0f b6 17"  # movzx edx, byte [rdi]
+    code += "48 31 d0"  # xor rax, rdx
+    code += "49 0f af c1"  # imul rax, r9
+    code += "48 ff c7"  # inc rdi
+    code += "0f 05"  # syscall
+    code += "49 ff c8"  # dec r8
+    code += "75 ec"  # jnz
+    code += "0f 0b"
+    machine.write_code(code)
+    cpu.code_written(machine.code)
+    prime, mask = 0x100_0000_01B3, (1 << 64) - 1
+    cpu.regs[RAX], cpu.regs[RDI], cpu.regs[R8], cpu.regs[9] = 0xCBF2_9CE4_8422_2325, DATA, 4096, prime
+    cpu.regs[RIP] = CODE
+    calls = 0
+    done = False
+
+    def on_trap(vector: int, _error_code: int, _address: int) -> bool:
+        nonlocal calls, done
+        if vector != TRAP_SYSCALL:
+            done = True
+            return False
+        calls += 1
+        if calls % 4 == 0:
+            cpu.request_move(ENGINES[calls // 4 % 2])
+        return True
+
+    while not done:
+        cpu.run(on_trap)
+    expected = 0xCBF2_9CE4_8422_2325
+    for byte in data:
+        expected = (expected ^ byte) * prime & mask
+    assert calls == 4096
+    assert cpu.regs[RAX] == expected
+    assert cpu.moves >= 1000
+
+
+def test_a_vcpu_that_computes_settles_on_kvm_and_one_that_traps_may_leave_it(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    cpu.policy = True
+    machine.write_code("b9 40 42 0f 00 48 ff c9 75 fb 0f 05 eb f2")  # mov ecx, 1000000; dec/jnz; syscall; again
+    cpu.code_written(machine.code)
+    cpu.regs[RIP] = CODE
+    calls = 0
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls < 600 and cpu.running_on == "unicorn"
+
+    while calls < 600 and cpu.running_on == "unicorn":
+        cpu.run(on_trap)
+    assert cpu.running_on == "kvm"
