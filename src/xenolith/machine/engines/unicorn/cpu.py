@@ -57,6 +57,9 @@ _CR0: Final = layout.CR // 8
 _CR3: Final = _CR0 + 3
 _DR: Final = layout.DR // 8
 _HFLAGS: Final = layout.HFLAGS // 4
+_HF_64_BIT: Final = layout.HF_CS64 | layout.HF_CS32 | layout.HF_SS32
+_FLAT_CODE64: Final = layout.FLAT_CODE64 << 32 | 0xFFFF_FFFF
+_FLAT_DATA: Final = layout.FLAT_DATA << 32 | 0xFFFF_FFFF
 _SEGMENTS_END: Final = GS + 3
 
 
@@ -152,6 +155,10 @@ class UnicornCpu:
 
     def set_segment(self, segment: int, selector: int) -> None:
         """Load ES, DS, FS or GS. Raises ValueError where the instruction would fault; it is null then."""
+        if selector <= segments.SELECTOR_RPL and self._d[_HFLAGS] & layout.HF_CS64:
+            regs = self.regs
+            regs[segment], regs[segment + 1], regs[segment + 2] = selector, 0, 0
+            return
         try:
             value = segments.data_segment(selector, self._descriptor)
         except ValueError:
@@ -161,6 +168,12 @@ class UnicornCpu:
 
     def set_code_stack(self, cs: int, ss: int) -> None:
         """Load CS and SS. Raises ValueError, and changes nothing, where a return to them at CPL 3 would fault."""
+        if cs == FLAT_RING3_CS64 and ss == FLAT_RING3_SS64:
+            regs = self.regs
+            regs[CS], regs[CS + 1], regs[CS + 2] = cs, 0, _FLAT_CODE64
+            regs[SS], regs[SS + 1], regs[SS + 2] = ss, 0, _FLAT_DATA
+            self._d[_HFLAGS] = self._d[_HFLAGS] & ~layout.HF_ADDSEG | _HF_64_BIT
+            return
         code = segments.code_segment(cs, self._descriptor)
         stack = segments.stack_segment(ss, self._descriptor)
         self._load_segment(CS, cs, code)
@@ -234,11 +247,12 @@ class UnicornCpu:
 
         def invalid(vector: int, error_code: int, address: int) -> bool:
             if vector == VECTOR_UD:
-                if self._code(1) == INT1:  # which this Unicorn does not know
+                code = self._code(2) or self._code(1) or b""
+                if code == RDPMC:  # this and the next Unicorn takes for invalid
+                    return deliver(VECTOR_GP, 0, 0)
+                if code[:1] == INT1:
                     self.regs[RIP] += 1
                     return deliver(VECTOR_DB, 0, self._q[_DR + 6])
-                if self._code(2) == RDPMC:
-                    return deliver(VECTOR_GP, 0, 0)
             return deliver(vector, error_code, address)
 
         def cpuid(vector: int, error_code: int, address: int) -> bool:

@@ -8,43 +8,41 @@ from __future__ import annotations
 
 from typing import Final
 
-from xenolith.abi.x86 import L2_SHIFT, L3_SHIFT, L4_SHIFT, PAGE_MASK, PTE_ADDRESS, PTE_P, PTE_PSE
+from xenolith.abi.x86 import L2_SHIFT, L3_SHIFT, L4_SHIFT, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_ADDRESS, PTE_P, PTE_PSE
 from xenolith.machine.memory import MachineMemory
 
 _INDEX: Final = 511
-_LEVELS: Final = (L4_SHIFT, L3_SHIFT, L2_SHIFT)
+_LEVELS: Final = (L4_SHIFT, L3_SHIFT, L2_SHIFT, PAGE_SHIFT)
 
 
 def machine_address(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
     """The machine address that linear address `va` maps to; None if it maps to nothing in the machine."""
-    q = memory.q
-    table = l4_mfn << 12
+    q, size = memory.q, memory.size
+    table = l4_mfn << PAGE_SHIFT
     for shift in _LEVELS:
-        if table >= memory.size:
+        if table >= size:
             return None
         entry = q[(table >> 3) + (va >> shift & _INDEX)]
         if not entry & PTE_P:
             return None
         table = entry & PTE_ADDRESS
-        if entry & PTE_PSE and shift != L4_SHIFT:
-            offset = va & (1 << shift) - 1
-            address = (table & -(1 << shift)) + offset
-            return address if address < memory.size else None
-    if table >= memory.size:
-        return None
-    entry = q[(table >> 3) + (va >> 12 & _INDEX)]
-    address = (entry & PTE_ADDRESS) + (va & PAGE_MASK)
-    return address if entry & PTE_P and address < memory.size else None
+        if entry & PTE_PSE and shift < L4_SHIFT and shift != PAGE_SHIFT:
+            table &= -(1 << shift)
+            break
+    else:
+        shift = PAGE_SHIFT
+    address = table + (va & (1 << shift) - 1)
+    return address if address < size else None
 
 
 def read(memory: MachineMemory, l4_mfn: int, va: int, size: int) -> bytes | None:
     """`size` bytes (at most a page) from linear address `va`; None if any of them is not mapped."""
-    data = b""
-    while len(data) < size:
-        start = va + len(data) & (1 << 64) - 1
-        address = machine_address(memory, l4_mfn, start)
-        if address is None:
-            return None
-        end = min(size - len(data), PAGE_MASK + 1 - (start & PAGE_MASK))
-        data += bytes(memory.b[address : address + end])
-    return data
+    here = min(size, PAGE_SIZE - (va & PAGE_MASK))
+    address = machine_address(memory, l4_mfn, va)
+    if address is None:
+        return None
+    data = bytes(memory.b[address : address + here])
+    if here == size:
+        return data
+    rest = read(memory, l4_mfn, va + here & (1 << 64) - 1, size - here)
+    return None if rest is None else data + rest

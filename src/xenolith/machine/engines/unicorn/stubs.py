@@ -93,9 +93,9 @@ FLUSH_PAGE: Final[Listing] = (
     (0x17, "ff e0", "jmp rax"),
 )
 
-# switch_mode(l4_mfn, user): load CR3.  If the mode changes, exchange the two modes' TLBs and mark the flags; and a guest
-# kernel is entered in 64-bit code, even if a far jump that nobody saw had left it.  If the TLB now in use holds another
-# page table's translations, empty it; if the processor itself has used its TLB, empty that.
+# switch_mode(l4_mfn, user): load CR3.  If the mode changes, exchange the two modes' TLBs and mark the flags; and a
+# guest kernel is entered in 64-bit code, even if a far jump that nobody saw had left that.  If the TLB now in use holds
+# another page table's translations, empty it; if the processor itself has used its TLB, empty that.
 SWITCH_MODE: Final[Listing] = (
     (0x00, "48 ba {env}", "mov rdx, env"),
     (0x0A, "48 89 f8", "mov rax, rdi"),
