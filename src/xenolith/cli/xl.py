@@ -19,7 +19,14 @@ from typing import Any, Final
 
 import click
 
-from xenolith.cli.xl_command import Session, Toolstack, XlCommand, complain, connect_to_daemon
+from xenolith.cli.xl_command import (
+    Session,
+    Toolstack,
+    XlCommand,
+    complain,
+    connect_to_daemon,
+    connect_to_running_daemon,
+)
 
 NOT_YET: Final = frozenset(
     """
@@ -136,7 +143,7 @@ class XlGroup(click.Group):
             click.echo(usage(), nl=False)
             ctx.exit(1)
         if ctx.obj is None:
-            ctx.obj = Session(self.connect)
+            ctx.obj = Session(connect_to_running_daemon if ctx.resilient_parsing else self.connect)
         ctx.obj.dry_run = any(option == "-N" for option, _ in options)
         for option, value in options:
             if option == "--socket":

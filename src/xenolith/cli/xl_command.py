@@ -37,6 +37,15 @@ def connect_to_daemon(socket: Path | None = None) -> Toolstack:
     return Toolstack(client, client)
 
 
+def connect_to_running_daemon() -> Toolstack:
+    """The toolstack of this user's daemon, if it runs; completing a word must not start one."""
+    from xenolith.toolstack.remote import RemoteClient
+    from xenolith.toolstack.rundir import default_socket
+
+    client = RemoteClient(default_socket())
+    return Toolstack(client, client)
+
+
 @dataclass(slots=True)
 class Session:
     """What all subcommands of one invocation share."""
