@@ -58,6 +58,11 @@ def ending(how: str, reason: int) -> Guest:
     return Guest("ending-" + how.replace(" reason=", "-"), "crash.elf", how, 1, 32, reason, (said,))
 
 
+def fuzz(seed: int, calls: int) -> Guest:
+    """Random hypercalls from a seed, after which the guest must find itself and its machine sane."""
+    return checks(f"fuzz-{seed}-{calls}", "fuzz.elf", cmdline=f"seed={seed} calls={calls}")
+
+
 CATALOGUE: tuple[Guest, ...] = (
     checks("hello", cmdline="console_io"),
     checks("hello-page", cmdline="console_io"),
@@ -74,6 +79,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("memory"),
     checks("smp", vcpus=3),
     checks("grants"),
+    *(fuzz(seed, calls=2000) for seed in (1, 2, 3)),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),
     ending("shutdown reason=3", CRASH),
@@ -89,3 +95,6 @@ CATALOGUE: tuple[Guest, ...] = (
     ending("watchdog", WATCHDOG),
     ending("reset", 7),
 )
+
+# For a test marked slow.
+LONG_RUNS: tuple[Guest, ...] = (fuzz(4, calls=100_000),)
