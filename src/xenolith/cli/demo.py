@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import click
-from rich.columns import Columns
 from rich.console import Console as Terminal
 from rich.console import Group
 from rich.live import Live
@@ -42,6 +41,7 @@ from xenolith.machine.engines.protocol import EngineError
 
 MEMORY_MIB: Final = 96
 LINES_SHOWN: Final = 14
+PLAIN_WIDTH: Final = 110  # columns, where the output is no terminal
 REFRESH_SECONDS: Final = 0.25
 DEADLINE_SECONDS: Final = 300
 SEED: Final = "xenolith"
@@ -123,10 +123,20 @@ class Show:
         return table
 
     def screen(self) -> Group:
-        panels = [
-            Panel(Text("\n".join(actor.lines)), title=actor.role, height=LINES_SHOWN + 2) for actor in self.actors
-        ]
-        return Group(self.table(), Columns(panels, equal=True, expand=True))
+        consoles = Table.grid(expand=True)
+        for _ in self.actors:
+            consoles.add_column(ratio=1)
+        consoles.add_row(
+            *(
+                Panel(
+                    Text("\n".join(actor.lines), no_wrap=True, overflow="ellipsis"),
+                    title=actor.role,
+                    height=LINES_SHOWN + 2,
+                )
+                for actor in self.actors
+            )
+        )
+        return Group(self.table(), consoles)
 
 
 def _state(info: DomainInfo) -> str:
@@ -150,14 +160,20 @@ def demo(engine: str) -> None:
     """Boot several Debian domains side by side and show that they are isolated."""
     actors = [Actor("worker", WORKER), Actor("crasher", CRASHER), Actor("pair", PAIR, vcpus=2)]
     show = Show(actors)
-    terminal = Terminal()
+    terminal = Terminal() if sys.stdout.isatty() else Terminal(width=PLAIN_WIDTH)
     try:
         with power_on([MEMORY_MIB] * len(actors), engine) as dom0:
             if terminal.is_terminal:
                 with Live(get_renderable=show.screen, console=terminal, refresh_per_second=4):
-                    failures = _perform(dom0, actors, print_line=None)
+                    failures = _perform(dom0, actors, lambda role, line: None, lambda: None)
             else:
-                failures = _perform(dom0, actors, lambda role, line: print(f"{role:>8} | {line}", flush=True))
+                print(f"Booting {len(actors)} Debian domains: {', '.join(actor.role for actor in actors)}.", flush=True)
+                failures = _perform(
+                    dom0,
+                    actors,
+                    lambda role, line: print(f"{role:>8} | {line}", flush=True),
+                    lambda: terminal.print(show.table()),
+                )
     except (EngineError, DomainCreateError, GuestUnavailable, ImageError, InitramfsError) as error:
         raise click.ClickException(str(error)) from error
     terminal.print(show.table())
@@ -166,13 +182,15 @@ def demo(engine: str) -> None:
     if failures:
         sys.exit(1)
     terminal.print(
-        "Every domain has its own memory, and Xen's checks keep it so: the crasher's kernel panicked while the worker "
-        "was half way through its chain, and the worker's result is still the host's own."
+        "Every domain has memory of its own, and ring 0 keeps it so: the crasher's kernel panicked, the others never "
+        "noticed, and what the worker computed beside the dead domain is what the host computes."
     )
 
 
-def _perform(dom0: Dom0, actors: list[Actor], print_line: Callable[[str, str], None] | None) -> list[str]:
-    """The demo itself; what went wrong."""
+def _perform(
+    dom0: Dom0, actors: list[Actor], print_line: Callable[[str, str], None], crash_noticed: Callable[[], None]
+) -> list[str]:
+    """The demo itself; what went wrong. Calls `print_line` with each line of each domain's output."""
     guest = obtain()
     image = load_image(guest.elf)
     domains: dict[str, GuestDomain] = {}
@@ -197,13 +215,13 @@ def _perform(dom0: Dom0, actors: list[Actor], print_line: Callable[[str, str], N
     meter = threading.Thread(target=_measure, args=(dom0, actors, domains, stop), daemon=True)
     meter.start()
     try:
-        return _direct(domains, {actor.role: actor for actor in actors})
+        return _direct(domains, {actor.role: actor for actor in actors}, crash_noticed)
     finally:
         stop.set()
         meter.join()
 
 
-def _direct(domains: dict[str, GuestDomain], actors: dict[str, Actor]) -> list[str]:
+def _direct(domains: dict[str, GuestDomain], actors: dict[str, Actor], crash_noticed: Callable[[], None]) -> list[str]:
     """Wait for the crash, then let the worker go on, and check what everybody did."""
     worker, crasher, pair = actors["worker"], actors["crasher"], actors["pair"]
     crash = domains["crasher"].wait(DEADLINE_SECONDS)
@@ -212,6 +230,7 @@ def _direct(domains: dict[str, GuestDomain], actors: dict[str, Actor]) -> list[s
     crasher.verdict = "panicked, as it should"
     if not _await(worker, lambda: "half way" in worker.output):
         return ["the worker never got half way"]
+    crash_noticed()
     domains["worker"].console.write(GO.encode() + b"\n")
     failures = []
     for actor in (worker, pair):
@@ -248,7 +267,7 @@ def _chain() -> str:
     return value
 
 
-def _follow(domain: GuestDomain, actor: Actor, print_line: Callable[[str, str], None] | None) -> None:
+def _follow(domain: GuestDomain, actor: Actor, print_line: Callable[[str, str], None]) -> None:
     """Take a domain's console apart into its command's output and lines to show."""
     rest = ""
     with domain.console.open_reader(Overflow.WAIT) as reader:
@@ -257,9 +276,8 @@ def _follow(domain: GuestDomain, actor: Actor, print_line: Callable[[str, str], 
             actor.output += output
             *lines, rest = (rest + output).replace("\r", "").split("\n")
             actor.lines.extend(lines)
-            if print_line:
-                for line in lines:
-                    print_line(actor.role, line)
+            for line in lines:
+                print_line(actor.role, line)
             actor.changed.set()
     actor.changed.set()
 
