@@ -59,7 +59,7 @@ class Context:
         self.preempt = False  # leave the pCPU at the next chance
         self.stopping = False
         self.slice_start = 0
-        self.quantum_timer = Timer(lambda: scheduler.preempt(self))
+        self.quantum_timer = Timer(lambda: scheduler.quantum_over(self))
         self.swap: Callable[[CpuState, CpuState], None] | None = getattr(cpu, "swap", None)  # quicker than store, load
         self._handlers: dict[Vcpu, TrapHandler] = {}
         # Binary semaphores, taken until somebody releases them.
@@ -427,6 +427,22 @@ class Scheduler:
                 return
             domain.shutdown_announced = True
         events.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+
+    def quantum_over(self, context: Context) -> None:
+        """Whoever runs on the context makes room if one that waits has had less, else it gets another quantum."""
+        now = self._clock.now()
+        with self._lock:
+            running = context.running
+            if running is None:
+                return
+            shares = [each.wanted.share for each in self._waiting if each.wanted is not None]
+            shares += [vcpu.share for vcpu in context.vcpus if vcpu is not running and runnable(vcpu)]
+            if not shares:
+                return
+            if min(shares) > _share_now(context, now):
+                self._timers.set(context.quantum_timer, now + QUANTUM)
+                return
+        self.preempt(context)
 
     def preempt(self, context: Context) -> None:
         """Make whoever runs on the context give up its pCPU. From any thread; takes no lock."""

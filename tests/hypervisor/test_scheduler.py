@@ -1,0 +1,312 @@
+"""The scheduler: who runs, for how long, and that one domain's end is nobody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from struct import pack
+
+import pytest
+
+from xenolith.abi.hypercalls import (
+    EVTCHNOP_send,
+    HYPERVISOR_event_channel_op,
+    HYPERVISOR_sched_op,
+    HYPERVISOR_vcpu_op,
+    RUNSTATE_blocked,
+    RUNSTATE_runnable,
+    RUNSTATE_running,
+    SCHEDOP_block,
+    SCHEDOP_poll,
+    SCHEDOP_shutdown,
+    SCHEDOP_watchdog,
+    SCHEDOP_yield,
+    SHUTDOWN_crash,
+    SHUTDOWN_watchdog,
+    VCPUOP_down,
+)
+from xenolith.abi.x86 import PAGE_SIZE
+from xenolith.hypervisor.domain import Domain
+from xenolith.hypervisor.scheduler import QUANTUM
+
+from .bare import DATA, DEADLINE, BareMachine, Program, pending, write
+
+MS = 1_000_000
+
+MakeMachine = Callable[..., BareMachine]
+
+
+@pytest.fixture
+def make() -> Iterator[MakeMachine]:
+    made: list[BareMachine] = []
+
+    def make(pcpus: int = 1, cpus_shared: bool = True) -> BareMachine:
+        made.append(BareMachine(pcpus, cpus_shared))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+def shutdown(domain: Domain, reason: int = 0) -> Program:
+    write(domain.vcpus[0], DATA + PAGE_SIZE, pack("<I", reason))
+    while True:
+        yield (HYPERVISOR_sched_op, SCHEDOP_shutdown, DATA + PAGE_SIZE)
+
+
+def computes(machine: BareMachine, domain: Domain, until: int) -> Program:
+    """Compute, in steps of 1 ms, until system time is `until`."""
+    while machine.clock.now() < until:
+        yield machine.compute(MS)
+    yield from shutdown(domain)
+
+
+def running(domain: Domain) -> int:
+    return domain.cpu_time
+
+
+def both_start_together(machine: BareMachine, *domains: Domain) -> None:
+    """Pause, so that neither has a head start."""
+    for domain in domains:
+        machine.hypervisor.scheduler.pause(domain)
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((256, 256), (1, 1)), ((512, 256), (2, 1)), ((256, 768), (1, 3))])
+def test_two_computing_domains_share_a_pcpu_by_weight(
+    make: MakeMachine, weights: tuple[int, int], shares: tuple[int, int]
+) -> None:
+    machine = make()
+    ended = machine.ended()
+    domains = [machine.domain(), machine.domain()]
+    end = 1200 * MS
+    measured: list[int] = []
+    for domain, weight in zip(domains, weights, strict=True):
+        domain.weight = weight
+    both_start_together(machine, *domains)
+    for domain in domains:
+        machine.run(domain, computes(machine, domain, end))
+    for domain in domains:
+        machine.control.unpause(domain.domid)
+    assert ended.wait(DEADLINE)
+    measured = [running(domain) for domain in domains]
+    expected = [end * share // sum(shares) for share in shares]
+    for got, wanted in zip(measured, expected, strict=True):
+        assert abs(got - wanted) <= 4 * QUANTUM, (measured, expected)
+
+
+def test_a_domain_alone_is_not_interrupted(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain()
+    machine.run(domain, computes(machine, domain, 500 * MS))
+    assert ended.wait(DEADLINE)
+    vcpu = domain.vcpus[0]
+    assert vcpu.runstate_times[RUNSTATE_running] == 500 * MS
+    assert vcpu.runstate_times[RUNSTATE_runnable] == 0
+
+
+def test_vcpus_that_share_a_cpu_take_turns(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain(vcpus=2)
+    end = 400 * MS
+    machine.run(domain, computes(machine, domain, end), computes(machine, domain, end))
+    assert ended.wait(DEADLINE)
+    times = [vcpu.runstate_times[RUNSTATE_running] for vcpu in domain.vcpus]
+    assert sum(times) == end
+    assert abs(times[0] - times[1]) <= 2 * QUANTUM
+
+
+@pytest.mark.parametrize("cpus_shared", [True, False], ids=["on one Cpu", "on a Cpu each"])
+def test_an_interprocessor_event_wakes_a_blocked_vcpu(make: MakeMachine, cpus_shared: bool) -> None:
+    machine = make(pcpus=2, cpus_shared=cpus_shared)
+    ended = machine.ended()
+    domain = machine.domain(vcpus=2)
+    port = domain.events.bind_ipi(1)
+    order: list[str] = []
+
+    def first() -> Program:
+        while not domain.vcpus[1].blocked:
+            yield (HYPERVISOR_sched_op, SCHEDOP_yield, 0)
+        write(domain.vcpus[0], DATA, pack("<I", port))
+        yield (HYPERVISOR_event_channel_op, EVTCHNOP_send, DATA)
+        order.append("sent")
+        while True:
+            yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
+
+    def second() -> Program:
+        yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
+        assert pending(domain, port)
+        order.append("woken")
+        yield from shutdown(domain)
+
+    machine.run(domain, first(), second())
+    assert ended.wait(DEADLINE)
+    assert domain.shutdown_reason == 0
+    assert "woken" in order
+
+
+def test_a_sleeper_that_wakes_does_not_wait_for_the_end_of_a_quantum(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    busy, sleeper = machine.domain(), machine.domain()
+    port = sleeper.events.bind_virq(0, 0)
+    late: list[int] = []
+
+    def sleeps() -> Program:
+        for _ in range(10):
+            deadline = machine.clock.now() + 33 * MS
+            sleeper.memory.b[sleeper.shared_info + 2048] = 0
+            sleeper.memory.q[sleeper.vcpus[0].info + 8 >> 3] = 0
+            sleeper.memory.b[sleeper.vcpus[0].info] = 0
+            yield (15, deadline)  # set_timer_op
+            yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
+            assert pending(sleeper, port)
+            late.append(machine.clock.now() - deadline)
+        yield from shutdown(sleeper)
+
+    def computes_for_ever() -> Program:
+        while True:
+            yield machine.compute(MS)
+
+    machine.run(sleeper, sleeps())
+    machine.run(busy, computes_for_ever())
+    assert ended.wait(DEADLINE)
+    assert sleeper.shutdown_reason == 0
+    assert len(late) == 10
+    assert max(late) < QUANTUM // 2, late
+
+
+def test_a_block_ends_at_its_timer_on_an_otherwise_idle_machine(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain()
+    domain.events.bind_virq(0, 0)
+
+    def program() -> Program:
+        yield (15, 3_600_000 * MS)
+        yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
+        yield from shutdown(domain)
+
+    machine.run(domain, program())
+    assert ended.wait(DEADLINE)
+    assert machine.clock.now() == 3_600_000 * MS
+    assert domain.vcpus[0].runstate_times[RUNSTATE_blocked] == 3_600_000 * MS
+
+
+def test_a_poll_ends_at_its_time_or_at_its_port_whatever_is_masked(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain()
+    vcpu = domain.vcpus[0]
+    unbound = domain.events.alloc_unbound(0)
+    sender = machine.dom0.events.bind_interdomain(domain, unbound)
+    times: list[int] = []
+
+    def program() -> Program:
+        domain.memory.b[domain.shared_info + 2560] = 0xFF
+        write(vcpu, DATA, pack("<QIIQ", DATA + 64, 1, 0, 10 * MS) + bytes(40) + pack("<I", unbound))
+        yield (HYPERVISOR_sched_op, SCHEDOP_poll, DATA)
+        times.append(machine.clock.now())
+        machine.dom0.events.send(sender)
+        write(vcpu, DATA, pack("<QIIQ", DATA + 64, 1, 0, 0))
+        yield (HYPERVISOR_sched_op, SCHEDOP_poll, DATA)
+        times.append(machine.clock.now())
+        yield from shutdown(domain)
+
+    machine.run(domain, program())
+    assert ended.wait(DEADLINE)
+    assert times == [10 * MS, 10 * MS]
+
+
+def test_nothing_executes_once_pause_has_returned(make: MakeMachine) -> None:
+    machine = make(pcpus=2, cpus_shared=False)
+    domain = machine.domain(vcpus=2)
+    steps = [0, 0]
+
+    def program(number: int) -> Program:
+        def step() -> None:
+            steps[number] += 1
+
+        while True:
+            yield step
+
+    machine.run(domain, program(0), program(1))
+    for _ in range(20):
+        machine.control.pause(domain.domid)
+        seen = steps.copy()
+        machine.compute(20 * MS)()
+        assert steps == seen
+        machine.control.unpause(domain.domid)
+
+
+def test_a_failure_inside_the_hypervisor_ends_only_the_domain_it_served(make: MakeMachine) -> None:
+    machine = make(pcpus=1)
+    ended = machine.ended()
+    victim, survivor = machine.domain(), machine.domain()
+
+    def fails() -> Program:
+        raise RuntimeError("a bug of ours")
+        yield
+
+    machine.run(victim, fails())
+    assert ended.wait(DEADLINE)
+    assert victim.shutdown_reason == SHUTDOWN_crash
+    assert "a bug of ours" in victim.crash_report
+    ended.clear()
+    machine.run(survivor, shutdown(survivor, 1))
+    assert ended.wait(DEADLINE)
+    assert survivor.shutdown_reason == 1
+
+
+def test_dom0_hears_of_a_shutdown_once_when_the_last_vcpu_has_stopped(make: MakeMachine) -> None:
+    machine = make(pcpus=2, cpus_shared=False)
+    domain = machine.domain(vcpus=2)
+    heard: list[bool] = []
+    done = machine.ended()
+    port = machine.dom0.vcpus[0].virq_port[3]
+
+    def handler(_: int) -> None:
+        heard.append(any(vcpu.context and vcpu.context.running for vcpu in domain.vcpus))
+        done.set()
+
+    machine.dom0.events.set_handler(port, handler)
+
+    def spins() -> Program:
+        while True:
+            yield lambda: None
+
+    machine.run(domain, shutdown(domain), spins())
+    assert done.wait(DEADLINE)
+    assert heard == [False]
+
+
+def test_the_last_vcpu_to_go_down_powers_the_domain_off(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain(vcpus=2)
+
+    def goes_down(number: int) -> Program:
+        while True:
+            yield (HYPERVISOR_vcpu_op, VCPUOP_down, number, 0)
+
+    machine.run(domain, goes_down(0), goes_down(1))
+    assert ended.wait(DEADLINE)
+    assert domain.shutdown_reason == 0
+
+
+def test_a_watchdog_that_is_not_fed_ends_the_domain(make: MakeMachine) -> None:
+    machine = make()
+    ended = machine.ended()
+    domain = machine.domain()
+
+    def program() -> Program:
+        write(domain.vcpus[0], DATA, pack("<II", 0, 2))
+        yield (HYPERVISOR_sched_op, SCHEDOP_watchdog, DATA)
+        while True:
+            yield machine.compute(MS)
+
+    machine.run(domain, program())
+    assert ended.wait(DEADLINE)
+    assert domain.shutdown_reason == SHUTDOWN_watchdog
+    assert machine.clock.now() >= 2000 * MS
