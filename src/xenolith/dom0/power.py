@@ -22,4 +22,5 @@ def power_on(domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2) -
     """
     mib = sum(domains_mib)
     memory = MachineMemory(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
-    return Dom0(Hypervisor(memory, choose(engine).factory, pcpus=pcpus))
+    chosen = choose(engine)
+    return Dom0(Hypervisor(memory, chosen.factory, pcpus=pcpus), chosen.name)

@@ -90,8 +90,9 @@ class Dom0:
     Methods may be called by any thread, each domain's by one at a time.
     """
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
+    def __init__(self, hypervisor: Hypervisor, engine: str) -> None:
         self.hypervisor = hypervisor
+        self.engine = engine  # its name
         self.control = Control(hypervisor)
         self.domains: dict[int, GuestDomain] = {}
         self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []

@@ -31,11 +31,12 @@ from xenolith.abi.x86 import (
     RSP,
     SS,
 )
-from xenolith.hypervisor import descriptors, paging, time
+from xenolith.hypervisor import descriptors, paging, time, version
 from xenolith.hypervisor.domain import MAX_VCPUS, Domain
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.statistics import Counters, counters
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import Frames, OutOfMemory
@@ -86,7 +87,22 @@ class VcpuInfo:
     online: bool
     running: bool
     blocked: bool
+    pcpu: int  # on which it runs or ran last; 0 before that
     cpu_time: int  # ns
+
+
+@dataclass(frozen=True)
+class MachineInfo:
+    """The machine as the toolstack describes it (Xen: XEN_SYSCTL_physinfo, xen_version)."""
+
+    pcpus: int
+    tsc_hz: int
+    total_pages: int
+    free_pages: int
+    version: tuple[int, int]
+    extra_version: str
+    capabilities: str
+    scheduler: str
 
 
 class Control:
@@ -232,6 +248,7 @@ class Control:
     def vcpus(self, domid: int) -> list[VcpuInfo]:
         """A snapshot of each of the domain's vCPUs."""
         domain = self._domain(domid)
+        now = self._hypervisor.clock.now()
         with domain.lock:
             return [
                 VcpuInfo(
@@ -239,7 +256,8 @@ class Control:
                     vcpu.online,
                     vcpu.runstate == RUNSTATE_running,
                     vcpu.blocked,
-                    vcpu.runstate_times[RUNSTATE_running],
+                    max(vcpu.context.pcpu, 0) if vcpu.context else 0,
+                    running_time(vcpu, now),
                 )
                 for vcpu in domain.vcpus
             ]
@@ -253,6 +271,31 @@ class Control:
         with self._hypervisor.lock:
             domains = [domain for domid, domain in sorted(self._hypervisor.domains.items()) if domid]
         return [_info(domain) for domain in domains]
+
+    def machine(self) -> MachineInfo:
+        """What the machine has and which hypervisor this is."""
+        hypervisor = self._hypervisor
+        return MachineInfo(
+            pcpus=hypervisor.scheduler.pcpus,
+            tsc_hz=hypervisor.tsc_hz,
+            total_pages=hypervisor.memory.frames,
+            free_pages=hypervisor.memory.free_frames,
+            version=(version.MAJOR, version.MINOR),
+            extra_version=version.EXTRAVERSION.decode(),
+            capabilities=version.CAPABILITIES.decode().strip(),
+            scheduler=hypervisor.scheduler.name,
+        )
+
+    def log_text(self) -> str:
+        """The hypervisor's log (Xen: XEN_SYSCTL_readconsole)."""
+        return self._hypervisor.log_text
+
+    def clear_log(self) -> None:
+        self._hypervisor.clear_log()
+
+    def emergency_output(self, domid: int) -> bytes:
+        """The latest of what the domain wrote with console_io."""
+        return self._domain(domid).emergency_console.text
 
     # --- building ------------------------------------------------------------------------------------
 

@@ -103,6 +103,10 @@ class Hypervisor:
     def log_text(self) -> str:
         return "".join(line + "\n" for line in self._log)
 
+    def clear_log(self) -> None:
+        """Forget the log."""
+        self._log.clear()
+
     def domain(self, domid: int) -> Domain | None:
         """The domain with this id, dying ones included."""
         return self.domains.get(domid)

@@ -30,6 +30,7 @@ from xenolith.abi.hypercalls import (
     RUNSTATE_running,
     SHUTDOWN_crash,
 )
+from xenolith.abi.x86 import DS, ES, FS, GS
 from xenolith.hypervisor import events
 from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
 from xenolith.hypervisor.time import Timer, update_time
@@ -102,6 +103,8 @@ def runnable(vcpu: Vcpu) -> bool:
 
 class Scheduler:
     """Gives `pcpus` tokens to the contexts that want to run."""
+
+    name: Final = "fair"
 
     def __init__(self, hypervisor: Hypervisor, pcpus: int) -> None:
         self.hypervisor = hypervisor
@@ -336,22 +339,32 @@ class Scheduler:
 
     def _switch(self, context: Context, vcpu: Vcpu) -> None:
         """Exchange the vCPU that is loaded on the context's Cpu."""
+        from xenolith.hypervisor.traps import bounce_failsafe
+
         cpu, before = context.cpu, context.loaded
         context.loaded = None
-        if before is None:
-            cpu.load(vcpu.state)
-        else:
+        if before is not None:
             before.regs = before.state.regs
             before.cpu = None
-            if context.swap is not None:
-                context.swap(before.state, vcpu.state)
-            else:
+        if before is not None and context.swap is not None:
+            context.swap(before.state, vcpu.state)
+        else:
+            if before is not None:
                 cpu.store(before.state)
-                cpu.load(vcpu.state)
+            cpu.load(vcpu.state)
         vcpu.cpu = cpu
-        vcpu.regs = cpu.regs
+        vcpu.regs = regs = cpu.regs
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
         context.loaded = vcpu
+        # A selector that cannot be loaded has become null; the guest is told what it was.
+        wanted = {index: vcpu.state.regs[index] for index in (ES, DS, FS, GS)}
+        refused = [index for index, selector in wanted.items() if (regs[index] ^ selector) & 0xFFFF]
+        if refused:
+            for index in refused:
+                regs[index] = wanted[index]
+            bounce_failsafe(vcpu, cpu)
+            for index in refused:
+                regs[index] = 0
 
     def _account(self, vcpu: Vcpu, start: int) -> None:
         now = self._clock.now()

@@ -7,12 +7,11 @@ dom0 is asked at once, in the caller's thread; what happens to domains is told b
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
 import platform
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -91,10 +90,10 @@ class EmbeddedToolstack:
             xen_major=machine.version[0],
             xen_minor=machine.version[1],
             xen_extra=machine.extra_version,
-            xen_caps=machine.capabilities,
+            xen_caps=tuple(machine.capabilities.split()),
             scheduler=machine.scheduler,
             virt_start=layout.HYPERVISOR_VIRT_START,
-            engine=machine.engine,
+            engine=self.dom0.engine,
         )
 
     def domains(self) -> list[DomainInfo]:
@@ -331,20 +330,24 @@ class _Attachment:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._reader = console.open_reader(Overflow.DROP_OLDEST)
-        self.read: Callable[[float | None], bytes | None] = self._reader.read
-        self.close = self._reader.close
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        return self._reader.read(timeout)
 
     def write(self, data: bytes) -> None:
-        try:
+        with contextlib.suppress(ConsoleClosed):
             self._console.write(data, TYPING_SECONDS)
-        except ConsoleClosed:
-            return
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
     """What dom0 is to make. Raises NotSupported and ToolstackError."""
     lacking = config.unsupported()
-    lacking += [key for key, given in {"disk": config.disks, "vif": config.nics, "p9": config.p9_shares}.items() if given]
+    lacking += [
+        key for key, given in {"disk": config.disks, "vif": config.nics, "p9": config.p9_shares}.items() if given
+    ]
     if config.bootloader:
         lacking.append("bootloader")
     if lacking:
