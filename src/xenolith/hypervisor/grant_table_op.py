@@ -173,7 +173,7 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
     """Status, handle and machine address."""
     if not flags & (GNTMAP_device_map | GNTMAP_host_map):
         return GNTST_bad_gntref, 0, 0
-    granter = domain_by_any_id(vcpu, domid)
+    granter = vcpu.domain.hypervisor.domain(domid)
     if granter is None or granter.engine is None:
         return GNTST_bad_domain, 0, 0
     if not flags & GNTMAP_host_map:
@@ -199,9 +199,11 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
 def _install(vcpu: Vcpu, host_addr: int, flags: int, granter: Domain, mfn: int) -> tuple[int, int]:
     """Make the page-table entry; status and its index."""
     domain = vcpu.domain
+    if not domain.frames.valid(mfn) or domain.frames.owner[mfn] != granter.domid:
+        return GNTST_bad_page, 0
     index = _entry_index(vcpu, host_addr, flags)
     if index < 0:
-        return GNTST_bad_virt_addr, 0
+        return GNTST_general_error, 0
     avail = (flags >> GNTMAP_guest_avail_shift << AVAIL_SHIFT) & PTE_AVAIL
     entry = mfn << PAGE_SHIFT | PTE_P | PTE_US | PTE_A | PTE_D | PTE_NX | avail
     if not flags & GNTMAP_readonly:
@@ -324,22 +326,27 @@ class _Side:
 
     def take(self) -> int:
         """Pin the grant and the frame. The owner's lock is held."""
-        if self.owner is None or self.owner.engine is None:
-            return GNTST_bad_domain
         if self.denied:
             return GNTST_permission_denied
+        if self.owner is None or self.owner.engine is None:
+            return GNTST_bad_domain
         self.mfn = self._value
         if self._by_grant:
             self.mfn = self.owner.grants.pin(self._value, self._grantee, self._writable)
             if self.mfn < 0:
                 return self.mfn
-        if self._writable:
-            taken = not paging.get_page_and_type(self.owner, self.mfn, TYPE_WRITABLE)
-        else:
-            taken = self.owner.frames.get_page(self.mfn, self.owner.domid)
-        if not taken and self._by_grant:
+        status = self._take_frame(self.owner)
+        if status and self._by_grant:
             self.owner.grants.unpin(self._value, self._writable)
-        return GNTST_okay if taken else GNTST_bad_page
+        return status
+
+    def _take_frame(self, owner: Domain) -> int:
+        if not owner.frames.get_page(self.mfn, owner.domid):
+            return GNTST_bad_page
+        if self._writable and paging.get_page_type(owner, self.mfn, TYPE_WRITABLE):
+            paging.put_page(owner, self.mfn)
+            return GNTST_general_error
+        return GNTST_okay
 
     def drop(self) -> None:
         assert self.owner is not None

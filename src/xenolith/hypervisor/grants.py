@@ -101,6 +101,17 @@ class GrantTable:
         self.frames += new
         return True
 
+    def permit_access(self, ref: int, domid: int, mfn: int) -> None:
+        """Fill in an entry for a domain that does not run yet: its builder grants the rings it shares with dom0.
+
+        Raises OutOfMemory if the machine has no frame for the table.
+        """
+        if ref >= self.entries and not self.grow(ref // GRANT_ENTRIES_PER_FRAME + 1):
+            raise OutOfMemory("no frame is free for a grant table")
+        address = self.entry_address(ref)
+        self.domain.memory.d[address >> 2] = GTF_permit_access | domid << 16
+        self.domain.memory.d[address + 4 >> 2] = mfn
+
     @property
     def entries(self) -> int:
         return len(self.frames) * GRANT_ENTRIES_PER_FRAME

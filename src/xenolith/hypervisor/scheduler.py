@@ -357,14 +357,9 @@ class Scheduler:
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
         context.loaded = vcpu
         # A selector that cannot be loaded has become null; the guest is told what it was.
-        wanted = {index: vcpu.state.regs[index] for index in (ES, DS, FS, GS)}
-        refused = [index for index, selector in wanted.items() if (regs[index] ^ selector) & 0xFFFF]
-        if refused:
-            for index in refused:
-                regs[index] = wanted[index]
-            bounce_failsafe(vcpu, cpu)
-            for index in refused:
-                regs[index] = 0
+        ds, es, fs, gs = (vcpu.state.regs[index] & 0xFFFF for index in (DS, ES, FS, GS))
+        if (regs[DS] & 0xFFFF, regs[ES] & 0xFFFF, regs[FS] & 0xFFFF, regs[GS] & 0xFFFF) != (ds, es, fs, gs):
+            bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
 
     def _account(self, vcpu: Vcpu, start: int) -> None:
         now = self._clock.now()

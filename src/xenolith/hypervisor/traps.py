@@ -91,6 +91,7 @@ _pack_frame = Struct("<7Q").pack_into
 _pack_frame_with_error = Struct("<8Q").pack_into
 _frame = Struct("<7Q").pack
 _frame_with_error = Struct("<8Q").pack
+_failsafe_frame = Struct("<11Q").pack
 _unpack_iret = layout.IRET_FRAME.unpack_from
 
 # Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
@@ -253,6 +254,30 @@ def bounce(vcpu: Vcpu, cpu: Cpu, handler: int, error_code: int | None, mask_even
         )
     stack -= size
     _finish_bounce(vcpu, cpu, handler, stack, frame, rflags, mask_events)
+
+
+def bounce_failsafe(vcpu: Vcpu, cpu: Cpu, selectors: tuple[int, int, int, int]) -> None:
+    """A vCPU is put on a Cpu with a data segment that cannot be loaded: tell its failsafe callback.
+
+    `selectors` are DS, ES, FS and GS as they should be.
+    """
+    if not vcpu.failsafe_callback:
+        crash(vcpu, "a data segment could not be loaded and no failsafe callback is registered")
+        return
+    regs = cpu.regs
+    upcall_mask = vcpu.domain.memory.b[vcpu.info + 1]
+    rflags, rsp, selector = cpu.get_rflags(), regs[RSP], regs[CS] & 0xFFFF
+    if vcpu.kernel_mode:
+        stack = rsp & ~15
+        selector &= 0xFFFC
+    else:
+        stack = vcpu.kernel_sp & ~15
+        enter_kernel_mode(vcpu, cpu)
+    saved_rflags = rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF)
+    frame = _failsafe_frame(
+        regs[RCX], regs[R11], *selectors, regs[RIP], selector | upcall_mask << 32, saved_rflags, rsp, regs[SS] & 0xFFFF
+    )
+    _finish_bounce(vcpu, cpu, vcpu.failsafe_callback, stack - 88, frame, rflags, vcpu.failsafe_masks_events)
 
 
 def _finish_bounce(

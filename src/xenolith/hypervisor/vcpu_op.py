@@ -7,7 +7,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, vcpu_context
-from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS
+from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, ENXIO
 from xenolith.abi.extensions import (
     VCPUOP_XENOLITH_get_virtual_time,
     VCPUOP_XENOLITH_set_virtual_timer,
@@ -324,7 +324,9 @@ def _register_vcpu_info(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
         return -EFAULT
     mfn, offset, _ = _REGISTER_VCPU_INFO.unpack(data)
     domain = vcpu.domain
-    if offset > PAGE_SIZE - VCPU_INFO_SIZE or offset & 7 or vcpu.info_mfn:
+    if offset > PAGE_SIZE - VCPU_INFO_SIZE or offset & 7:
+        return -ENXIO
+    if vcpu.info_mfn:
         return -EINVAL
     if vcpu is not caller and vcpu.online:
         return -EINVAL
