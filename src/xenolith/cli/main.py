@@ -1,4 +1,4 @@
-"""The `xenolith` command (also installed as `xl`): a group whose subcommands are imported when they are used.
+"""The `xenolith` command: a group whose subcommands are imported when they are used.
 
 Importing numpy, the engines and the parsers takes longer than printing a usage line, so every subcommand is a module
 and an attribute, looked up only when it is called or its help is asked for.
@@ -15,6 +15,7 @@ SUBCOMMANDS: Final = {
     "run": ("xenolith.cli.run", "run", "Boot one domain in the foreground: a shell, or one command."),
     "demo": ("xenolith.cli.demo", "demo", "Boot several domains side by side and show that they are isolated."),
     "guest": ("xenolith.cli.guest", "guest", "Obtain a guest operating system to boot."),
+    "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
 }
 """Name -> (module, attribute, one line for the list)."""
 
@@ -27,7 +28,7 @@ class Subcommands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUBCOMMANDS:
-            return None
+            return _xl_command(ctx, cmd_name)
         module, attribute, _ = SUBCOMMANDS[cmd_name]
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
@@ -36,6 +37,19 @@ class Subcommands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in SUBCOMMANDS.items()])
+        with formatter.section("Domains of the daemon"):
+            formatter.write_text("Xen's xl commands (create, list, console, shutdown, ...): `xl help` lists them.")
+
+
+def _xl_command(ctx: click.Context, name: str) -> click.Command | None:
+    """One of xl's subcommands, by its full name."""
+    from xenolith.cli import xl
+    from xenolith.cli.xl_command import Session, connect_to_daemon
+
+    if name not in xl.MODULES:
+        return None
+    ctx.obj = ctx.obj or Session(connect_to_daemon)
+    return xl.subcommand(name)
 
 
 @click.group(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
