@@ -32,6 +32,7 @@ from elftools.elf.elffile import ELFFile
 from xenolith.abi.elfnote import GENERIC_LOADER, NOTE_ALIGNMENT, NOTE_HEADER, NOTE_NAME, XEN_VERSION, ElfNote, Feature
 
 MAX_IMAGE_BYTES: Final = 1 << 30  # of a decompressed image, and of its segments in memory
+_PF_X: Final = 1  # a segment's p_flags
 _MAX_PROGRAM_HEADERS: Final = 256
 _MAX_SECTIONS: Final = 4096
 _TOP: Final = 1 << 64
@@ -59,6 +60,7 @@ class Segment:
     paddr: int
     data: memoryview
     memsz: int
+    executable: bool = True
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,12 @@ def _read_headers(elf: bytes) -> tuple[tuple[Segment, ...], list[bytes]]:
         raise ImageError(f"a damaged ELF image: {error}") from error
     view = memoryview(elf)
     segments = [
-        Segment(load["p_paddr"], _slice(view, load["p_offset"], load["p_filesz"], "a segment"), load["p_memsz"])
+        Segment(
+            load["p_paddr"],
+            _slice(view, load["p_offset"], load["p_filesz"], "a segment"),
+            load["p_memsz"],
+            bool(load["p_flags"] & _PF_X),
+        )
         for load in loads
         if load["p_memsz"]
     ]

@@ -7,13 +7,20 @@ because its LOCK prefix is not atomic between instances.  See docs/engine-unicor
 from __future__ import annotations
 
 import ctypes
+from typing import Final
 
+from xenolith.machine import tsc
 from xenolith.machine.engines.protocol import Engine
-from xenolith.machine.engines.unicorn import library, xsave
+from xenolith.machine.engines.unicorn import features, library, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import Instance
 from xenolith.machine.engines.unicorn.verify import verify
 from xenolith.machine.memory import MachineMemory
+
+# Family 5, model 9. What a kernel reads from the family alone: that `rep movs` and `rep stos` are no faster than a loop
+# (in TCG every repetition costs a block) and that nothing is executed speculatively (so no retpolines, which TCG cannot
+# predict). Both are true here, and on family 6 Linux would assume neither. Features come from their own bits.
+SIGNATURE: Final = 0x590
 
 
 class UnicornEngine(Engine):
@@ -35,11 +42,11 @@ class UnicornEngine(Engine):
         return self._cpu
 
     def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        """CPUID of the processor that QEMU emulates."""
+        """What CPUID tells of instructions that guest code can really execute: eax, ebx, ecx, edx."""
         words = [ctypes.c_uint32() for _ in range(4)]
         self._instance.lib.cpuid(self._instance.env, leaf, subleaf, *map(ctypes.byref, words))
         eax, ebx, ecx, edx = (word.value for word in words)
-        return eax, ebx, ecx, edx
+        return features.told(leaf, subleaf, (eax, ebx, ecx, edx), tsc.is_stable())
 
     def close(self) -> None:
         """Release everything. No Cpu may be running."""
