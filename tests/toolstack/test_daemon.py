@@ -18,6 +18,7 @@ import pytest
 
 from toolstack.fake import DOM0, HOST, UNREADABLE, FakeClient
 from xenolith.toolstack import daemon as daemon_module
+from xenolith.toolstack import remote as remote_module
 from xenolith.toolstack.client import (
     ConnectionLost,
     DomainEvent,
@@ -227,13 +228,23 @@ def test_the_socket_is_for_its_user_only(served: Served) -> None:
     assert stat.S_IMODE(served.rundir.path.stat().st_mode) == 0o700
 
 
-def test_another_user_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Credentials(struct.Struct):
-        def unpack(self, data: object) -> tuple[int, int, int]:
-            return (1, 4711, 4711)
+class Credentials(struct.Struct):
+    """What the kernel would say about a process of user 666."""
 
-    monkeypatch.setattr(daemon_module, "_PEER", Credentials("3i"))
+    def unpack(self, data: object) -> tuple[int, int, int]:
+        return (1, 666, 666)
+
+
+def test_another_user_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_module, "PEER_CREDENTIALS", Credentials("3i"))
     with pytest.raises(ToolstackError, match=f"serves user {os.getuid()} only"):
+        served.client()
+
+
+def test_a_client_does_not_talk_to_somebody_elses_daemon(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module.os, "getuid", lambda: 4711)
+    monkeypatch.setattr(remote_module, "PEER_CREDENTIALS", Credentials("3i"))
+    with pytest.raises(ConnectionLost, match="belongs to user 666"):
         served.client()
 
 

@@ -41,6 +41,7 @@ from xenolith.toolstack.client import (
 from xenolith.toolstack.codec import CodecError, encode
 from xenolith.toolstack.protocol import (
     METHODS,
+    PEER_CREDENTIALS,
     VERSION,
     Channel,
     End,
@@ -62,7 +63,6 @@ SEND_TIMEOUT_S: Final = 30.0
 HELLO_TIMEOUT_S: Final = 10.0
 GUEST_SHUTDOWN_S: Final = 60.0
 
-_PEER = struct.Struct("3i")  # pid, uid, gid (struct ucred)
 
 log = logging.getLogger(__name__)
 
@@ -134,16 +134,13 @@ class Daemon:
 
     def _accept(self) -> None:
         peer_socket, _ = self._listener.accept()
-        pid, uid, _ = _PEER.unpack(peer_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        pid, uid, _ = PEER_CREDENTIALS.unpack(
+            peer_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+        )
         refusal = self._refusal(uid)
         if refusal:
             note("connection refused", logging.WARNING, pid=pid, uid=uid, reason=refusal)
-            peer_socket.settimeout(1.0)
-            with suppress(ConnectionLost):
-                Channel(peer_socket).send(Error(ToolstackError.__name__, refusal, ToolstackError.rc))
-            peer_socket.close()
-            return
-        connection = _Connection(peer_socket, pid, self)
+        connection = _Connection(peer_socket, pid, self, refusal)
         with self._lock:
             self._connections.add(connection)
         connection.start()
@@ -224,11 +221,12 @@ def _ask_to_power_off(client: Client, domid: int) -> None:
 class _Connection:
     """One peer and the thread that serves it."""
 
-    def __init__(self, peer: socket.socket, pid: int, daemon: Daemon) -> None:
+    def __init__(self, peer: socket.socket, pid: int, daemon: Daemon, refusal: str) -> None:
         self._socket = peer
         self._channel = Channel(peer)
         self._pid = pid
         self._daemon = daemon
+        self._refusal = refusal  # why this peer is not served; empty if it is
         self._client = daemon.client
         self._supervision = daemon.supervision
         self._stream: ConsoleStream | EventStream | None = None
@@ -273,9 +271,11 @@ class _Connection:
             return False
         if not isinstance(hello, Hello):
             raise CodecError("the first message must be hello")
+        refusal = self._refusal
         if hello.version != VERSION:
-            text = f"this daemon speaks version {VERSION} of the protocol, the client version {hello.version}"
-            self._channel.send(Error(ToolstackError.__name__, text, ToolstackError.rc))
+            refusal = f"this daemon speaks version {VERSION} of the protocol, the client version {hello.version}"
+        if refusal:
+            self._channel.send(Error(ToolstackError.__name__, refusal, ToolstackError.rc))
             return False
         self._channel.send(Welcome(VERSION, os.getpid()))
         return True

@@ -47,6 +47,8 @@ from xenolith.toolstack.config import DomainConfig
 VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 << 20
 
+PEER_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: what SO_PEERCRED gives (struct ucred)
+
 _LENGTH = struct.Struct(">I")
 
 

@@ -36,6 +36,7 @@ from xenolith.toolstack.codec import CodecError, decode, encode
 from xenolith.toolstack.config import DomainConfig
 from xenolith.toolstack.protocol import (
     METHODS,
+    PEER_CREDENTIALS,
     VERSION,
     Channel,
     End,
@@ -105,6 +106,7 @@ class RemoteClient:
             raise ConnectionLost(f"cannot connect to {self.socket_path}: {error.strerror or error}") from error
         channel = Channel(connection)
         try:
+            self._check_peer(connection)
             channel.send(Hello(VERSION))
             answer = _received(channel)
             if isinstance(answer, Error):
@@ -116,6 +118,13 @@ class RemoteClient:
             raise
         connection.settimeout(None)
         return channel
+
+    def _check_peer(self, connection: socket.socket) -> None:
+        """Do not talk to a daemon of somebody else, who may have put the socket there before we did."""
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+        _, uid, _ = PEER_CREDENTIALS.unpack(credentials)
+        if os.getuid() not in (uid, 0) and uid != 0:
+            raise ConnectionLost(f"the daemon at {self.socket_path} belongs to user {uid}, not to you")
 
     # --- calls -------------------------------------------------------------------------------------------------
 

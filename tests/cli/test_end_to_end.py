@@ -1,0 +1,152 @@
+"""The commands as a person types them: real processes, a daemon started on demand, and small guests that run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+GUESTS = Path(__file__).parents[2] / "guests" / "prebuilt"
+XL = [sys.executable, "-c", "from xenolith.cli.xl import main; main()"]
+
+
+class Person:
+    """Somebody with a shell, a directory and a daemon of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "run" / "control.sock"
+        self.environment = os.environ | {"XENOLITH_SOCKET": str(self.socket)}
+
+    def configuration(self, name: str, guest: str, **settings: str | int) -> str:
+        lines = [f'name="{name}"', f'kernel="{GUESTS / guest}"', "memory=32"]
+        lines += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        (self.directory / f"{name}.cfg").write_text("\n".join(lines) + "\n")
+        return f"{name}.cfg"
+
+    def xl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*XL, *arguments], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=120
+        )
+
+    def xl_on_a_terminal(self, *arguments: str) -> str:
+        """Everything that appears on the screen until the command ends."""
+        person, program = pty.openpty()
+        process = subprocess.Popen(
+            [*XL, *arguments], cwd=self.directory, env=self.environment, stdin=program, stdout=program, stderr=program
+        )
+        os.close(program)
+        screen = b""
+        try:
+            while data := os.read(person, 4096):
+                screen += data
+        except OSError:
+            pass  # the last process has closed the terminal
+        os.close(person)
+        process.wait()
+        return screen.decode(errors="replace").replace("\r\n", "\n")
+
+    def log(self) -> list[dict[str, object]]:
+        path = self.socket.with_name("control.sock.d") / "daemon.log"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+
+    def daemon_pid(self) -> int:
+        return next(int(str(entry["pid"])) for entry in reversed(self.log()) if entry["event"] == "serving")
+
+    def end_daemon(self, number: int) -> None:
+        """Send a signal and wait until the process is gone."""
+        pidfd = os.pidfd_open(self.daemon_pid())
+        signal.pidfd_send_signal(pidfd, number)
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+
+
+@pytest.fixture
+def person(tmp_path: Path) -> Iterator[Person]:
+    person = Person(tmp_path)
+    yield person
+    if person.socket.exists():
+        person.end_daemon(signal.SIGKILL)
+
+
+def test_a_guest_that_prints_and_powers_off_is_followed_to_its_end(person: Person) -> None:
+    done = person.xl("create", "-F", person.configuration("hello", "hello.elf"))
+    assert re.sub(r"pid \d+", "pid N", done.stderr).splitlines() == [
+        "Parsing config from hello.cfg",
+        "Waiting for domain hello (domid 1) to die [pid N]",
+        "Domain 1 has shut down, reason code 0 0x0",
+        "Action for shutdown reason code 0 is destroy",
+        "Domain 1 needs to be cleaned up: destroying the domain",
+        "Done. Exiting now",
+    ]
+    assert done.returncode == 0
+    assert person.xl("domid", "hello").returncode == 1
+
+
+def test_the_console_of_a_new_domain_appears_on_the_terminal(person: Person) -> None:
+    ending = person.configuration("crash", "crash.elf", extra="shutdown reason=0")
+    screen = person.xl_on_a_terminal("create", "-q", "-c", ending)
+    assert "ending: shutdown reason=0\n" in screen
+
+
+def test_a_crash_with_rename_restart_leaves_a_corpse_and_a_successor(person: Person) -> None:
+    config = person.configuration("c", "crash.elf", extra="no-handler", on_crash="rename-restart")
+    person.xl("create", "-F", config)
+    rows = [line.split() for line in person.xl("list").stdout.splitlines()[2:]]
+    assert [row[4] for row in rows] == ["---sc-", "---sc-"]
+    assert re.fullmatch(r"c-\d{8}T\d{4}Z", rows[0][0])
+    assert rows[1][0] == "c"
+
+
+def test_a_preserved_domain_is_still_there_for_the_next_command(person: Person) -> None:
+    config = person.configuration("kept", "hello.elf", on_poweroff="preserve")
+    assert person.xl("create", "-F", config).returncode == 0
+    assert person.xl("domid", "kept").stdout == "1\n"
+    assert person.xl("rename", "kept", "corpse").returncode == 0
+    assert person.xl("domname", "1").stdout == "corpse\n"
+    assert person.xl("create", "-q", config, 'name="corpse"').returncode == 3
+    assert person.xl("destroy", "corpse").returncode == 0
+    assert person.xl("list", "corpse").stderr == "corpse is an invalid domain identifier (rc=-6)\n"
+
+
+def test_a_kernel_that_is_none_is_refused_with_its_name(person: Person) -> None:
+    (person.directory / "text").write_text("not a kernel")
+    done = person.xl("create", "-q", "/dev/null", 'name="x"', 'kernel="text"')
+    assert done.returncode == 3
+    assert "text" in done.stderr
+
+
+def test_what_a_killed_daemon_had_is_told_by_the_next_command(person: Person) -> None:
+    person.xl("create", "-F", person.configuration("kept", "hello.elf", on_poweroff="preserve"))
+    killed = person.daemon_pid()
+    person.end_daemon(signal.SIGKILL)
+    done = person.xl("list")
+    assert done.stderr == (
+        f"xenolith: The daemon that ran before (pid {killed}) was killed; its domains are lost: kept (domid 1).\n"
+    )
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_sigterm_ends_the_daemon_and_leaves_no_socket(person: Person) -> None:
+    person.xl("create", "-F", person.configuration("kept", "hello.elf", on_poweroff="preserve"))
+    person.end_daemon(signal.SIGTERM)
+    assert not person.socket.exists()
+    assert [entry["event"] for entry in person.log()][-1] == "stopped"
+
+
+def test_commands_at_the_same_time_start_one_daemon(person: Person) -> None:
+    together = [
+        subprocess.Popen([*XL, "domname", "0"], env=person.environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    assert [process.communicate()[0] for process in together] == ["Domain-0\n"] * 4
+    assert [entry["event"] for entry in person.log()].count("serving") == 1
