@@ -14,6 +14,9 @@ GTF_readonly: Final = 1 << 2
 GTF_reading: Final = 1 << 3
 GTF_writing: Final = 1 << 4
 
+GNTTAB_RESERVED_CONSOLE: Final = 0  # what a domain's builder grants to dom0
+GNTTAB_RESERVED_XENSTORE: Final = 1
+
 # --- status of one operation -------------------------------------------------------------------------
 GNTST_okay: Final = 0
 GNTST_general_error: Final = -1

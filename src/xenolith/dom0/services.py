@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from xenolith.abi.errno import ESRCH
+from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.dom0 import domain_tree
 from xenolith.dom0.builder import BuiltDomain, build
@@ -119,6 +120,8 @@ class Dom0:
             domid = self.control.create_domain(spec.uuid.bytes, spec.max_vcpus or spec.vcpus, max_pages)
             undo.callback(self.control.destroy, domid)
             built = build(self.control, domid, spec.image, pages, spec.ramdisk, spec.cmdline)
+            self.control.grant_to_dom0(domid, GNTTAB_RESERVED_CONSOLE, built.console_mfn)
+            self.control.grant_to_dom0(domid, GNTTAB_RESERVED_XENSTORE, built.store_mfn)
             console = self._connect_console(built, undo)
             self._describe(spec, built, undo)
             self._connect_xenstore(built, undo)

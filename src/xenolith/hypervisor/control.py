@@ -339,6 +339,16 @@ class Control:
             raise DomainCreateError(f"no event channel is free in domain {domid}")
         return port
 
+    def grant_to_dom0(self, domid: int, ref: int, mfn: int) -> None:
+        """Fill in an entry of the grant table of a domain that does not run yet (libxc: xc_dom_gnttab_seed).
+
+        Raises DomainCreateError.
+        """
+        try:
+            self._domain(domid).grants.permit_access(ref, 0, mfn)
+        except OutOfMemory as error:
+            raise DomainCreateError(f"not enough machine memory: {error}") from error
+
     def shared_info_mfn(self, domid: int) -> int:
         return self._domain(domid).shared_info_mfn
 
