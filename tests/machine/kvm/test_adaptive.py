@@ -235,12 +235,41 @@ def test_breakpoints_are_honoured_on_every_host(machine: AdaptiveMachine) -> Non
 
 
 def test_selectors_read_back_as_loaded_on_every_host(machine: AdaptiveMachine) -> None:
-    machine.set_descriptor(0x68, 0x0000_0FFF, 0x0040_F300)
+    machine.set_descriptor(0x68, 0x0010_0FFF, 0x0040_F360)
     cpu = machine.adaptive_cpu()
     cpu.regs[RAX] = 0x6B
     machine.on(cpu, "kvm", "8e e0 0f 05 31 c0 8c e0 0f 0b")  # mov fs, eax; syscall; mov eax, fs; ud2
     assert machine.go_on(cpu)[0] == VECTOR_UD
     assert cpu.regs[RAX] == 0x6B
+
+
+def test_one_instruction_of_kvms_between_two_that_need_unicorn(machine: AdaptiveMachine) -> None:
+    if not machine.engine.xcr0_mask & 4 or machine.engine.kvm.traits.keeps_selectors:
+        pytest.skip("nothing here needs both engines at once")
+    machine.set_descriptor(0x68, 0x0010_0FFF, 0x0040_F360)
+    cpu = machine.adaptive_cpu()
+    cpu.regs[RAX] = 0x6B
+    cpu.regs[RDI] = DATA
+    # mov fs, eax; syscall; vmovdqu ymm0, [rdi]; mov eax, fs; vmovdqu [rdi + 32], ymm0; mov ebx, fs; pushf; pop rcx; ud2
+    machine.on(cpu, "kvm", "8e e0 0f 05 c5 fe 6f 07 31 c0 8c e0 c5 fe 7f 47 20 8c e3 9c 59 0f 0b")
+    machine.set_word(0x1234)
+    assert machine.go_on(cpu) == (VECTOR_UD, 0, 0)
+    assert cpu.running_on == "unicorn"
+    assert (cpu.regs[RAX], cpu.regs[3] & 0xFFFF, machine.word(4)) == (0x6B, 0x6B, 0x1234)
+    assert not (cpu.regs[RCX] | cpu.get_rflags()) & 0x100
+    # a fault in such an instruction is the guest's
+    cpu.regs[RDI] = 0x7000
+    assert machine.on(cpu, "kvm", "c5 fe 6f 07") == (VECTOR_PF, 4, 0x7000)
+    assert not cpu.get_rflags() & 0x100
+
+
+def test_the_task_switched_flag_concerns_wide_instructions_too(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    machine.on(cpu, "kvm", "0f 05")
+    cpu.set_task_switched(True)
+    for code in ("c5 fe 6f 07", "0f ae 27", "66 0f ef c0"):
+        assert machine.on(cpu, "kvm", code) == (VECTOR_NM, 0, 0)
+        assert cpu.regs[RIP] == CODE
 
 
 def test_32_bit_code_runs_on_every_host(machine: AdaptiveMachine) -> None:

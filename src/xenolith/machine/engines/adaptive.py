@@ -26,9 +26,12 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from iced_x86 import Decoder, RegisterExt
+
 from xenolith.abi.x86 import (
     CR4_OSXSAVE,
     CS,
+    EFLAGS_TF,
     FS,
     GS,
     PAGE_SHIFT,
@@ -37,12 +40,14 @@ from xenolith.abi.x86 import (
     RCX,
     RDX,
     RIP,
+    VECTOR_DB,
+    VECTOR_NM,
     VECTOR_UD,
 )
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, TrapHandler
-from xenolith.machine.engines.unicorn import layout, paging
+from xenolith.machine.engines.unicorn import layout, paging, segments
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
@@ -66,12 +71,15 @@ HANDLER_NS: Final = 7_000  # Python's share of a trap on Unicorn, where it is no
 
 
 class AdaptiveEngine:
-    """A domain's pair of engines. Raises EngineError where either cannot run here."""
+    """A domain's pair of engines. Raises EngineError where either cannot run here.
 
-    name = "adaptive"
+    `policy` decides where a vCPU runs; without one it stays on KVM but for what only Unicorn gets right.
+    """
+
     cpus_shared = False
 
-    def __init__(self, memory: MachineMemory) -> None:
+    def __init__(self, memory: MachineMemory, name: str = "adaptive", policy: bool = True) -> None:
+        self.name = name
         self.memory = memory
         self.kvm = KvmEngine(memory)
         self.unicorn = UnicornEngine(memory)
@@ -79,7 +87,8 @@ class AdaptiveEngine:
         self.l4_entries = {**self.unicorn.l4_entries, **self.kvm.l4_entries}
         self.caches_tables = self.kvm.caches_tables
         self.entry_changed = self.kvm.entry_changed
-        self._cpu: AdaptiveCpu | None = None
+        self._cpu = AdaptiveCpu(self, policy)
+        self.executable_mapped = self._cpu.executable_mapped  # from the very first mapping on: see `_check_executable`
 
     @property
     def may_move(self) -> bool:
@@ -87,16 +96,7 @@ class AdaptiveEngine:
         return len(self.kvm.cpus) == 1
 
     def cpu(self, vcpu_id: int) -> Cpu:
-        if vcpu_id:
-            return self.kvm.cpu(vcpu_id)
-        if self._cpu is None:
-            self._cpu = AdaptiveCpu(self)
-        return self._cpu
-
-    def executable_mapped(self, mfn: int) -> None:
-        """See `Cpu.executable_mapped`."""
-        if self._cpu is not None:
-            self._cpu.executable_mapped(mfn)
+        return self.kvm.cpu(vcpu_id) if vcpu_id else self._cpu
 
     def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         return self.kvm.host_cpuid(leaf, subleaf)
@@ -114,9 +114,8 @@ class AdaptiveCpu:
     switch_mode: Callable[[int, bool], None]
     flush_tlb: Callable[[], None]
     flush_page: Callable[[int], None]
-    set_ldt: Callable[[int, int], None]
 
-    def __init__(self, engine: AdaptiveEngine) -> None:
+    def __init__(self, engine: AdaptiveEngine, policy: bool) -> None:
         self._engine = engine
         self._memory = engine.memory
         self._unicorn: UnicornCpu = engine.unicorn.cpu(0)
@@ -126,19 +125,21 @@ class AdaptiveCpu:
         self._executable: set[int] = set()  # MFNs of frames that Unicorn may have translated
         self._task_switched = False
         self._dr7 = 0
+        self._gdt = self._ldt = (0, 0)  # linear address and limit
         self._active: Cpu = self._kvm
         self._target: Cpu | None = None  # where to go on
         self._requested: str | None = None
         self._leave = False
+        self._borrow = False  # go to KVM for a single instruction
         self._kick = False
         self.moves = 0
-        self.policy = True  # False: only `request_move` and necessity move it
+        self.policy = policy  # False: only `request_move` and necessity move it
         self._hold = 0
         self._votes = 0
         self._traps = 0
         self._handler_ns = 0
         self._window_start = 0
-        self._go_to(self._unicorn)
+        self._go_to(self._unicorn if policy else self._kvm)
 
     @property
     def running_on(self) -> str:
@@ -149,6 +150,7 @@ class AdaptiveCpu:
 
     def load(self, state: CpuState) -> None:
         self._task_switched, self._dr7 = state.task_switched, state.debug[7]
+        self._gdt, self._ldt = (state.gdt_va, state.gdt_limit), (state.ldt_va, state.ldt_limit)
         self._state.xcr0 = state.xcr0
         self._state.xsave = bytearray(state.xsave.ljust(self._engine.kvm.xsave_size, b"\0"))
         self._active.load(state)
@@ -174,6 +176,10 @@ class AdaptiveCpu:
         if number == 7:
             self._dr7 = value
         self._active.set_debug(number, value)
+
+    def set_ldt(self, va: int, limit: int) -> None:
+        self._ldt = (va, limit)
+        self._active.set_ldt(va, limit)
 
     def set_xcr0(self, value: int) -> None:
         self._state.xcr0 = value
@@ -202,6 +208,8 @@ class AdaptiveCpu:
             moving = self._target is not None
             if moving:
                 self._move()
+                if self._borrow:
+                    self._execute_one(on_trap)
             if self._leave or self._kick or not moving:
                 self._kick = False
                 return
@@ -233,8 +241,11 @@ class AdaptiveCpu:
                 self._answer_cpuid()
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
+                if self._task_switched and self._uses_extended_state():
+                    return on_unicorn(VECTOR_NM, 0, 0)
                 self._hold = HOLD
                 self._target = self._kvm
+                self._borrow = self._only_unicorn_can()
                 return False
             if not on_trap(vector, error_code, address):
                 self._leave = True
@@ -244,6 +255,30 @@ class AdaptiveCpu:
             return not self._leave and self._target is None
 
         return on_kvm, on_unicorn
+
+    def _execute_one(self, on_trap: TrapHandler) -> None:
+        """Execute one instruction on KVM that Unicorn does not have, by a single step, and go back.
+
+        For a vCPU whose state KVM gets wrong: no other instruction may see that state.
+        """
+        self._borrow = False
+        self._target = self._unicorn
+        single_steps = self.get_rflags() & EFLAGS_TF
+
+        def stepped(vector: int, error_code: int, address: int) -> bool:
+            if not single_steps:
+                self.set_rflags(self.get_rflags() & ~EFLAGS_TF)
+                if vector == VECTOR_DB:
+                    return False
+            if not on_trap(vector, error_code, address):
+                self._leave = True
+            return False
+
+        self.set_rflags(self.get_rflags() | EFLAGS_TF)
+        self._kvm.run(stepped)
+        if not single_steps:  # a kick may have come first
+            self.set_rflags(self.get_rflags() & ~EFLAGS_TF)
+        self._move()
 
     def _answer_cpuid(self) -> None:
         """CPUID executed on Unicorn: what it would have been on KVM."""
@@ -256,21 +291,48 @@ class AdaptiveCpu:
     def _only_unicorn_can(self) -> bool:
         """Whether this host's KVM would get the guest's state wrong."""
         traits, regs = self._engine.kvm.traits, self.regs
-        return (
-            (self._task_switched and not traits.traps_task_switched)
-            or (self._dr7 & 0xFF and not traits.has_breakpoints)
-            or (not traits.keeps_selectors and (regs[FS] | regs[GS]) & 0xFFFC)
-            or (not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L)
-        ) != 0
+        if self._task_switched and not traits.traps_task_switched:
+            return True
+        if self._dr7 & 0xFF and not traits.has_breakpoints:
+            return True
+        if not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L:
+            return True
+        return bool((regs[FS] | regs[GS]) & 0xFFFC) and not traits.keeps_selectors and self._has_local_segment()
+
+    def _has_local_segment(self) -> bool:
+        """Whether FS or GS holds the selector of a segment that does not start at 0: one that somebody will look at."""
+        for register in (FS, GS):
+            try:
+                if segments.data_segment(self.regs[register] & 0xFFFF, self._descriptor).base:
+                    return True
+            except ValueError:
+                continue
+        return False
+
+    def _descriptor(self, selector: int) -> bytes | None:
+        va, limit = self._ldt if selector & segments.SELECTOR_TI else self._gdt
+        offset = selector & ~7
+        return paging.read(self._memory, self._l4_mfn, va + offset, 8) if offset + 7 <= limit else None
+
+    @property
+    def _l4_mfn(self) -> int:
+        return self._kvm.l4_mfn if self._active is self._kvm else self.regs[_CR3] >> PAGE_SHIFT
 
     def _only_kvm_can(self) -> bool:
         """Whether an undefined opcode on Unicorn may be one that KVM executes: not UD2, nor what follows Xen's own."""
         code = self._unicorn_code(2)
         return code is not None and code != _UD2 and self._engine.may_move
 
+    def _uses_extended_state(self) -> bool:
+        """Whether the instruction at RIP is one that CR0.TS concerns."""
+        bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
+        instruction = Decoder(bits, self._unicorn_code(15) or b"").decode()
+        registers = (instruction.op_register(operand) for operand in range(instruction.op_count))
+        return instruction.is_save_restore_instruction or any(map(RegisterExt.is_vector_register, registers))
+
     def _unicorn_code(self, size: int) -> bytes | None:
         regs = self.regs
-        return paging.read(self._memory, regs[_CR3] >> PAGE_SHIFT, regs[RIP] + regs[CS + 1] & _MASK64, size)
+        return paging.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & _MASK64, size)
 
     def _look_around(self) -> None:
         """Decide where to go on: by request, by necessity, or by what the last traps cost."""
@@ -364,6 +426,5 @@ class AdaptiveCpu:
         self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page
-        self.set_ldt = target.set_ldt
         self._votes = self._traps = self._handler_ns = 0
         self._window_start = time.perf_counter_ns()

@@ -58,9 +58,15 @@ def kvm_kind() -> str:
 
 
 def _kvm(memory: MachineMemory) -> Engine:
+    """KVM, with Unicorn at its side where this host's KVM gets some states of a guest wrong."""
     from xenolith.machine.engines.kvm.engine import KvmEngine
+    from xenolith.machine.engines.kvm.host import host_traits
 
-    return KvmEngine(memory)
+    if host_traits().is_exact:
+        return KvmEngine(memory)
+    from xenolith.machine.engines.adaptive import AdaptiveEngine
+
+    return AdaptiveEngine(memory, "kvm", policy=False)
 
 
 def _adaptive(memory: MachineMemory) -> Engine:

@@ -166,7 +166,7 @@ class KvmCpu:
         self._cs = _FLAT_CODE
         self._ss = _FLAT_STACK
         self._selectors = _SELECTORS.unpack(bytes(_SELECTORS.size))
-        self._l4_mfn = 0
+        self.l4_mfn = 0
         self._user = False
         self._task_switched = False
         self._debug = [0] * 8
@@ -209,7 +209,7 @@ class KvmCpu:
     def store(self, state: CpuState) -> None:
         state.regs[: RFLAGS + 1] = self.regs[: RFLAGS + 1]
         state.regs[ES : GS + 3] = self.regs[ES : GS + 3]
-        state.l4_mfn = self._l4_mfn
+        state.l4_mfn = self.l4_mfn
         state.user = self._user
         state.task_switched = self._task_switched
         state.gdt_va, state.gdt_limit = self._gdt
@@ -223,7 +223,7 @@ class KvmCpu:
         state.xcr0 = self._xcr0
 
     def switch_mode(self, l4_mfn: int, user: bool) -> None:
-        self._l4_mfn = l4_mfn
+        self.l4_mfn = l4_mfn
         self._user = user
         self._run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
 
@@ -526,7 +526,7 @@ class KvmCpu:
 
     def _start_of_io(self, rip: int) -> int:
         """The address of the I/O instruction that ends at `rip` (or starts there, where KVM has not advanced RIP)."""
-        read, l4_mfn = paging.read, self._l4_mfn
+        read, l4_mfn = paging.read, self.l4_mfn
         last = read(self._memory, l4_mfn, rip - 1 & _MASK64, 1) or b"\0"
         if last in _IO_BY_DX:
             return rip - 1
@@ -619,13 +619,13 @@ class KvmCpu:
 
     def read_memory(self, va: int, size: int) -> bytes | None:
         """Guest memory at a linear address; None where it is not mapped."""
-        return paging.read(self._memory, self._l4_mfn, va, size)
+        return paging.read(self._memory, self.l4_mfn, va, size)
 
     def fetch(self, size: int) -> bytes:
         """Up to `size` bytes of code at RIP."""
         rip = self.regs[RIP] + (0 if self._cs is _FLAT_CODE else self.regs[CS + SEGMENT_BASE])
         for length in (size, 0x1000 - (rip & 0xFFF)):
-            code = paging.read(self._memory, self._l4_mfn, rip, min(length, size))
+            code = paging.read(self._memory, self.l4_mfn, rip, min(length, size))
             if code is not None:
                 return code
         return b""
@@ -635,7 +635,7 @@ class KvmCpu:
         offset = selector & ~7
         if not va or offset + 7 > limit:
             return None
-        return paging.read(self._memory, self._l4_mfn, va + offset, 8)
+        return paging.read(self._memory, self.l4_mfn, va + offset, 8)
 
     def load_selector(self, segment: int, selector: int) -> None:
         """Like `set_segment`, but a register that cannot be loaded stays as it is."""

@@ -21,6 +21,13 @@ class HostTraits:
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
+    def is_exact(self) -> bool:
+        """Whether guest code meets nothing here that a processor would not do."""
+        return (
+            self.traps_task_switched and self.has_breakpoints and self.keeps_selectors and self.runs_compatibility_code
+        )
+
+    @property
     def kind(self) -> str:
         """For people: what sort of host this is."""
         if self.shadows_page_tables:
