@@ -210,6 +210,7 @@ class EmbeddedToolstack:
             with self._lock:
                 self._configs[domain.domid] = config
                 self._start_times[domain.domid] = time.time()
+            self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
             progress(Progress("building the domain", 2, 2))
             return domain.domid
         except DomainCreateError as error:
