@@ -38,17 +38,6 @@ static struct status status_of(u32 port)
     return s;
 }
 
-/* No other events: the console's port is masked, and nothing is pending. */
-static void quiet(void)
-{
-    for (u64 i = 0; i < 64; i++)
-        shared_info->evtchn_mask[i] = ~0ul;
-    for (u64 i = 0; i < 64; i++)
-        shared_info->evtchn_pending[i] = 0;
-    shared_info->vcpu[0].pending_selector = 0;
-    shared_info->vcpu[0].upcall_pending = 0;
-}
-
 static void making_ports(void)
 {
     struct status s;
@@ -129,7 +118,7 @@ static void loopback(void)
     check_eq("  send at a closed port", evtchn_send((u32)a), -EINVAL);
     check_eq("  send at port 0", evtchn_send(0), -EINVAL);
     check_eq("  send at a port beyond all", evtchn_send(100000), -EINVAL);
-    quiet();
+    events_quiet();
 }
 
 static void masks(void)
@@ -137,7 +126,7 @@ static void masks(void)
     volatile struct vcpu_info *vcpu = &shared_info->vcpu[0];
     u32 port = (u32)evtchn_bind_ipi(0);
     print("# the bits\n");
-    quiet();
+    events_quiet();
     evtchn_send(port);
     check_eq("  a masked port: pending", evtchn_pending(port), 1);
     check_eq("  but not selected", (long)vcpu->pending_selector, 0);
@@ -154,14 +143,14 @@ static void masks(void)
     evtchn_send(port);
     check_eq("  send at an unmasked port selects it", (long)vcpu->pending_selector, 1l << (port / 64));
     check_eq("  and asks for an upcall", vcpu->upcall_pending, 1);
-    quiet();
+    events_quiet();
     check_eq("  unmask of a port that is not pending", evtchn_unmask_op(port), 0);
     check_eq("  asks for nothing", vcpu->upcall_pending, 0);
     check_eq("  unmask of a port beyond all", evtchn_unmask_op(0xffffffff), -EINVAL);
     check_eq("  unmask of a closed port", evtchn_unmask_op(4000), -EINVAL);
 
     print("# upcalls\n");
-    quiet();
+    events_quiet();
     upcalls_install();
     upcall_count = upcall_ports = 0;
     evtchn_unmask(port);
@@ -201,7 +190,7 @@ static void polling(void)
     } poll = {ports, 2, 0};
     u32 many[200];
     print("# polling\n");
-    quiet();
+    events_quiet();
     evtchn_send(port);
     check_eq("  a pending port ends the wait at once", HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll), 0);
     check_eq("  and stays pending", evtchn_pending(port), 1);
@@ -277,7 +266,7 @@ static void other_operations(void)
 int main(void)
 {
     traps_install();
-    quiet();
+    events_quiet();
     making_ports();
     loopback();
     masks();

@@ -194,8 +194,9 @@ static void bounce_frame(void)
     check_eq("  ss", (long)raw_frame[6], KERNEL_SS);
     check_eq("  the handler runs without NT and AC, but with DF", (long)entry_rflags & (FLAG_NT | FLAG_AC | FLAG_DF), FLAG_DF);
     check_eq("  ... with hardware interrupts on", (long)entry_rflags & FLAG_IF, FLAG_IF);
-    check_eq("  ... in ring 3: cs", (long)raw_cs, KERNEL_CS | 3);
-    check_eq("  ... ss", (long)raw_ss, KERNEL_SS);
+    /* Not which selectors they are: an engine may run all guests with selectors of its own. */
+    check_eq("  ... in ring 3: cs", (long)raw_cs & 3, 3);
+    check_eq("  ... ss", (long)raw_ss & 3, 3);
 
     print("# frame of a fault in the kernel, upcalls not masked\n");
     vcpu->upcall_mask = 0;
@@ -304,6 +305,7 @@ int main(void)
     protection_faults();
     floating_point();
     software_interrupts();
+    events_quiet();
     upcalls_install(); /* before anything clears the upcall mask */
     bounce_frame();
     iret();

@@ -82,6 +82,8 @@ static u64 random_address(void)
     }
 }
 
+static u64 bad_address(void) { return (u64[]){0, WILD, 0xffff830000000000, 1ul << 63, ~0ul}[below(5)]; }
+
 /* Where the page-table operations may put things: never the kernel's own half. */
 static u64 random_target_address(void)
 {
@@ -219,16 +221,21 @@ static struct call grant_operations(void)
     return (struct call){HC_grant_table_op, {op, (u64)scratch, count}};
 }
 
+static bool would_lose_the_console(u64 op)
+{
+    return (u32)op == EVTCHNOP_reset || (u32)op == EVTCHNOP_reset_cont || (u32)op == EVTCHNOP_init_control;
+}
+
 static struct call event_operations(void)
 {
     u64 op = below(16);
     fill_scratch();
-    if (op == EVTCHNOP_reset || op == EVTCHNOP_init_control)
+    if (would_lose_the_console(op))
         op = 99;
     for (int i = 0; i < 2; i++)
         if (one_in(2))
             scratch[i] = 4 + below(60) + (below(60) << 32) + (4ul << 32);
-    return (struct call){HC_event_channel_op, {op, one_in(10) ? random_address() : (u64)scratch}};
+    return (struct call){HC_event_channel_op, {op, one_in(10) ? bad_address() : (u64)scratch}};
 }
 
 static struct call one_of_a_kind(void)
@@ -309,8 +316,9 @@ static struct call garbage(void)
             c.args[0] = WILD;
         break;
     case HC_event_channel_op:
-        if ((u32)c.args[0] == EVTCHNOP_reset || (u32)c.args[0] == EVTCHNOP_init_control)
+        if (would_lose_the_console(c.args[0]))
             c.args[0] = 99;
+        c.args[1] = one_in(2) ? bad_address() : (u64)scratch; /* words that fill_scratch has looked at */
         break;
     case HC_event_channel_op_compat:
         c.args[0] = WILD;
@@ -420,10 +428,7 @@ static void sanity(void)
     check_eq("a writable mapping of a page table is refused", update_va(va, entry(region.t1, PTE_KERNEL), UVMF_INVLPG), -EBUSY);
     check_eq("a frame that is not ours is refused", update_va(va, foreign << PAGE_SHIFT | PTE_KERNEL, UVMF_INVLPG), -EBUSY);
 
-    for (u64 i = 0; i < 64; i++)
-        shared_info->evtchn_mask[i] = ~0ul;
-    shared_info->vcpu[0].pending_selector = 0;
-    shared_info->vcpu[0].upcall_pending = 0;
+    events_quiet();
     upcalls_install();
     long port = evtchn_bind_ipi(0);
     if (port == -ENOSPC) {
@@ -439,6 +444,7 @@ static void sanity(void)
     evtchn_send((u32)port);
     check_eq("its event comes", (long)(upcall_count - count), 1);
     upcalls_disable();
+    check_eq("the console's channel is still there", evtchn_send(start_info->console_evtchn), 0);
     u64 before = now_ns();
     while (now_ns() == before)
         ;

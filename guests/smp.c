@@ -263,8 +263,7 @@ static void failsafe(void)
 int main(void)
 {
     traps_install();
-    for (u64 i = 0; i < 64; i++)
-        shared_info->evtchn_mask[i] = ~0ul;
+    events_quiet();
     upcalls_install();
     bringing_up();
     interrupts();

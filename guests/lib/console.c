@@ -6,7 +6,7 @@
 
 #include "guest.h"
 
-#define DRAIN_YIELDS 200000 /* give up on a console that nobody reads */
+#define DRAIN_YIELDS 20000 /* give up on a console that nobody reads */
 
 static struct console_ring *ring(void)
 {

@@ -58,6 +58,16 @@ long evtchn_unmask_op(u32 port)
     return HYPERCALL(HC_event_channel_op, EVTCHNOP_unmask, &port);
 }
 
+void events_quiet(void)
+{
+    for (u64 i = 0; i < 64; i++)
+        *(volatile u64 *)&shared_info->evtchn_mask[i] = ~0ul;
+    for (u64 i = 0; i < 64; i++)
+        *(volatile u64 *)&shared_info->evtchn_pending[i] = 0;
+    *(volatile u64 *)&shared_info->vcpu[0].pending_selector = 0;
+    *(volatile u8 *)&shared_info->vcpu[0].upcall_pending = 0;
+}
+
 static bool collect(struct regs *regs)
 {
     if (regs->vector != VECTOR_EVENT)

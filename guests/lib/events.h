@@ -39,6 +39,8 @@ static inline void evtchn_clear(u32 port)
     __asm__ volatile("lock btrq %1, %0" : "+m"(shared_info->evtchn_pending[port / 64]) : "r"((u64)port % 64) : "memory");
 }
 
+void events_quiet(void); /* mask every port and forget what is pending */
+
 /*
  * upcalls_install() registers the event callback; it collects pending ports (clearing them) into
  * upcall_count and upcall_ports, a bit for each of the first 64 ports.

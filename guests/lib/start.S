@@ -70,11 +70,12 @@ hypercall:
     ret
 
 #ifdef HYPERCALL_PAGE
-    .pushsection .text.hypercall_page, "ax", @progbits
+    /* Empty in the file: the domain builder has the hypervisor fill the page in. */
+    .pushsection .bss.page, "aw", @nobits
     .balign 4096
     .globl hypercall_page
 hypercall_page:
-    .fill 4096, 1, 0xcc
+    .fill 4096
     .popsection
 #endif
 

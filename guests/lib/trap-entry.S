@@ -2,7 +2,7 @@
  * Trap entries. The frame that Xen builds ("bounces") is, from low to high addresses: rcx, r11,
  * [error code], rip, cs | saved upcall mask << 32, rflags, rsp, ss (arch-x86/xen-x86_64.h). An entry
  * turns it into a struct regs, calls trap(), and returns by the iret hypercall, whose frame is
- * rax, r11, rcx, flags, rip, cs, rflags, rsp, ss.
+ * rax, r11, rcx, flags, rip, cs, rflags, rsp, ss; by the hypercall page, flags, rip, cs ...
  */
 #define HC_iret 23
 
@@ -72,8 +72,15 @@ return_by_iret:
     pop %rbx
     add $8, %rsp          /* the vector */
     movq $0, 24(%rsp)     /* no flags: everything is restored */
+#ifdef HYPERCALL_PAGE
+    pop %rax              /* the page's stub pushes these three itself */
+    pop %r11
+    pop %rcx
+    jmp hypercall_page + HC_iret * 32
+#else
     mov $HC_iret, %eax
     syscall
+#endif
     ud2
 
 /*

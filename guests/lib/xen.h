@@ -179,6 +179,7 @@ struct console_ring {
 #define EVTCHNOP_init_control 11
 #define EVTCHNOP_expand_array 12
 #define EVTCHNOP_set_priority 13
+#define EVTCHNOP_reset_cont 14
 
 /* console_io */
 #define CONSOLEIO_write 0

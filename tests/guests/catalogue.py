@@ -71,6 +71,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("paging-abuse"),
     checks("descriptors"),
     checks("user"),
+    checks("user-page"),
     checks("privileged"),
     checks("events"),
     checks("multicall"),
