@@ -205,6 +205,7 @@ class _Reader:
         self._silenced_to_line = 0  # no error is reported on this line or before: it had a lexical error
         self._tokens_to_credibility = 0  # syntax errors are not reported until this many more tokens were read
         self._texts: dict[int | None, str] = {}  # what each quoted token says, by its position
+        self._stray = ""  # what stands at the end of the file and is no token
         self._line = 1  # of the last token: bison has no other for an error at the end of the file
 
     def read(self) -> ConfigFile:
@@ -241,9 +242,10 @@ class _Reader:
         self._texts[token.start_pos] = text
 
     def _lexical_error(self, token: Token) -> None:
-        if len(token) == 1 and token.end_pos == len(self._text):
-            return  # as xl: one stray character at the very end of the file goes unnoticed
         self._likely_python |= token[0] in _PYTHON_CHARACTERS
+        if len(token) == 1 and token.end_pos == len(self._text):
+            self._stray = str(token)  # as xl: one stray character at the very end of the file goes unnoticed
+            return
         self._report(_line_of(token), token, "lexical error", lexical=True)
 
     def _statement(self, first: Token, tokens: Iterator[Token]) -> None:
@@ -325,7 +327,9 @@ class _Reader:
             return
         unexpected = "$end" if token is None else _BISON_NAMES.get(token.type, token.type)
         line = self._line if token is None else _line_of(token)
-        self._report(line, token or "", f"syntax error, unexpected {unexpected}, expecting {expected}", lexical=False)
+        self._report(
+            line, token or self._stray, f"syntax error, unexpected {unexpected}, expecting {expected}", lexical=False
+        )
 
     def _report(self, line: int, text: str, what: str, *, lexical: bool) -> None:
         if line <= self._silenced_to_line:
