@@ -17,8 +17,8 @@ XEN_LEAVES: Final = 0x4000_0000
 XEN_VERSION: Final = 4 << 16 | 17
 
 # Feature bits by leaf and register that no guest sees.
-# 1.edx: PSE(3) MCE(7) APIC(9) MTRR(12) PGE(13) MCA(14) PSE36(17) DS(21) ACPI(22) TM(29) PBE(31)
-HIDDEN_1_EDX: Final = sum(1 << bit for bit in (3, 7, 9, 12, 13, 14, 17, 21, 22, 29, 31))
+# 1.edx: VME(1) PSE(3) MCE(7) APIC(9) MTRR(12) PGE(13) MCA(14) PSE36(17) DS(21) ACPI(22) TM(29) PBE(31)
+HIDDEN_1_EDX: Final = sum(1 << bit for bit in (1, 3, 7, 9, 12, 13, 14, 17, 21, 22, 29, 31))
 # 1.ecx: DTES64(2) MONITOR(3) DSCPL(4) VMX(5) SMX(6) EIST(7) TM2(8) xTPR(14) PDCM(15) PCID(17) DCA(18)
 # x2APIC(21) TSC_DEADLINE(24)
 HIDDEN_1_ECX: Final = sum(1 << bit for bit in (2, 3, 4, 5, 6, 7, 8, 14, 15, 17, 18, 21, 24))

@@ -26,7 +26,13 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine.engines.adaptive import AdaptiveCpu, AdaptiveEngine
+from xenolith.machine.engines.adaptive import (
+    POLICY_KVM,
+    POLICY_MEASURED,
+    POLICY_ON_REQUEST,
+    AdaptiveCpu,
+    AdaptiveEngine,
+)
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState
 
 from .bare import CODE, DATA, GDT, STACK_TOP, TABLE, Machine
@@ -41,7 +47,7 @@ class AdaptiveMachine(Machine):
     def adaptive_cpu(self) -> AdaptiveCpu:
         cpu = self.engine.cpu(0)
         assert isinstance(cpu, AdaptiveCpu)
-        cpu.policy = False
+        cpu.policy = POLICY_ON_REQUEST
         state = CpuState(l4_mfn=self.l4, gdt_va=GDT, gdt_limit=0xFFF, xcr0=self.engine.xcr0_mask)
         state.regs[CS], state.regs[SS] = 0xE033, 0xE02B
         cpu.load(state)
@@ -223,6 +229,25 @@ def test_the_task_switched_flag_is_honoured_on_every_host(machine: AdaptiveMachi
     assert machine.go_on(cpu) == (VECTOR_UD, 0, 0)
 
 
+def test_a_vcpu_returns_to_kvm_when_nothing_needs_unicorn_any_more(machine: AdaptiveMachine) -> None:
+    cpu = machine.adaptive_cpu()
+    cpu.policy = POLICY_KVM
+    machine.write_code("0f 05 eb fc")
+    cpu.code_written(machine.code)
+    cpu.regs[RIP] = CODE
+    seen: list[str] = []
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        seen.append(cpu.running_on)
+        cpu.set_task_switched(len(seen) < 10)
+        return len(seen) < 200
+
+    while len(seen) < 200:
+        cpu.run(on_trap)
+    assert seen[5] == ("kvm" if machine.engine.kvm.traits.traps_task_switched else "unicorn")
+    assert seen[-1] == "kvm"
+
+
 def test_breakpoints_are_honoured_on_every_host(machine: AdaptiveMachine) -> None:
     cpu = machine.adaptive_cpu()
     machine.on(cpu, "kvm", "0f 05 90 90 0f 0b")
@@ -331,7 +356,7 @@ def test_a_checksum_is_exact_over_a_thousand_moves(machine: AdaptiveMachine) -> 
 
 def test_a_vcpu_that_computes_settles_on_kvm_and_one_that_traps_may_leave_it(machine: AdaptiveMachine) -> None:
     cpu = machine.adaptive_cpu()
-    cpu.policy = True
+    cpu.policy = POLICY_MEASURED
     machine.write_code("b9 40 42 0f 00 48 ff c9 75 fb 0f 05 eb f2")  # mov ecx, 1000000; dec/jnz; syscall; again
     cpu.code_written(machine.code)
     cpu.regs[RIP] = CODE

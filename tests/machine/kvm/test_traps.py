@@ -28,7 +28,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.kvm import area
 from xenolith.machine.engines.protocol import TRAP_SYSCALL
 
-from .bare import CODE, DATA, STACK_TOP, Machine, run_to_trap
+from .bare import CODE, DATA, GDT, STACK_TOP, Machine, run_to_trap
 
 
 def test_every_general_register_goes_in_and_comes_out(machine: Machine) -> None:
@@ -284,3 +284,11 @@ def test_32_bit_code_runs_and_its_int_0x80_is_seen(machine: Machine) -> None:
     cpu.set_code_stack(0xE033, 0xE02B)
     assert machine.execute(cpu, "48 ff c0 0f 0b")[0] == VECTOR_UD
     assert cpu.regs[RAX] == 9
+
+
+def test_a_selector_whose_table_is_not_mapped_there_is_a_page_fault(machine: Machine) -> None:
+    cpu = machine.cpu()
+    cpu.set_ldt(GDT + 0x1000, 0x1FFF)
+    cpu.regs[RAX] = 0x6F
+    assert machine.execute(cpu, "8e e0 0f 0b") == (VECTOR_PF, 0, GDT + 0x1068)
+    assert cpu.regs[RIP] == CODE

@@ -60,7 +60,13 @@ _MASK32: Final = 0xFFFF_FFFF
 _MASK64: Final = (1 << 64) - 1
 _UD2: Final = b"\x0f\x0b"
 
-# Policy.  A window of traps is long enough for its rate to mean something and short beside the cost of a wrong move.
+POLICY_KVM: Final = "kvm"  # on KVM
+POLICY_MEASURED: Final = "measured"  # where the last traps say that it is faster
+POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
+
+AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
+
+# Measuring.  A window of traps is long enough for its rate to mean something and short beside the cost of a wrong move.
 WINDOW: Final = 256  # traps
 HOLD: Final = 2048  # traps for which a vCPU stays where it was sent because the other engine could not go on
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
@@ -73,12 +79,12 @@ HANDLER_NS: Final = 7_000  # Python's share of a trap on Unicorn, where it is no
 class AdaptiveEngine:
     """A domain's pair of engines. Raises EngineError where either cannot run here.
 
-    `policy` decides where a vCPU runs; without one it stays on KVM but for what only Unicorn gets right.
+    `policy` says where a vCPU runs when nothing forces it: one of the POLICY_* values.
     """
 
     cpus_shared = False
 
-    def __init__(self, memory: MachineMemory, name: str = "adaptive", policy: bool = True) -> None:
+    def __init__(self, memory: MachineMemory, name: str = "adaptive", policy: str = POLICY_MEASURED) -> None:
         self.name = name
         self.memory = memory
         self.kvm = KvmEngine(memory)
@@ -115,7 +121,7 @@ class AdaptiveCpu:
     flush_tlb: Callable[[], None]
     flush_page: Callable[[int], None]
 
-    def __init__(self, engine: AdaptiveEngine, policy: bool) -> None:
+    def __init__(self, engine: AdaptiveEngine, policy: str) -> None:
         self._engine = engine
         self._memory = engine.memory
         self._unicorn: UnicornCpu = engine.unicorn.cpu(0)
@@ -133,13 +139,14 @@ class AdaptiveCpu:
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
         self.moves = 0
-        self.policy = policy  # False: only `request_move` and necessity move it
+        self.policy = policy
         self._hold = 0
         self._votes = 0
+        self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._handler_ns = 0
         self._window_start = 0
-        self._go_to(self._unicorn if policy else self._kvm)
+        self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
     @property
     def running_on(self) -> str:
@@ -250,7 +257,8 @@ class AdaptiveCpu:
             if not on_trap(vector, error_code, address):
                 self._leave = True
             self._traps += 1
-            if self._requested is not None or self._traps >= WINDOW:
+            self._since_need += 1
+            if self._requested is not None or not self._traps % AFTER_NEED:
                 self._look_around()
             return not self._leave and self._target is None
 
@@ -341,11 +349,14 @@ class AdaptiveCpu:
         if not self._engine.may_move:
             wanted: Cpu = self._kvm
         elif self._only_unicorn_can():
+            self._since_need = 0
             wanted = self._unicorn
         elif requested is not None:
             wanted = self._kvm if requested == "kvm" else self._unicorn
-        elif not self.policy:
+        elif self.policy == POLICY_ON_REQUEST:
             wanted = here
+        elif self.policy == POLICY_KVM:
+            wanted = self._kvm if self._since_need >= AFTER_NEED else here
         else:
             wanted = self._by_measurement()
         self._target = wanted if wanted is not here else None

@@ -64,9 +64,9 @@ def _kvm(memory: MachineMemory) -> Engine:
 
     if host_traits().is_exact:
         return KvmEngine(memory)
-    from xenolith.machine.engines.adaptive import AdaptiveEngine
+    from xenolith.machine.engines.adaptive import POLICY_KVM, AdaptiveEngine
 
-    return AdaptiveEngine(memory, "kvm", policy=False)
+    return AdaptiveEngine(memory, "kvm", POLICY_KVM)
 
 
 def _adaptive(memory: MachineMemory) -> Engine:

@@ -468,8 +468,12 @@ class KvmCpu:
         regs = self.regs
         if vector == VECTOR_UD:
             vector, error_code = self._undefined_opcode()
-        elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT and segment_loads.carry_out(self):
-            return True
+        elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT:
+            va = self._descriptor_va(error_code)
+            if va is not None and self.read_memory(va, 8) is None:
+                return on_trap(VECTOR_PF, 0, va)  # the processor's own read of the table
+            if segment_loads.carry_out(self):
+                return True
         address = 0
         if vector in (VECTOR_BP, VECTOR_OF):
             self._forget_vector()
@@ -630,12 +634,15 @@ class KvmCpu:
                 return code
         return b""
 
-    def _descriptor(self, selector: int) -> bytes | None:
+    def _descriptor_va(self, selector: int) -> int | None:
+        """Where the descriptor of a selector lies; None if that is outside of its table."""
         va, limit = self._ldt if selector & segments.SELECTOR_TI else self._gdt
-        offset = selector & ~7
-        if not va or offset + 7 > limit:
-            return None
-        return paging.read(self._memory, self.l4_mfn, va + offset, 8)
+        offset = selector & 0xFFF8
+        return va + offset if va and offset + 7 <= limit else None
+
+    def _descriptor(self, selector: int) -> bytes | None:
+        va = self._descriptor_va(selector)
+        return None if va is None else self.read_memory(va, 8)
 
     def load_selector(self, segment: int, selector: int) -> None:
         """Like `set_segment`, but a register that cannot be loaded stays as it is."""
