@@ -1,0 +1,322 @@
+"""Grants: a domain's frames reach others exactly as it permits, for as long as they hold them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenolith.abi import grant_table as abi
+from xenolith.abi.grant_table import (
+    GNTMAP_host_map,
+    GNTMAP_readonly,
+    GNTST_bad_copy_arg,
+    GNTST_bad_domain,
+    GNTST_bad_gntref,
+    GNTST_bad_handle,
+    GNTST_bad_page,
+    GNTST_general_error,
+    GNTST_okay,
+    GTF_permit_access,
+    GTF_reading,
+    GTF_readonly,
+    GTF_writing,
+)
+from xenolith.abi.hypercalls import GNTTABOP_copy, GNTTABOP_map_grant_ref, GNTTABOP_unmap_grant_ref
+from xenolith.abi.x86 import PAGE_SIZE
+from xenolith.hypervisor import audit, paging
+from xenolith.hypervisor.domain import Domain, Vcpu
+from xenolith.hypervisor.frames import TYPE_L1
+from xenolith.hypervisor.grant_table_op import do_grant_table_op
+from xenolith.hypervisor.guest_memory import WRITE, translate
+from xenolith.hypervisor.mmu import l1_entry_index
+
+from .bare import DATA, BareMachine, read, write
+
+REF = 8
+
+
+@pytest.fixture
+def machine() -> Iterator[BareMachine]:
+    machine = BareMachine()
+    yield machine
+    assert not audit.check(machine.hypervisor)
+    machine.close()
+
+
+def frame(domain: Domain, page: int) -> int:
+    """MFN of one of the domain's pages."""
+    return translate(domain.vcpus[0], DATA + page * PAGE_SIZE, WRITE) >> 12
+
+
+def grant(domain: Domain, ref: int, domid: int, mfn: int, flags: int = GTF_permit_access) -> None:
+    """What a guest stores in its table."""
+    domain.grants.grow(1)
+    address = domain.grants.entry_address(ref)
+    domain.memory.d[address >> 2] = flags | domid << 16
+    domain.memory.d[address + 4 >> 2] = mfn
+
+
+def flags(domain: Domain, ref: int) -> int:
+    return domain.memory.h[domain.grants.entry_address(ref) >> 1]
+
+
+def test_a_backend_reads_and_writes_the_page_it_was_granted(machine: BareMachine) -> None:
+    domain = machine.domain()
+    grant(domain, REF, 0, frame(domain, 3))
+    write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"request")
+    handle = machine.dom0.grants.map(domain, REF, True)
+    assert handle >= 0
+    page = machine.dom0.grants.mapped(handle)
+    assert bytes(page[:7]) == b"request"
+    assert flags(domain, REF) == GTF_permit_access | GTF_reading | GTF_writing
+    assert not audit.check(machine.hypervisor)
+    page[:8] = b"response"
+    assert machine.dom0.grants.unmap(handle) == GNTST_okay
+    assert read(domain.vcpus[0], DATA + 3 * PAGE_SIZE, 8) == b"response"
+    assert flags(domain, REF) == GTF_permit_access
+    assert machine.dom0.grants.unmap(handle) == GNTST_bad_handle
+
+
+def test_a_page_mapped_read_only_cannot_be_written(machine: BareMachine) -> None:
+    domain = machine.domain()
+    grant(domain, REF, 0, frame(domain, 3), GTF_permit_access | GTF_readonly)
+    assert machine.dom0.grants.map(domain, REF, True) == GNTST_general_error
+    handle = machine.dom0.grants.map(domain, REF, False)
+    assert flags(domain, REF) == GTF_permit_access | GTF_readonly | GTF_reading
+    with pytest.raises(TypeError):
+        machine.dom0.grants.mapped(handle)[0] = 1
+    machine.dom0.grants.unmap(handle)
+
+
+def test_the_entry_is_marked_until_the_last_mapping_is_gone(machine: BareMachine) -> None:
+    domain = machine.domain()
+    grant(domain, REF, 0, frame(domain, 3))
+    grants = machine.dom0.grants
+    first, second = grants.map(domain, REF, True), grants.map(domain, REF, False)
+    grants.unmap(first)
+    assert flags(domain, REF) == GTF_permit_access | GTF_reading
+    grants.unmap(second)
+    assert flags(domain, REF) == GTF_permit_access
+
+
+def test_what_an_entry_says_later_does_not_change_what_is_mapped(machine: BareMachine) -> None:
+    domain = machine.domain()
+    grant(domain, REF, 0, frame(domain, 3))
+    grants = machine.dom0.grants
+    first = grants.map(domain, REF, False)
+    grant(domain, REF, 0, frame(domain, 4))
+    write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"three")
+    second = grants.map(domain, REF, False)
+    assert bytes(grants.mapped(second)[:5]) == b"three"
+    grants.unmap(first)
+    grants.unmap(second)
+
+
+def test_grants_that_are_refused(machine: BareMachine) -> None:
+    domain, other = machine.domain(), machine.domain()
+    grants = machine.dom0.grants
+    grant(domain, REF, 5, frame(domain, 3))
+    grant(domain, REF + 1, 0, frame(other, 3))
+    grant(domain, REF + 2, 0, 0xFFFFFFFF)
+    grant(domain, REF + 3, 0, domain.vcpus[0].kernel_l4)
+    assert grants.map(None, REF, False) == GNTST_bad_domain
+    assert grants.map(domain, REF, False) == GNTST_general_error, "for another domain"
+    assert grants.map(domain, REF + 1, False) == GNTST_bad_page, "not the granter's"
+    assert grants.map(domain, REF + 2, True) == GNTST_bad_page
+    assert grants.map(domain, REF + 3, True) == GNTST_bad_page, "a page table"
+    assert grants.map(domain, 512, False) == GNTST_bad_gntref
+    assert grants.map(domain, -1, False) == GNTST_bad_gntref
+    assert [flags(domain, REF + number) for number in range(4)] == [GTF_permit_access] * 4
+
+
+def test_a_granted_page_cannot_become_a_page_table_while_a_backend_may_write_it(machine: BareMachine) -> None:
+    domain = machine.domain()
+    vcpu = domain.vcpus[0]
+    mfn = frame(domain, 3)
+    grant(domain, REF, 0, mfn)
+    handle = machine.dom0.grants.map(domain, REF, True)
+    index = l1_entry_index(vcpu, DATA + 3 * PAGE_SIZE)
+    with domain.lock:
+        assert paging.modify_l1(domain, index, 0) == 0
+        assert paging.pin(domain, mfn, TYPE_L1) < 0
+    machine.dom0.grants.unmap(handle)
+    with domain.lock:
+        assert paging.pin(domain, mfn, TYPE_L1) == 0
+        assert paging.unpin(domain, mfn) == 0
+
+
+def test_copies_stay_inside_the_page(machine: BareMachine) -> None:
+    domain = machine.domain()
+    grant(domain, REF, 0, frame(domain, 3))
+    grants = machine.dom0.grants
+    assert grants.write(domain, REF, 4000, b"x" * 96) == GNTST_okay
+    assert grants.read(domain, REF, 3999, 97) == b"\0" + b"x" * 96
+    assert grants.write(domain, REF, 4000, b"x" * 97) == GNTST_bad_copy_arg
+    assert grants.read(domain, REF, 4096, 1) == GNTST_bad_copy_arg
+    assert grants.read(domain, REF, -1, 1) == GNTST_bad_copy_arg
+    assert flags(domain, REF) == GTF_permit_access
+
+
+def test_a_backend_keeps_its_mapping_when_the_domain_is_destroyed(machine: BareMachine) -> None:
+    domain = machine.domain()
+    mfn = frame(domain, 3)
+    grant(domain, REF, 0, mfn)
+    write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"last words")
+    handle = machine.dom0.grants.map(domain, REF, True)
+    free = machine.hypervisor.memory.free_frames
+    machine.control.destroy(domain.domid)
+    page = machine.dom0.grants.mapped(handle)
+    assert bytes(page[:10]) == b"last words"
+    held = machine.hypervisor.memory.free_frames
+    assert held > free
+    assert machine.dom0.grants.map(domain, REF, False) == GNTST_bad_domain
+    assert machine.dom0.grants.unmap(handle) == GNTST_okay
+    assert machine.hypervisor.memory.free_frames == held + 1
+
+
+# --- from guest to guest ---------------------------------------------------------------------------
+
+
+def map_grant(vcpu: Vcpu, va: int, ref: int, domid: int, flags: int = GNTMAP_host_map) -> tuple[int, int]:
+    write(vcpu, DATA, abi.MAP_GRANT_REF.pack(va, flags, ref, domid, 99, 0, 0))
+    assert do_grant_table_op(vcpu, GNTTABOP_map_grant_ref, DATA, 1) == 0
+    *_, status, handle, _ = abi.MAP_GRANT_REF.unpack(read(vcpu, DATA, abi.MAP_GRANT_REF.size))
+    return status, handle
+
+
+def unmap_grant(vcpu: Vcpu, va: int, handle: int) -> int:
+    write(vcpu, DATA, abi.UNMAP_GRANT_REF.pack(va, 0, handle, 99))
+    assert do_grant_table_op(vcpu, GNTTABOP_unmap_grant_ref, DATA, 1) == 0
+    status: int = abi.UNMAP_GRANT_REF.unpack(read(vcpu, DATA, abi.UNMAP_GRANT_REF.size))[3]
+    return status
+
+
+def test_a_guest_maps_a_page_of_another_guest(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    vcpu = mapper.vcpus[0]
+    grant(granter, REF, mapper.domid, frame(granter, 3))
+    write(granter.vcpus[0], DATA + 3 * PAGE_SIZE, b"shared")
+    va = DATA + 100 * PAGE_SIZE
+    status, handle = map_grant(vcpu, va, REF, granter.domid)
+    assert status == GNTST_okay
+    assert read(vcpu, va, 6) == b"shared"
+    assert not audit.check(machine.hypervisor)
+    write(vcpu, va, b"SHARED")
+    assert read(granter.vcpus[0], DATA + 3 * PAGE_SIZE, 6) == b"SHARED"
+    assert unmap_grant(vcpu, va + PAGE_SIZE, handle) == GNTST_general_error
+    assert unmap_grant(vcpu, va, handle) == GNTST_okay
+    assert translate(vcpu, va, WRITE) < 0
+    assert flags(granter, REF) == GTF_permit_access
+    assert unmap_grant(vcpu, va, handle) == GNTST_bad_handle
+
+
+def test_a_read_only_mapping_cannot_be_written(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    grant(granter, REF, mapper.domid, frame(granter, 3), GTF_permit_access | GTF_readonly)
+    va = DATA + 100 * PAGE_SIZE
+    assert map_grant(mapper.vcpus[0], va, REF, granter.domid)[0] == GNTST_general_error
+    status, handle = map_grant(mapper.vcpus[0], va, REF, granter.domid, GNTMAP_host_map | GNTMAP_readonly)
+    assert status == GNTST_okay
+    assert translate(mapper.vcpus[0], va, WRITE) < 0
+    assert unmap_grant(mapper.vcpus[0], va, handle) == GNTST_okay
+
+
+def test_a_mapper_that_dies_gives_the_pages_back(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    grant(granter, REF, mapper.domid, frame(granter, 3))
+    assert map_grant(mapper.vcpus[0], DATA + 100 * PAGE_SIZE, REF, granter.domid)[0] == GNTST_okay
+    machine.control.destroy(mapper.domid)
+    assert flags(granter, REF) == GTF_permit_access
+
+
+def test_a_busy_granter_makes_the_mapper_ask_again_instead_of_waiting(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    vcpu = mapper.vcpus[0]
+    grant(granter, REF, mapper.domid, frame(granter, 3))
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with granter.lock:
+            taken.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    write(vcpu, DATA, abi.MAP_GRANT_REF.pack(DATA + 100 * PAGE_SIZE, GNTMAP_host_map, REF, granter.domid, 99, 0, 0))
+    vcpu.restarted = False
+    do_grant_table_op(vcpu, GNTTABOP_map_grant_ref, DATA, 1)
+    assert vcpu.restarted
+    done.set()
+    holder.join()
+    status, handle = map_grant(vcpu, DATA + 100 * PAGE_SIZE, REF, granter.domid)
+    assert status == GNTST_okay
+    assert unmap_grant(vcpu, DATA + 100 * PAGE_SIZE, handle) == GNTST_okay
+
+
+def test_a_guest_copies_between_its_own_page_and_a_grant(machine: BareMachine) -> None:
+    granter, copier = machine.domain(), machine.domain()
+    vcpu = copier.vcpus[0]
+    grant(granter, REF, copier.domid, frame(granter, 3), GTF_permit_access | GTF_readonly)
+    write(granter.vcpus[0], DATA + 3 * PAGE_SIZE + 10, b"packet")
+    write(vcpu, DATA, abi.COPY.pack(REF, granter.domid, 10, frame(copier, 2), copier.domid, 5, 6, 1, 99))
+    assert do_grant_table_op(vcpu, GNTTABOP_copy, DATA, 1) == 0
+    assert abi.COPY.unpack(read(vcpu, DATA, abi.COPY.size))[-1] == GNTST_okay
+    assert read(vcpu, DATA + 2 * PAGE_SIZE + 5, 6) == b"packet"
+    assert flags(granter, REF) == GTF_permit_access | GTF_readonly
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("grant", "map", "unmap", "dom0 map", "dom0 unmap", "copy")),
+        st.integers(0, 1),  # who
+        st.integers(0, 3),  # reference or handle
+        st.integers(0, 5),  # page
+        st.booleans(),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_no_sequence_of_grants_and_mappings_breaks_the_frame_table(
+    steps: list[tuple[str, int, int, int, bool]],
+) -> None:
+    machine = BareMachine()
+    domains = [machine.domain(), machine.domain()]
+    handles: list[int] = []
+    mapped: list[list[tuple[int, int]]] = [[], []]
+    for number, (what, who, ref, page, readonly) in enumerate(steps):
+        domain, other = domains[who], domains[1 - who]
+        vcpu = domain.vcpus[0]
+        va = DATA + (100 + number) * PAGE_SIZE
+        if what == "grant":
+            to = 0 if page < 2 else other.domid
+            grant(domain, ref, to, frame(domain, page), GTF_permit_access | GTF_readonly * readonly)
+        elif what == "map":
+            other.grants.grow(1)
+            status, handle = map_grant(vcpu, va, ref, other.domid, GNTMAP_host_map | GNTMAP_readonly * readonly)
+            if status == GNTST_okay:
+                mapped[who].append((va, handle))
+        elif what == "unmap" and mapped[who]:
+            assert unmap_grant(vcpu, *mapped[who].pop(ref % len(mapped[who]))) == GNTST_okay
+        elif what == "dom0 map":
+            handle = machine.dom0.grants.map(domain, ref, not readonly)
+            if handle >= 0:
+                handles.append(handle)
+        elif what == "dom0 unmap" and handles:
+            assert machine.dom0.grants.unmap(handles.pop(ref % len(handles))) == GNTST_okay
+        elif what == "copy":
+            write(vcpu, DATA, abi.COPY.pack(ref, other.domid, 0, frame(domain, 5), domain.domid, 0, 64, 1, 99))
+            do_grant_table_op(vcpu, GNTTABOP_copy, DATA, 1)
+        assert not audit.check(machine.hypervisor), (what, who, ref, page)
+    for domain in domains:
+        machine.control.destroy(domain.domid)
+    for handle in handles:
+        machine.dom0.grants.unmap(handle)
+    assert not audit.check(machine.hypervisor)
