@@ -70,7 +70,7 @@ def live_config_json(config: DomainConfig, domid: int, scheduler: str) -> dict[s
     create, build = document["c_info"], document["b_info"]
     assert isinstance(create, dict)
     assert isinstance(build, dict)
-    build["sched_params"] = {"sched": scheduler} | _scheduler(filled)
+    build["sched_params"] = {"sched": scheduler, **_scheduler(filled)}
     if domid == 0:
         kept = ("max_memkb", "target_memkb", "sched_params", "type.pv")
         shown: dict[str, Json] = {name: build[name] for name in kept}
