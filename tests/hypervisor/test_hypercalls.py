@@ -77,8 +77,8 @@ def test_version_names_us_and_keeps_the_build_to_itself(vcpu: Vcpu) -> None:
     assert read(vcpu, DATA, 16).rstrip(b"\0") == b".0-xenolith"
     assert do_xen_version(vcpu, abi.XENVER_capabilities, DATA) == 0
     assert read(vcpu, DATA, 1024).rstrip(b"\0") == b"xen-3.0-x86_64 "
-    assert do_xen_version(vcpu, abi.XENVER_changeset, DATA) == 0
-    assert read(vcpu, DATA, 64).rstrip(b"\0") == b"<denied>"
+    assert do_xen_version(vcpu, abi.XENVER_commandline, DATA) == 0
+    assert read(vcpu, DATA, 1024).rstrip(b"\0") == b"<denied>"
     assert do_xen_version(vcpu, abi.XENVER_platform_parameters, DATA) == 0
     assert unpack("<Q", read(vcpu, DATA, 8))[0] == XENS
     write(vcpu, DATA, pack("<II", 0, 0))

@@ -60,4 +60,5 @@ SWAP_GRANT_REF: Final = Struct("<IIhxx")  # ref_a, ref_b, status
 SWAP_GRANT_REF_STATUS: Final = 8
 GET_VERSION: Final = Struct("<HxxI")  # dom, version
 GET_STATUS_FRAMES_STATUS: Final = 6
-GET_STATUS_FRAMES_SIZE: Final = 16
+GET_STATUS_FRAMES: Final = Struct("<IHhQ")  # nr_frames, dom, status, frame_list (a pointer)
+CACHE_FLUSH: Final = Struct("<QHHI")  # address or ref, offset, length, operation

@@ -26,11 +26,11 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
+from xenolith.abi.extensions import VIRQ_XENOLITH_VIRTUAL_TIMER
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
     EVTCHN_2L_NR_CHANNELS,
     NR_VIRQS,
-    VIRQ_ARCH_0,
     VIRQ_DEBUG,
     VIRQ_TIMER,
     VIRQ_XENOPROF,
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PORT: Final = 1023  # as xl.cfg's max_event_channels
 PORTS_PER_BUCKET: Final = 64  # the port table grows by buckets; a port is valid once its bucket exists
-NR_PIRQS: Final = 256  # physical interrupts that Xen knows of; a domU may bind none of them
+NR_PIRQS: Final = 56  # as Xen counts them on a machine with one I/O APIC of 24 pins; a domU may bind none of them
 
 # Port states (Xen: ECS_*).
 FREE: Final = 0
@@ -80,10 +80,7 @@ STATUS: Final = {
     VIRQ: EVTCHNSTAT_virq,
     IPI: EVTCHNSTAT_ipi,
 }
-PER_VCPU_VIRQS: Final = frozenset(
-    # VIRQ_ARCH_0 is the machine check, which is global
-    (VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_XENPMU, *range(VIRQ_ARCH_0 + 1, VIRQ_ARCH_0 + 8))
-)
+PER_VCPU_VIRQS: Final = frozenset((VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_XENPMU, VIRQ_XENOLITH_VIRTUAL_TIMER))
 
 # Domain.posted holds ports, ~vcpu_id for a poll whose time is up, and these:
 _WATCHDOG: Final = -(1 << 31)
@@ -292,6 +289,8 @@ class EventChannels:
         """Clear a port's mask bit and notify its vCPU if the port is pending (Xen: evtchn_2l_unmask)."""
         if not self.valid(port):
             return -EINVAL
+        if self.state[port] <= RESERVED:
+            return 0
         domain = self.domain
         shared_info = domain.memory.address + domain.shared_info
         if clear_bit(shared_info + SHARED_EVTCHN_MASK, port) and self.pending(port):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import grant_table as abi
-from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS
+from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS, EOPNOTSUPP
 from xenolith.abi.grant_table import (
     GNTCOPY_dest_gref,
     GNTCOPY_source_gref,
@@ -35,6 +35,7 @@ from xenolith.abi.grant_table import (
 )
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
+    GNTTABOP_cache_flush,
     GNTTABOP_copy,
     GNTTABOP_get_status_frames,
     GNTTABOP_get_version,
@@ -59,6 +60,7 @@ from xenolith.hypervisor.mmu import l1_entry_index
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
+OPERATION_BITS: Final = 12  # of the command; Xen keeps the state of its own continuations above
 INT_MAX: Final = (1 << 31) - 1
 AVAIL_SHIFT: Final = 9  # of PTE_AVAIL
 FRAME: Final = 0x000F_FFFF_FFFF_F000
@@ -119,7 +121,7 @@ def _fill_frame_list(vcpu: Vcpu, domid: int, nr_frames: int, frame_list: int) ->
     if nr_frames > table.max_frames or not table.grow(nr_frames):
         return GNTST_general_error
     mfns = b"".join(map(U64.pack, table.frames[:nr_frames]))
-    return GNTST_okay if copy_to_guest(vcpu, frame_list, mfns) else GNTST_bad_virt_addr
+    return GNTST_okay if not mfns or copy_to_guest(vcpu, frame_list, mfns) else GNTST_bad_virt_addr
 
 
 def _query_size(vcpu: Vcpu, uop: int, count: int) -> int:
@@ -152,9 +154,31 @@ def _get_status_frames(vcpu: Vcpu, uop: int, count: int) -> int:
     """There are none in version 1."""
     if count != 1:
         return -EINVAL
-    if copy_from_guest(vcpu, uop, abi.GET_STATUS_FRAMES_SIZE) is None:
+    data = copy_from_guest(vcpu, uop, abi.GET_STATUS_FRAMES.size)
+    if data is None:
         return -EFAULT
-    return 0 if copy_to_guest(vcpu, uop + abi.GET_STATUS_FRAMES_STATUS, _status(GNTST_general_error)) else -EFAULT
+    domain = _target(vcpu, abi.GET_STATUS_FRAMES.unpack(data)[1])
+    status = domain if isinstance(domain, int) else GNTST_general_error
+    return 0 if copy_to_guest(vcpu, uop + abi.GET_STATUS_FRAMES_STATUS, _status(status)) else -EFAULT
+
+
+def _cache_flush(vcpu: Vcpu, uop: int, count: int) -> int:
+    """Nothing needs flushing on x86, where devices see the caches; Xen refuses it there too."""
+    for index in range(count):
+        data = copy_from_guest(vcpu, uop + index * abi.CACHE_FLUSH.size, abi.CACHE_FLUSH.size)
+        if data is None:
+            return -EFAULT
+        _, offset, length, operation = abi.CACHE_FLUSH.unpack(data)
+        if offset + length > PAGE_SIZE:
+            return -EINVAL
+        if length and operation:
+            return -EOPNOTSUPP
+        if vcpu.kicked or not vcpu.may_run:
+            done = index + 1
+            return vcpu.restart_hypercall(
+                HYPERVISOR_grant_table_op, GNTTABOP_cache_flush, uop + done * abi.CACHE_FLUSH.size, count - done
+            )
+    return 0
 
 
 # --- elements of the batched operations -------------------------------------------------------------
@@ -278,7 +302,11 @@ def _remove_entry(vcpu: Vcpu, mapping: Mapping, host_addr: int, new_addr: int) -
 
 
 def _transfer(vcpu: Vcpu, data: bytes) -> Answer:
-    return abi.TRANSFER_STATUS, _status(GNTST_general_error)  # giving frames away for good is not offered
+    """Giving frames away for good is not offered."""
+    mfn, *_ = abi.TRANSFER.unpack(data)
+    frames = vcpu.domain.frames
+    own = frames.valid(mfn) and frames.owner[mfn] == vcpu.domain.domid
+    return abi.TRANSFER_STATUS, _status(GNTST_general_error if own else GNTST_bad_page)
 
 
 def _swap(vcpu: Vcpu, data: bytes) -> Answer:
@@ -388,6 +416,7 @@ _WHOLE: Final[dict[int, Callable[[Vcpu, int, int], int]]] = {
     GNTTABOP_query_size: _query_size,
     GNTTABOP_get_version: _get_version,
     GNTTABOP_get_status_frames: _get_status_frames,
+    GNTTABOP_cache_flush: _cache_flush,
 }
 _BATCHED: Final[dict[int, tuple[int, Callable[[Vcpu, bytes], Answer]]]] = {
     GNTTABOP_map_grant_ref: (abi.MAP_GRANT_REF.size, _map),
@@ -403,7 +432,7 @@ _BATCHED: Final[dict[int, tuple[int, Callable[[Vcpu, bytes], Answer]]]] = {
 def do_grant_table_op(vcpu: Vcpu, cmd: int, uop: int, count: int) -> int:
     """grant_table_op."""
     cmd, count = cmd & 0xFFFFFFFF, count & 0xFFFFFFFF
-    if count > INT_MAX:
+    if count > INT_MAX or cmd >> OPERATION_BITS:
         return -EINVAL
     whole = _WHOLE.get(cmd)
     if whole is not None:

@@ -46,6 +46,11 @@ def translate(vcpu: Vcpu, va: int, rights: int) -> int:
     return entry & FRAME | va & PAGE_MASK
 
 
+def address_ok(va: int) -> bool:
+    """Whether an address may be the guest's at all, mapped or not (Xen: guest_handle_okay)."""
+    return 0 <= va < 0x0000_8000_0000_0000 or HYPERVISOR_VIRT_END <= va < 1 << 64
+
+
 def copy_from_guest(vcpu: Vcpu, va: int, size: int) -> bytes | None:
     """`size` bytes at a guest linear address; None where they cannot be read (the hypercall answers -EFAULT)."""
     offset = va & PAGE_MASK

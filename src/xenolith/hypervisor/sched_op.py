@@ -18,8 +18,8 @@ from xenolith.abi.hypercalls import (
     SCHEDOP_yield,
 )
 from xenolith.abi.layout import U32
-from xenolith.hypervisor.events import post_watchdog
-from xenolith.hypervisor.guest_memory import copy_from_guest
+from xenolith.hypervisor.events import RESERVED, post_watchdog
+from xenolith.hypervisor.guest_memory import address_ok, copy_from_guest
 from xenolith.hypervisor.scheduler import domain_shutdown
 from xenolith.hypervisor.time import NS_PER_SECOND, Timer
 
@@ -66,11 +66,12 @@ def _shutdown(vcpu: Vcpu, arg: int) -> int:
 
 
 def _shutdown_code(vcpu: Vcpu, arg: int) -> int:
-    """Name the reason of a later shutdown, once."""
+    """Name the reason of a later shutdown; the first counts."""
     data = copy_from_guest(vcpu, arg, 4)
-    if data is None or vcpu.domain.shutdown_code is not None:
+    if data is None:
         return -EFAULT
-    vcpu.domain.shutdown_code = data[0]
+    if vcpu.domain.shutdown_code is None:
+        vcpu.domain.shutdown_code = data[0]
     return 0
 
 
@@ -82,6 +83,8 @@ def _poll(vcpu: Vcpu, arg: int) -> int:
     ports_va, count, _, timeout = _POLL.unpack(data)
     if count > MOST_POLLED_PORTS:
         return -EINVAL
+    if not address_ok(ports_va):
+        return -EFAULT
     if _events_pending(vcpu):
         return 0
     channels = vcpu.domain.events
@@ -91,12 +94,12 @@ def _poll(vcpu: Vcpu, arg: int) -> int:
         if word is None:
             return -EFAULT
         port = U32.unpack(word)[0]
-        if not channels.valid(port):
+        if not channels.valid(port) or channels.state[port] <= RESERVED:
             return -EINVAL
         if channels.pending(port):
             return 0
     hypervisor = vcpu.domain.hypervisor
-    vcpu.poll_port = port if count == 1 and port else -1
+    vcpu.poll_port = port if count == 1 else -1
     channels.pollers.append(vcpu)
     hypervisor.scheduler.block(vcpu)
     if timeout:

@@ -31,7 +31,7 @@ from xenolith.abi.hypercalls import (
     VCPUOP_stop_singleshot_timer,
     VCPUOP_up,
 )
-from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64, VCPU_INFO_SIZE
+from xenolith.abi.layout import U64, VCPU_INFO_SIZE
 from xenolith.abi.vcpu_context import VcpuContext
 from xenolith.abi.x86 import (
     CS,
@@ -69,7 +69,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.hypervisor import descriptors, paging
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
-from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
+from xenolith.hypervisor.guest_memory import READ, address_ok, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.runstate import runstate_info, set_runstate, write_runstate_area
 from xenolith.hypervisor.scheduler import domain_shutdown
 from xenolith.hypervisor.time import MILLISECOND, update_time
@@ -85,11 +85,6 @@ _ALL_WORDS = U64.pack((1 << 64) - 1)
 
 # Each takes the calling vCPU, the vCPU it is about, and the argument.
 Operation = Callable[["Vcpu", "Vcpu", int], int]
-
-
-def _address_ok(va: int) -> bool:
-    """Whether an address may be the guest's at all (Xen: guest_handle_okay)."""
-    return va < 0x0000_8000_0000_0000 or HYPERVISOR_VIRT_END <= va < 1 << 64
 
 
 # --- up and down -----------------------------------------------------------------------------------
@@ -291,7 +286,7 @@ def _register_runstate_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     if data is None:
         return -EFAULT
     (va,) = U64.unpack(data)
-    if not _address_ok(va):
+    if not address_ok(va):
         return -EFAULT
     vcpu.runstate_area_va = va
     if vcpu is caller:
@@ -306,7 +301,7 @@ def _register_time_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     if data is None:
         return -EFAULT
     (va,) = U64.unpack(data)
-    if not _address_ok(va):
+    if not address_ok(va):
         return -EFAULT
     vcpu.time_area_va = va
     if vcpu is caller:

@@ -62,7 +62,7 @@ def _capabilities(vcpu: Vcpu, arg: int) -> int:
 
 
 def _changeset(vcpu: Vcpu, arg: int) -> int:
-    return _answer(vcpu, arg, DENIED, 64)
+    return _answer(vcpu, arg, b"", 64)
 
 
 def _commandline(vcpu: Vcpu, arg: int) -> int:
