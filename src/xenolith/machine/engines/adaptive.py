@@ -68,12 +68,13 @@ AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state 
 
 # Measuring.  A window of traps is long enough for its rate to mean something and short beside the cost of a wrong move.
 WINDOW: Final = 256  # traps
-HOLD: Final = 2048  # traps for which a vCPU stays where it was sent because the other engine could not go on
+HOLD: Final = 2048  # traps for which a vCPU stays on KVM when Unicorn could not go on
+LONGEST_HOLD: Final = 1 << 17  # traps on KVM before Unicorn is tried again, at most
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
-PATIENCE: Final = 2  # windows in a row that must speak for a move
-QUIET_NS: Final = 10_000_000  # a window without enough traps ends after this long
-UNICORN_TRAP_NS: Final = 1_000
-HANDLER_NS: Final = 7_000  # Python's share of a trap on Unicorn, where it is not measured
+MARGIN: Final = 0.8  # a move must promise this much less time
+PATIENCE: Final = 8  # windows that make a stay on Unicorn a good one
+QUIET_NS: Final = 10_000_000  # of CPU time: a window without enough traps ends
+HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
 
 
 class AdaptiveEngine:
@@ -141,10 +142,9 @@ class AdaptiveCpu:
         self.moves = 0
         self.policy = policy
         self._hold = 0
-        self._votes = 0
+        self._backoff = WINDOW  # traps on KVM before Unicorn is tried again, if it was slower last time
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
-        self._handler_ns = 0
         self._window_start = 0
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
@@ -231,13 +231,10 @@ class AdaptiveCpu:
         self._active.kick()
 
     def _handlers(self, on_trap: TrapHandler) -> tuple[TrapHandler, TrapHandler]:
-        clock = time.perf_counter_ns
 
         def on_kvm(vector: int, error_code: int, address: int) -> bool:
-            start = clock()
             if not on_trap(vector, error_code, address):
                 self._leave = True
-            self._handler_ns += clock() - start
             self._traps += 1
             if self._requested is not None or self._traps >= WINDOW or self._only_unicorn_can():
                 self._look_around()
@@ -362,28 +359,39 @@ class AdaptiveCpu:
         self._target = wanted if wanted is not here else None
 
     def _by_measurement(self) -> Cpu:
-        now = time.perf_counter_ns()
-        traps, elapsed = self._traps, now - self._window_start
+        """Compare what a trap and the code before it take here with what they would take on the other engine.
+
+        On Unicorn that is sure: its time is nearly all code, which KVM would execute SLOWDOWN times as fast.  On KVM
+        the code's time is lost in the cost of exits, so where traps are dense Unicorn is tried; if it turns out
+        slower, the next try waits twice as long.
+        """
         here = self._active
-        on_kvm = here is self._kvm
-        if traps < WINDOW and (on_kvm or elapsed < QUIET_NS):
-            return here
-        handled, self._handler_ns = self._handler_ns, 0
-        self._traps, self._window_start = 0, now
-        if self._hold > 0:
-            self._hold -= traps
-            return here
+        elapsed = time.thread_time_ns() - self._window_start
+        traps = self._traps
         exit_cost = self._engine.kvm.traits.exit_cost_ns
-        if on_kvm:
-            interval = (elapsed - handled) / max(traps, 1)
-            better = max(interval - exit_cost, 0) * SLOWDOWN + UNICORN_TRAP_NS < interval * 0.7
-        else:
-            interval = max(elapsed / max(traps, 1) - HANDLER_NS, 0)
-            better = interval / SLOWDOWN + exit_cost < interval * 0.7
-        self._votes = self._votes + 1 if better else 0
-        if self._votes < PATIENCE:
+        if here is self._kvm:
+            if traps < WINDOW:
+                return here
+            self._start_window()
+            self._hold -= traps
+            dense = elapsed // traps < 2 * (exit_cost + HANDLER_NS)
+            return self._unicorn if dense and self._hold <= 0 else here
+        if traps < WINDOW and elapsed < QUIET_NS:
             return here
-        return self._unicorn if on_kvm else self._kvm
+        self._start_window()
+        code = max(elapsed // max(traps, 1) - HANDLER_NS, 0)
+        if code // SLOWDOWN + exit_cost > code * MARGIN:
+            self._good_windows += 1
+            return here
+        if self._good_windows >= PATIENCE:
+            self._backoff = WINDOW
+        self._backoff = min(2 * self._backoff, LONGEST_HOLD)
+        self._hold = self._backoff
+        return self._kvm
+
+    def _start_window(self) -> None:
+        self._traps = 0
+        self._window_start = time.thread_time_ns()
 
     # --- moving -------------------------------------------------------------------------------------------
 
@@ -437,5 +445,5 @@ class AdaptiveCpu:
         self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page
-        self._votes = self._traps = self._handler_ns = 0
-        self._window_start = time.perf_counter_ns()
+        self._good_windows = 0
+        self._start_window()
