@@ -89,7 +89,7 @@ class CannotRun(click.ClickException):
 @click.command(epilog=EXIT_STATUS_HELP, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": None})
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "unicorn", "kvm"]),
+    type=click.Choice(["auto", "unicorn", "kvm", "adaptive"]),
     default="auto",
     envvar="XENOLITH_ENGINE",
     show_default=True,
