@@ -4,6 +4,10 @@ The kernel unpacks an archive of the "newc" kind (cpio(5); Documentation/driver-
 in Linux) into its first file system and starts /init. Ours holds busybox with a link for each of its applets,
 the device nodes /init needs before devtmpfs is there, the host files the user asked for, and /init itself.
 
+busybox's poweroff, reboot and halt signal process 1 and leave the rest to it, which is right for an init and wrong for
+a shell script that waits for its child. So in /sbin these three are scripts that make the system call themselves. The
+kernel runs them when the toolstack writes control/shutdown, and the shell on the console when they are typed.
+
 /init is process 1. It mounts what every program expects and then either starts a shell on the console or runs
 one command, whose output and exit status it puts between the marks of `dom0.framing`. Between the marks the
 terminal passes bytes through unchanged. The command gets an empty standard input.
@@ -103,10 +107,15 @@ mount -a
 cd /root
 """
 
+# The kernel asks for an orderly end (control/shutdown in xenstore) with busybox's poweroff and reboot, which signal
+# process 1. A shell attends to signals while it waits, but not while a program runs in the foreground.
 _SHELL_INIT: Final = (
     _SETUP
     + """\
-setsid cttyhack sh -l
+trap 'poweroff -f' USR1 USR2
+trap 'reboot -f' TERM
+setsid cttyhack sh -l &
+wait $!
 poweroff -f
 """
 )
@@ -131,7 +140,14 @@ sysfs /sys sysfs nosuid,nodev,noexec 0 0
 devtmpfs /dev devtmpfs nosuid 0 0
 """
 
-_PROFILE: Final = "PS1='\\w # '\n"
+_ENDINGS: Final = ("poweroff", "reboot", "halt")
+_ENDING: Final = """\
+#!/bin/busybox sh
+exec /bin/busybox {name} -f "$@"
+"""
+
+# Debian's busybox prefers its applets to files, so that the shell has to be told about the scripts in /sbin.
+_PROFILE: Final = "PS1='\\w # '\n" + "".join(f'{name}() {{ /sbin/{name} "$@"; }}\n' for name in _ENDINGS)
 
 
 def _command_init(command: Sequence[str], nonce: str) -> bytes:
@@ -164,6 +180,8 @@ def _busybox(busybox: Path) -> Iterator[Node]:
     for applet in _applets(busybox):
         if applet != "bin/busybox":
             yield Node(applet, stat.S_IFLNK | 0o777, b"/bin/busybox")
+    for name in _ENDINGS:
+        yield Node(f"sbin/{name}", stat.S_IFREG | 0o755, _ENDING.format(name=name).encode())
 
 
 @cache
