@@ -84,6 +84,15 @@ def test_init_finds_busybox_its_links_and_the_device_nodes_it_needs(busybox: Pat
     assert b"cttyhack" in nodes["init"].data
 
 
+def test_powering_off_does_not_wait_for_an_init_to_do_it(busybox: Path) -> None:
+    """Linux runs these when the toolstack asks for a shutdown; process 1 is a shell that would ignore a signal."""
+    nodes = unpack(build_initramfs(busybox))
+    for name in ("poweroff", "reboot", "halt"):
+        script = nodes[f"sbin/{name}"]
+        assert script.mode == 0o100755
+        assert script.data.splitlines()[-1] == f'exec /bin/busybox {name} -f "$@"'.encode()
+
+
 def test_directories_come_before_what_is_in_them(busybox: Path) -> None:
     nodes = list(unpack(build_initramfs(busybox, files=[HostFile(busybox, PurePosixPath("/a/b/c"))])))
     for index, path in enumerate(nodes):
