@@ -74,6 +74,7 @@ class Vcpu:
         self.iopl = 0
         self.task_switched = False  # what the guest set as CR0.TS
         self.debug = [0] * 8
+        self.cpuid_answers: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # (leaf, subleaf) -> registers
         self.cr4 = 0  # what the guest wrote, of the bits it may have
         self.gdt_frames: list[int] = []  # MFNs, each held as segment descriptor page
         self.gdt_entries = 0
@@ -128,6 +129,7 @@ class Vcpu:
     def set_xcr0(self, value: int) -> bool:
         """Set XCR0 to a value that the engine can execute."""
         self.state.xcr0 = value
+        self.cpuid_answers.clear()
         return True
 
     def __repr__(self) -> str:

@@ -33,6 +33,7 @@ GUEST_EFER: Final = x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX
 FORCED_PREFIX: Final = b"\x0f\x0bxen"
 PREFIXES: Final = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 INSTRUCTION_LIMIT: Final = 15  # bytes (SDM vol. 2, 2.3.11)
+CPUID_ANSWERS: Final = 128  # kept per vCPU: a program asks some twenty questions as it starts, always the same
 STRING_IO_BATCH: Final = 1024  # repetitions of INS or OUTS in one trap
 NOT_FINISHED: Final = -1  # instead of a length: RIP is as it should be
 
@@ -57,8 +58,13 @@ def forced_invalid_opcode(vcpu: Vcpu, cpu: Cpu) -> bool:
 
 def cpuid(vcpu: Vcpu, regs: memoryview) -> None:
     """Answer CPUID from the domain's policy."""
-    eax, ebx, ecx, edx = cpuid_policy.answer(vcpu, regs[RAX] & MASK32, regs[RCX] & MASK32)
-    regs[RAX], regs[RBX], regs[RCX], regs[RDX] = eax, ebx, ecx, edx
+    question = (regs[RAX] & MASK32, regs[RCX] & MASK32)
+    answer = vcpu.cpuid_answers.get(question)
+    if answer is None:
+        answer = cpuid_policy.answer(vcpu, *question)
+        if len(vcpu.cpuid_answers) < CPUID_ANSWERS:
+            vcpu.cpuid_answers[question] = answer
+    regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
 
 
 def io_allowed(vcpu: Vcpu) -> bool:
