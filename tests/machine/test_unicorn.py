@@ -384,3 +384,50 @@ def test_ports_fault_whatever_their_width_and_the_guest_may_be_sent_on(unicorn: 
         cpu.regs[RDX], cpu.regs[RSI], cpu.regs[RDI], cpu.regs[RCX] = 0x3F8, DATA, DATA, 1
         assert run_to_trap(cpu) == (VECTOR_GP, 0, 0), code
         assert cpu.regs[RIP] == CODE
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_a_store_through_a_mapping_without_execution_right_is_noticed_at_once(unicorn: BareMachine, user: bool) -> None:
+    """A debugger's breakpoint, set and taken back through the kernel's direct map: no page table changes."""
+    alias = 0x58_0000
+    unicorn.set_entry(alias, unicorn.code[user] << 12 | ACCESS | PTE_NX, unicorn.l4s[0])
+    cpu = unicorn.start("88 1c 25 01 01 58 00 88 1c 25 81 01 58 00" + SYSCALL)  # mov [alias + 0x101], bl; + 0x181
+    for offset in (0x100, 0x180):
+        unicorn.write_code("b8 00 00 00 00" + SYSCALL, user, offset)  # mov eax, 0 (the byte that is stored)
+    cpu.load(unicorn.state())
+    for number in range(1, 40):
+        cpu.switch_mode(unicorn.l4s[0], False)
+        cpu.regs[RIP], cpu.regs[RBX] = CODE, number
+        run_to_trap(cpu)
+        cpu.switch_mode(unicorn.l4s[user], user)
+        for offset in (0x100, 0x180):
+            cpu.regs[RIP] = CODE + offset
+            run_to_trap(cpu)
+            assert cpu.regs[RAX] == number
+
+
+def test_a_page_of_old_code_overwritten_through_an_alias_leaves_no_old_block(unicorn: BareMachine) -> None:
+    """Many blocks in one page; rep stosq over all of it through a mapping without execution right; then new code."""
+    alias = 0x58_0000
+    page = unicorn.map_new(0x57_0000)
+    unicorn.set_entry(alias, page << 12 | ACCESS | PTE_NX)
+    block = bytes.fromhex("b8 00 00 00 00 0f 05 90")  # mov eax, n; syscall
+    cpu = unicorn.start("f3 48 ab" + SYSCALL)  # rep stosq
+    for number in range(1, 12):
+        pattern = bytearray(block)
+        pattern[1] = number
+        cpu.regs[RIP], cpu.regs[RDI], cpu.regs[RCX] = CODE, alias, 512
+        cpu.regs[RAX] = int.from_bytes(pattern, "little")
+        run_to_trap(cpu)
+        for offset in range(0, 4096, 136):
+            cpu.regs[RIP], cpu.regs[RAX] = 0x57_0000 + offset, 0
+            run_to_trap(cpu)
+            assert cpu.regs[RAX] == number
+
+
+def test_data_on_a_page_with_code_is_stored_and_the_code_stays_right(unicorn: BareMachine) -> None:
+    # again: inc dword [rip + 0x100]; dec ecx; jnz again; syscall
+    cpu = unicorn.start("ff 05 fa 00 00 00 ff c9 75 f6" + SYSCALL)
+    cpu.regs[RCX] = 5000
+    run_to_trap(cpu)
+    assert unicorn.memory.d[(unicorn.code[0] << 10) + 0x40] == 5000

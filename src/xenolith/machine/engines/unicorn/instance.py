@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_void_p
+from ctypes import c_uint64, c_void_p
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +26,7 @@ from xenolith.abi.x86 import (
     EFER_SCE,
     MSR_EFER,
 )
+from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
@@ -57,11 +58,12 @@ class Instance:
             lib.check(lib.ctl(self.uc, control | 1 << 26 | 1 << 30, value), f"setting option {control}")
         error = lib.mem_map_ptr(self.uc, 0, memory.size, library.UC_PROT_ALL, memory.address)
         lib.check(error, "mapping machine memory")
-        self.cpu: int = ctypes.c_uint64.from_address(self.uc + layout.UC_CPU).value
+        self.cpu: int = c_uint64.from_address(self.uc + layout.UC_CPU).value
         self.env = self.cpu - layout.CPU_STATE
         self.b = _view(self.env, layout.ENV_SIZE)
         self.d, self.q = self.b.cast("I"), self.b.cast("Q")
         self._checksums = np.zeros(memory.frames, dtype=np.uint64)  # of frames that were executable
+        self._marked = np.zeros(memory.frames, dtype=np.uint8)  # frames with code: stores are noticed
         self._l4_of_tlb = np.zeros(2, dtype=np.uint64)  # whose translations the TLBs of kernel and user mode hold
         self._addresses = {
             "uc": self.uc,
@@ -70,6 +72,9 @@ class Instance:
             "memory": memory.address,
             "checksums": self._checksums.ctypes.data,
             "l4_of_tlb": self._l4_of_tlb.ctypes.data,
+            "marked": self._marked.ctypes.data,
+            "memory_size": memory.size,
+            "notdirty_return": self._notdirty_return(),
             "emu_stop": lib.address("uc_emu_stop"),
             "read_eflags": lib.address("helper_read_eflags_x86_64"),
             "write_eflags": lib.address("helper_write_eflags_x86_64"),
@@ -77,11 +82,13 @@ class Instance:
             "tlb_flush": lib.address("tlb_flush_x86_64"),
             "tlb_flush_page": lib.address("tlb_flush_page_x86_64"),
             "tlb_flush_by_mmuidx": lib.address("tlb_flush_by_mmuidx_x86_64"),
+            "tlb_reset_dirty": lib.address("tlb_reset_dirty_x86_64"),
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
         self._code = CodePage()
         self._callbacks: list[Any] = []  # Unicorn holds only their addresses
         self._enter_long_mode()
+        self._notice_stores_to_code()
 
     def call(self, listing: stubs.Listing, result: Any, *arguments: Any) -> Any:
         """A Python callable of this machine code, to be called after `seal`."""
@@ -112,7 +119,7 @@ class Instance:
         lib = self.lib
         _view(self.uc + layout.UC_NO_EXIT_REQUEST, 1)[0] = 1  # a stop must not split a read-modify-write
         lib.update_cr4(self.env, CR4)
-        efer = (ctypes.c_uint64 * 2)(MSR_EFER, EFER_SCE | EFER_LME | EFER_NX)
+        efer = (c_uint64 * 2)(MSR_EFER, EFER_SCE | EFER_LME | EFER_NX)
         lib.check(lib.reg_write(self.uc, library.UC_X86_REG_MSR, efer), "setting EFER")
         lib.update_cr3(self.env, 0)
         lib.update_cr0(self.env, CR0)
@@ -120,6 +127,27 @@ class Instance:
         self.q[layout.XCR0 // 8] = xsave.X87 | xsave.SSE
         for table in (layout.LDT, layout.TR, layout.GDT, layout.IDT):
             self.b[table : table + layout.TABLE_SIZE] = bytes(layout.TABLE_SIZE)
+
+    def _notdirty_return(self) -> int:
+        symbol, offset = layout.NOTDIRTY_RETURN
+        address = self.lib.address(symbol) + offset
+        code = ctypes.string_at(address - layout.NOTDIRTY_CALL_SIZE, len(layout.NOTDIRTY_CODE))
+        if code != layout.NOTDIRTY_CODE:
+            raise EngineError(f"Unicorn's code at {symbol} + {offset:#x} is not what Xenolith knows; {library.ADVICE}")
+        return address
+
+    def _notice_stores_to_code(self) -> None:
+        """Drop a frame's blocks when it is stored to through any mapping.
+
+        As it comes, this Unicorn forgets to look after the first store through a mapping without execution right, even
+        if blocks of the frame are left or come later: a kernel's direct map.  See stubs.MEMORY_MAPPING.
+        """
+        place = c_uint64.from_address(self.uc + layout.UC_MEMORY_MAPPING)
+        find_region = ctypes.PYFUNCTYPE(c_void_p, c_void_p, c_uint64)(place.value)
+        self._addresses |= {"find_region": place.value, "region": find_region(self.uc, 0)}
+        place.value = self._code.place(stubs.encode(stubs.MEMORY_MAPPING, **self._addresses))
+        self.hook(library.UC_HOOK_MEM_FETCH_PROT, stubs.RETURN_FALSE)
+        self.hook(library.UC_HOOK_EDGE_GENERATED, stubs.BLOCK_MADE)
 
 
 def _view(address: int, size: int) -> memoryview:

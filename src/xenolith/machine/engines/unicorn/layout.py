@@ -8,9 +8,16 @@ TLB: for each MMU index a table (`mask`, `table`) and its description (victim en
 from typing import Final
 
 # --- uc_struct ------------------------------------------------------------------------------------
+UC_MEMORY_MAPPING: Final = 288  # pointer to the function that finds a machine address's memory region
 UC_CPU: Final = 440  # the CPUState
+UC_PAGE_MAP: Final = 736  # radix tree of the pages with code: pointer, 8 bytes, u32 size, i32 shift, i32 levels
 UC_NO_EXIT_REQUEST: Final = 2034  # true: do not look for a stop request after every load and store
 UC_STRUCT_SIZE: Final = 14900  # at least
+
+# notdirty_write asks UC_MEMORY_MAPPING; where it goes on, relative to an exported function, and the code around
+NOTDIRTY_RETURN: Final = ("tlb_set_dirty_x86_64", 0x242)
+NOTDIRTY_CODE: Final = bytes.fromhex("ff 90 20 01 00 00 48 85 c0")  # call [rax + 288]; test rax, rax
+NOTDIRTY_CALL_SIZE: Final = 6
 
 # --- CPUState, relative to env --------------------------------------------------------------------
 CPU_STATE: Final = -0x8A50  # the start of CPUState

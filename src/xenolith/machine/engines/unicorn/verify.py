@@ -408,6 +408,7 @@ def _debug(guest: Guest) -> None:
 def _stops(lib: Library, memory: MachineMemory) -> None:
     """A stop takes effect between blocks only: with UC_NO_EXIT_REQUEST, and really because of it."""
     instance = Instance(lib, memory)
+    instance.seal()
     stop_at_port = ctypes.CFUNCTYPE(c_uint32, c_void_p)(lambda uc: int(lib.emu_stop(uc)))
     handle, everywhere = c_void_p(), (1, 0)
     callback = ctypes.cast(stop_at_port, c_void_p)
