@@ -20,9 +20,10 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -142,11 +143,8 @@ def run(
     is printed alone, and its exit status is ours.
     """
     nonce = new_nonce()
-    try:
-        spec = _spec(kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
-    except (GuestUnavailable, ImageError, InitramfsError, OSError) as error:
-        raise CannotRun(str(error)) from error
-    sys.exit(_run(spec, engine, CommandOutput(nonce) if command else None, stats))
+    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
+    sys.exit(_run(make_spec, memory_mib, vcpus, engine, CommandOutput(nonce) if command else None, stats))
 
 
 # --- the domain to make --------------------------------------------------------------------------------------
@@ -315,18 +313,28 @@ class _Streams:
             return b""
 
 
-def _run(spec: DomainSpec, engine: str, framing: CommandOutput | None, stats: bool) -> int:
-    """Make the domain, let it run until it or somebody else ends the run; the exit status."""
+def _run(
+    make_spec: Callable[[], DomainSpec],
+    memory_mib: int,
+    vcpus: int,
+    engine: str,
+    framing: CommandOutput | None,
+    stats: bool,
+) -> int:
+    """Make the domain, let it run until it or somebody else ends the run; the exit status.
+
+    The specification is made here and nowhere kept: a kernel image is 50 MiB.
+    """
     started = time.monotonic()
     notes: SimpleQueue[Note] = SimpleQueue()
     try:
-        with _signals_noted(notes), power_on([spec.memory_kib >> 10], engine, pcpus=max(2, spec.vcpus)) as dom0:
-            domain = dom0.create(spec)
+        with _signals_noted(notes), power_on([memory_mib], engine, pcpus=max(2, vcpus)) as dom0:
+            domain = dom0.create(make_spec())
             streams = _Streams(domain.console, framing, notes)
             note = _foreground(dom0, domain, streams)
             if stats:
                 print(json.dumps(_statistics(dom0, domain, streams, started), indent=2), file=sys.stderr)
-    except (EngineError, DomainCreateError) as error:
+    except (GuestUnavailable, ImageError, InitramfsError, OSError, EngineError, DomainCreateError) as error:
         raise CannotRun(str(error)) from error
     if isinstance(note, _Signalled):
         return Status.SIGNALLED + note.signal

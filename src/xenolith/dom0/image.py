@@ -21,7 +21,7 @@ import lzma
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -85,6 +85,10 @@ class KernelImage:
     loader: str
     hv_start_low: int | None
     bsd_symtab: bool
+
+    def without_contents(self) -> KernelImage:
+        """What is known of the kernel, without the kernel."""
+        return replace(self, segments=())
 
     @property
     def paddr_start(self) -> int:

@@ -14,7 +14,7 @@ import threading
 import uuid as uuids
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -58,7 +58,7 @@ class GuestDomain:
     """A domain that dom0 made."""
 
     def __init__(self, spec: DomainSpec, built: BuiltDomain, console: Console, undo: ExitStack) -> None:
-        self.spec = spec
+        self.spec = replace(spec, image=spec.image.without_contents(), ramdisk=b"")  # they are in the domain now
         self.domid = built.domid
         self.built = built
         self.console = console
@@ -95,6 +95,7 @@ class Dom0:
         self.hypervisor = hypervisor
         self.engine = engine  # its name
         self.control = Control(hypervisor)
+        hypervisor.log(f"engine: {engine}")
         self.domains: dict[int, GuestDomain] = {}
         self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []
         """Called on dom0's event thread with each domain that shuts down, once it has been noted as ended."""
