@@ -1,4 +1,4 @@
-"""What a trap costs on an engine before ring 0 does anything: the engine's own Python and machine code, by kind of trap.
+"""What a trap costs on an engine before ring 0 does anything: the engine's own part, by kind of trap.
 
 A guest loop raises one kind of trap; the handler does as little as it can.  The cost of the loop's own instructions
 is negligible.  Prints nanoseconds of CPU time a trap, and the cost of each operation that ring 0 asks of the engine.
