@@ -1,0 +1,64 @@
+"""A Linux guest that is moved between engines all the time computes what it would have computed anyway."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from machines import missing
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import sys, threading, time
+from xenolith.machine.engines import adaptive
+
+def mover(cpu):
+    while True:
+        before, deadline = cpu.moves, time.monotonic() + 0.5
+        cpu.request_move("kvm" if cpu.running_on == "unicorn" else "unicorn")
+        while cpu.moves == before and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(0.01)
+
+class MovedCpu(adaptive.AdaptiveCpu):
+    def __init__(self, engine, policy):
+        super().__init__(engine, adaptive.POLICY_ON_REQUEST)
+        threading.Thread(target=mover, args=(self,), daemon=True).start()
+        cpus.append(self)
+
+cpus = []
+adaptive.AdaptiveCpu = MovedCpu
+sys.argv = ["xenolith", "run", "--engine", "adaptive", *sys.argv[1:]]
+from xenolith.cli.main import main
+try:
+    main()
+finally:
+    print(cpus[0].moves, file=sys.stderr)
+"""
+ROUNDS = 2
+SCRIPT = f"i=0; while [ $i -lt {ROUNDS} ]; do sha256sum /srv/data; cat /srv/data | cat | md5sum; i=$((i+1)); done"
+
+
+def test_checksums_forks_and_pipes_are_exact_over_a_thousand_moves(tmp_path: Path) -> None:
+    if reason := missing("adaptive"):
+        pytest.skip(f"no adaptive engine here: {reason}")
+    data = random.Random(5).randbytes(2_000_000)
+    (tmp_path / "data").write_bytes(data)
+    arguments = ["--file", f"{tmp_path}/data:/srv/data", "--", "sh", "-c", SCRIPT]
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, timeout=280, check=False)
+    assert (
+        done.stdout.decode().splitlines()
+        == [
+            f"{hashlib.sha256(data).hexdigest()}  /srv/data",
+            f"{hashlib.md5(data).hexdigest()}  -",
+        ]
+        * ROUNDS
+    ), done.stderr.decode()
+    assert done.returncode == 0
+    assert int(done.stderr.split()[-1]) >= 1000
