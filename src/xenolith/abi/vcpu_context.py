@@ -115,4 +115,27 @@ def parse(data: bytes) -> VcpuContext:
     )
 
 
+def pack(context: VcpuContext) -> bytes:
+    """The structure as `SIZE` bytes."""
+    rest = (
+        context.ldt_base,
+        context.ldt_entries,
+        *context.gdt_frames,
+        context.gdt_entries,
+        context.kernel_ss,
+        context.kernel_sp,
+        *context.ctrlreg,
+        *context.debugreg,
+        context.event_callback,
+        context.failsafe_callback,
+        context.syscall_callback,
+        context.vm_assist,
+        context.fs_base,
+        context.gs_base_kernel,
+        context.gs_base_user,
+    )
+    traps = b"".join(TRAP_INFO.pack(*trap) for trap in context.traps)
+    return context.fpu + _FLAGS.pack(context.flags) + _USER_REGS.pack(*context.regs) + traps + _REST.pack(*rest)
+
+
 assert _FPU_SIZE + _FLAGS.size + _USER_REGS.size + _TRAPS * TRAP_INFO.size + _REST.size == SIZE

@@ -90,7 +90,9 @@ def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, re
 
     with ExitStack() as cleanup:
         cleanup.callback(directory.release)
-        client = EmbeddedToolstack(power_on([memory_mib], engine, pcpus))
+        client = EmbeddedToolstack(
+            power_on([memory_mib], engine, pcpus), xenstore_socket=directory.xenstore_socket_path
+        )
         cleanup.callback(client.close)
         supervisor = Supervisor(client, directory.dump_path)
         server = Daemon(directory, client, supervisor)

@@ -6,6 +6,7 @@ Domains are named by domid.  Operations on a domain that does not exist raise No
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,7 @@ import numpy as np
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED, RUNSTATE_running, SHUTDOWN_crash
+from xenolith.abi.vcpu_context import VcpuContext
 from xenolith.abi.x86 import (
     CS,
     DS,
@@ -31,13 +33,15 @@ from xenolith.abi.x86 import (
     RSP,
     SS,
 )
-from xenolith.hypervisor import descriptors, paging, time, version
+from xenolith.hypervisor import descriptors, inspection, paging, time, vcpu_op, version
 from xenolith.hypervisor.domain import MAX_VCPUS, Domain
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.inspection import LinearRun, OwnMemory
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.statistics import Counters, counters
+from xenolith.machine.engines.kvm.cpuid import native_cpuid
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import Frames, OutOfMemory
 
@@ -45,6 +49,10 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
 
 E820_RAM: Final = 1
+FEATURE_WORDS: Final = (
+    (1, 0, 3), (1, 0, 2), (0x8000_0001, 0, 3), (0x8000_0001, 0, 2), (0xD, 1, 0), (7, 0, 1), (7, 0, 2),
+    (0x8000_0007, 0, 3),
+)  # fmt: skip
 XEN_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A  # entries of Xen's own upper tables
 WINDOW_TABLE: Final = PTE_P | PTE_RW | PTE_A
 
@@ -103,6 +111,7 @@ class MachineInfo:
     extra_version: str
     capabilities: str
     scheduler: str
+    features: tuple[int, ...]  # CPUID words 1.edx 1.ecx e1.edx e1.ecx Da1.eax 7b0.ebx 7c0.ecx e7.edx (Xen: hw_cap)
 
 
 class Control:
@@ -154,6 +163,7 @@ class Control:
                 engine.close()
                 raise DomainCreateError(f"not enough machine memory: {error}") from error
             hypervisor.domains[domid] = domain
+        hypervisor.log(f"d{domid}: created with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
         return domid
 
     def _set_up(self, domain: Domain) -> None:
@@ -220,6 +230,7 @@ class Control:
             frames.free_xen([domain.shared_info_mfn, *domain.xen_frames])
         with hypervisor.lock:
             del hypervisor.domains[domid]
+        hypervisor.log(f"d{domid}: destroyed")
 
     def pause(self, domid: int) -> None:
         """Stop the domain's vCPUs; none executes when this returns. Counts."""
@@ -232,6 +243,14 @@ class Control:
     def start(self, domid: int) -> None:
         """Give a built domain its threads and let it run (the first unpause)."""
         self._hypervisor.scheduler.start(self._domain(domid))
+
+    def send_nmi(self, domid: int, vcpu_id: int) -> None:
+        """Send a vCPU an NMI (Xen: XEN_DOMCTL_sendtrigger). Raises ValueError where it is not online."""
+        domain = self._domain(domid)
+        with domain.lock:
+            if vcpu_id >= len(domain.vcpus) or not domain.vcpus[vcpu_id].online:
+                raise ValueError(f"domain {domid} has no vCPU {vcpu_id} that is online")
+            vcpu_op.send_nmi(domain.vcpus[vcpu_id])
 
     def crash(self, domid: int, why: str) -> None:
         """Shut the domain down as crashed."""
@@ -284,6 +303,7 @@ class Control:
             extra_version=version.EXTRAVERSION.decode(),
             capabilities=version.CAPABILITIES.decode().strip(),
             scheduler=hypervisor.scheduler.name,
+            features=tuple(native_cpuid(leaf, subleaf)[word] for leaf, subleaf, word in FEATURE_WORDS),
         )
 
     def log_text(self) -> str:
@@ -404,6 +424,35 @@ class Control:
         with domain.lock:
             domain.foreign_mapped[mfn] -= 1
             paging.put_page_and_type(domain, mfn)
+
+    # --- looking into a domain that stands still -----------------------------------------------------------
+
+    def contexts(self, domid: int) -> Sequence[VcpuContext]:
+        """The state of each vCPU of a domain that is paused or has shut down (Xen: XEN_DOMCTL_getvcpucontext)."""
+        domain = self._domain(domid)
+        self._hypervisor.scheduler.store_states(domain)
+        with domain.lock:
+            return [inspection.context(vcpu) for vcpu in domain.vcpus if vcpu.initialised]
+
+    def own_memory(self, domid: int) -> OwnMemory:
+        """The frames of a domain and their pfns."""
+        domain = self._domain(domid)
+        with domain.lock:
+            return inspection.own_memory(domain)
+
+    def linear_runs(self, domid: int) -> Sequence[LinearRun]:
+        """Where the kernel's page table of the domain's first vCPU maps its memory."""
+        domain = self._domain(domid)
+        with domain.lock:
+            return inspection.linear_runs(domain, domain.vcpus[0].kernel_l4)
+
+    def read_frames(self, domid: int, mfn: int, count: int) -> bytes:
+        """A copy of consecutive frames. Raises ValueError where one is not the domain's."""
+        domain = self._domain(domid)
+        with domain.lock:
+            if mfn <= 0 or (domain.frames.owners[mfn : mfn + count] != domid).any():
+                raise ValueError(f"frames {mfn:#x}..{mfn + count - 1:#x} are not all of domain {domid}")
+            return bytes(domain.memory.b[mfn * PAGE_SIZE : (mfn + count) * PAGE_SIZE])
 
 
 def set_initial_cr3(domain: Domain, vcpu_id: int, kernel_mfn: int, user_mfn: int) -> int:

@@ -10,6 +10,7 @@ from typing import Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SHIFT, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
+from xenolith.hypervisor import version
 from xenolith.hypervisor.descriptors import FLAT_DESCRIPTORS
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.frames import FrameTable
@@ -56,6 +57,9 @@ class Hypervisor:
         self._set_up_gdt()
         self.timers = TimerQueue(self.clock)
         self.scheduler = Scheduler(self, pcpus)
+        self.log(f"Xenolith {version.MAJOR}.{version.MINOR}{version.EXTRAVERSION.decode()}")
+        self.log(f"machine memory: {memory.frames >> 8} MiB, {memory.free_frames >> 8} MiB free for domains")
+        self.log(f"{pcpus} pCPUs, scheduler {self.scheduler.name}, TSC {self.tsc_hz // 1_000_000} MHz")
 
     def _set_up_m2p(self) -> None:
         """Allocate the machine-to-physical table and Xen's page tables that map it read-only."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
 WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
 DEFAULT_WEIGHT: Final = 256
+STORE_PATIENCE: Final = 1.0  # s between looks whether a thread that should store its vCPU's state still lives
 
 
 class Context:
@@ -59,6 +60,7 @@ class Context:
         self.loaded: Vcpu | None = None
         self.preempt = False  # leave the pCPU at the next chance
         self.stopping = False
+        self.to_store: threading.Event | None = None  # somebody waits for the loaded vCPU's state
         self.slice_start = 0
         self.quantum_timer = Timer(lambda: scheduler.quantum_over(self))
         self.swap: Callable[[CpuState, CpuState], None] | None = getattr(cpu, "swap", None)  # quicker than store, load
@@ -160,6 +162,20 @@ class Scheduler:
             domain.paused_by_control += 1
             self.tell_to_leave(domain)
         self._wait_until_stopped(domain)
+
+    def store_states(self, domain: Domain) -> None:
+        """Bring `Vcpu.state` of a domain that is paused or has shut down up to date, for whoever wants to look at it.
+
+        A Cpu can be asked for it by its own thread only.
+        """
+        waiting = []
+        for context in _contexts(domain):
+            stored = context.to_store = threading.Event()
+            context.wake()
+            waiting.append((context, stored))
+        for context, stored in waiting:
+            while not stored.wait(STORE_PATIENCE) and context.thread.is_alive():
+                pass
 
     def unpause(self, domain: Domain) -> None:
         """Undo one pause."""
@@ -286,6 +302,12 @@ class Scheduler:
             self._release(context)
 
     def _sleep(self, context: Context) -> None:
+        stored = context.to_store
+        if stored is not None:
+            context.to_store = None
+            if context.loaded is not None:
+                context.cpu.store(context.loaded.state)
+            stored.set()
         self._fall_idle()
         context.sleep()
         with self._lock:
@@ -492,6 +514,7 @@ def domain_shutdown(domain: Domain, reason: int) -> None:
             return
         domain.shutdown_reason = domain.shutdown_code if domain.shutdown_code is not None else reason
         domain.hypervisor.scheduler.tell_to_leave(domain)
+    domain.hypervisor.log(f"{domain!r}: shut down, reason {domain.shutdown_reason}")
     domain.hypervisor.scheduler.announce_shutdown(domain)
 
 

@@ -256,17 +256,22 @@ def _is_up(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
 def _send_nmi(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     if arg:
         return -EINVAL
-    if not vcpu.nmi_pending:
-        vcpu.nmi_pending = True
-        scheduler = vcpu.domain.hypervisor.scheduler
-        if vcpu.blocked:
-            scheduler.unblock(vcpu)
-        elif vcpu is caller:
-            # Delivered on the way into the guest, so it has to leave and come back.
-            vcpu.may_run = False
-        else:
-            scheduler.kick(vcpu)
+    send_nmi(vcpu)
+    if vcpu is caller:
+        vcpu.may_run = False  # it is delivered on the way into the guest, so it has to leave and come back
     return 0
+
+
+def send_nmi(vcpu: Vcpu) -> None:
+    """Make an NMI pending. The caller holds the domain's lock."""
+    if vcpu.nmi_pending:
+        return
+    vcpu.nmi_pending = True
+    scheduler = vcpu.domain.hypervisor.scheduler
+    if vcpu.blocked:
+        scheduler.unblock(vcpu)
+    else:
+        scheduler.kick(vcpu)
 
 
 def _get_physid(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:

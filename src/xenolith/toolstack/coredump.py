@@ -2,7 +2,7 @@
 
 The file is an ELF core twice over, with the same bytes of memory. Its program headers are those of a process core: a
 PT_NOTE segment with a process status (the registers) for each vCPU, which debuggers show as threads, and a PT_LOAD
-segment for each run of memory, with the virtual addresses where the guest's kernel has it mapped. Its sections are
+segment for each virtual address range at which the guest's kernel has some of it mapped. Its sections are
 those of Xen's own dump format: `.note.Xen`, `.xen_prstatus` with the vCPU contexts, `.xen_p2m` with the pfn and gmfn
 of each page and `.xen_pages` with the pages in the same order.
 
@@ -14,9 +14,11 @@ Source: gABI (ELF), Linux's elf_prstatus for x86-64 as in <sys/procfs.h>, Xen's 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Final, TypeAlias
+from itertools import accumulate
+from typing import Final, Protocol, TypeAlias
 
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError, no_progress
 
@@ -46,8 +48,22 @@ class MemoryRun:
     pfn: int
     frames: int
     gmfns: Sequence[int]  # of each frame
-    vaddr: int  # where the guest's kernel has the run mapped
     chunks: Iterable[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Where the guest's kernel has consecutive frames mapped. Frames may be mapped in several places, or nowhere."""
+
+    vaddr: int
+    pfn: int
+    frames: int
+
+
+class SupportsWrite(Protocol):
+    """A binary file, as far as it is needed here."""
+
+    def write(self, data: Buffer, /) -> object: ...
 
 
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -71,23 +87,26 @@ _XEN_FORMAT: Final = 1
 
 
 def write_core(
-    file: BinaryIO,
+    file: SupportsWrite,
     name: str,
     vcpus: Sequence[VcpuState],
     memory: Sequence[MemoryRun],
+    mappings: Sequence[Mapping],
     progress: OnProgress = no_progress,
 ) -> None:
-    """Write a core of the domain `name` to `file`, which need not be seekable."""
+    """Write a core of the domain `name` to `file`, which need not be seekable.
+
+    Frames that are mapped but not part of `memory` are left out; of too many mappings the smallest are.
+    """
     runs = sorted(memory, key=lambda run: run.pfn)
-    if len(runs) > _MAX_SEGMENTS:
-        raise ToolstackError(f"memory in {len(runs)} runs does not fit into a core file, which takes {_MAX_SEGMENTS}")
-    layout = _Layout(name, vcpus, runs)
+    segments = _segments(runs, mappings)
+    layout = _Layout(name, vcpus, runs, segments)
     file.write(layout.head)
     _write_memory(file, runs, progress)
     file.write(layout.tail)
 
 
-def _write_memory(file: BinaryIO, runs: Sequence[MemoryRun], progress: OnProgress) -> None:
+def _write_memory(file: SupportsWrite, runs: Sequence[MemoryRun], progress: OnProgress) -> None:
     total = sum(run.frames for run in runs)
     done = 0
     for run in runs:
@@ -106,14 +125,16 @@ def _write_memory(file: BinaryIO, runs: Sequence[MemoryRun], progress: OnProgres
 class _Layout:
     """Where everything is in the file: `head` comes before the pages, `tail` after them."""
 
-    def __init__(self, name: str, vcpus: Sequence[VcpuState], runs: Sequence[MemoryRun]) -> None:
+    def __init__(
+        self, name: str, vcpus: Sequence[VcpuState], runs: Sequence[MemoryRun], loads: Sequence[_Segment]
+    ) -> None:
         frames = sum(run.frames for run in runs)
         process_notes = _prpsinfo(name) + b"".join(_prstatus(number, vcpu) for number, vcpu in enumerate(vcpus))
         xen_notes = _xen_notes(len(vcpus), frames)
         contexts = b"".join(vcpu.guest_context for vcpu in vcpus)
         p2m = _p2m(runs)
 
-        notes_at = _ELF_HEADER.size + _PROGRAM_HEADER.size * (1 + len(runs))
+        notes_at = _ELF_HEADER.size + _PROGRAM_HEADER.size * (1 + len(loads))
         xen_notes_at = notes_at + len(process_notes)
         contexts_at = xen_notes_at + len(xen_notes)
         p2m_at = contexts_at + len(contexts)
@@ -121,7 +142,7 @@ class _Layout:
         names_at = pages_at + frames * PAGE_SIZE
 
         segments = [_PROGRAM_HEADER.pack(_PT_NOTE, 0, notes_at, 0, 0, len(process_notes) + len(xen_notes), 0, 4)]
-        segments += _load_segments(runs, pages_at)
+        segments += [_load_segment(load, pages_at) for load in loads]
         sections = _Sections()
         sections.add(".note.Xen", _SHT_NOTE, xen_notes_at, len(xen_notes), 0)
         context_size = len(contexts) // len(vcpus) if vcpus else 0
@@ -151,14 +172,37 @@ class _Layout:
         self.tail = names + headers
 
 
-def _load_segments(runs: Sequence[MemoryRun], pages_at: int) -> list[bytes]:
-    segments, offset = [], pages_at
-    for run in runs:
-        size = run.frames * PAGE_SIZE
-        address = run.pfn * PAGE_SIZE
-        segments.append(_PROGRAM_HEADER.pack(_PT_LOAD, _PF_RWX, offset, run.vaddr, address, size, size, PAGE_SIZE))
-        offset += size
-    return segments
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Frames at a virtual address, of which the first is page number `index` in the file."""
+
+    vaddr: int
+    pfn: int
+    index: int
+    frames: int
+
+
+def _segments(runs: Sequence[MemoryRun], mappings: Sequence[Mapping]) -> list[_Segment]:
+    """What is mapped of the runs, by virtual address."""
+    starts = [run.pfn for run in runs]
+    indices = list(accumulate((run.frames for run in runs), initial=0))
+    found = []
+    for mapping in mappings:
+        pfn, end = mapping.pfn, mapping.pfn + mapping.frames
+        for number in range(max(bisect_right(starts, pfn) - 1, 0), bisect_left(starts, end)):
+            run = runs[number]
+            first, last = max(pfn, run.pfn), min(end, run.pfn + run.frames)
+            if first < last:
+                vaddr = mapping.vaddr + (first - pfn) * PAGE_SIZE
+                found.append(_Segment(vaddr, first, indices[number] + first - run.pfn, last - first))
+    largest = sorted(found, key=lambda segment: -segment.frames)[:_MAX_SEGMENTS]
+    return sorted(largest, key=lambda segment: segment.vaddr)
+
+
+def _load_segment(load: _Segment, pages_at: int) -> bytes:
+    offset, size = pages_at + load.index * PAGE_SIZE, load.frames * PAGE_SIZE
+    address = load.pfn * PAGE_SIZE
+    return _PROGRAM_HEADER.pack(_PT_LOAD, _PF_RWX, offset, load.vaddr, address, size, size, PAGE_SIZE)
 
 
 class _Sections:

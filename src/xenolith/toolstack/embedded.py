@@ -45,6 +45,7 @@ from xenolith.toolstack.client import (
     no_progress,
 )
 from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.domaincore import dump_domain
 from xenolith.toolstack.events import EventHub
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
@@ -55,7 +56,13 @@ DOM0_NAME: Final = "Domain-0"
 class EmbeddedToolstack:
     """A Client for the domains of `dom0`. Closing it destroys them; dom0 is closed with it."""
 
-    def __init__(self, dom0: Dom0, acknowledge_seconds: float = ACKNOWLEDGE_SECONDS) -> None:
+    def __init__(
+        self,
+        dom0: Dom0,
+        acknowledge_seconds: float = ACKNOWLEDGE_SECONDS,
+        xenstore_socket: Path | None = None,
+    ) -> None:
+        """`xenstore_socket` is where xenstore is to listen for tools, if it is."""
         self.dom0 = dom0
         self._acknowledge_seconds = acknowledge_seconds
         self._control = dom0.control
@@ -65,6 +72,9 @@ class EmbeddedToolstack:
         self._start_times: dict[int, float] = {0: time.time()}
         self._creating: set[str] = set()
         self._hub = EventHub()
+        self._xenstore_socket = xenstore_socket
+        if xenstore_socket is not None:
+            dom0.xenstore.listen(xenstore_socket)
         dom0.shutdown_hooks.append(self._tell_shutdown)
 
     def close(self) -> None:
@@ -84,6 +94,7 @@ class EmbeddedToolstack:
             nr_cpus=machine.pcpus,
             cores_per_socket=machine.pcpus,
             cpu_khz=machine.tsc_hz // 1000,
+            hw_caps=machine.features,
             virt_caps=("pv",),
             total_memory_kib=machine.total_pages * 4,
             free_memory_kib=machine.free_pages * 4,
@@ -94,6 +105,7 @@ class EmbeddedToolstack:
             scheduler=machine.scheduler,
             virt_start=layout.HYPERVISOR_VIRT_START,
             engine=self.dom0.engine,
+            xenstore_socket=str(self._xenstore_socket) if self._xenstore_socket else None,
         )
 
     def domains(self) -> list[DomainInfo]:
@@ -293,11 +305,20 @@ class EmbeddedToolstack:
         self._guest(domid)
         if trigger is not Trigger.NMI:
             raise InvalidRequest(f"Trigger {trigger} is for HVM domains; a PV domain can be sent nmi.")
-        raise NotSupported("Sending an NMI is not supported.")
+        try:
+            self._control.send_nmi(domid, vcpu)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
 
     def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
-        self._guest(domid)
-        raise NotSupported("Core dumps are not supported.")
+        domain = self._guest(domid)
+        if not path.is_absolute():
+            raise InvalidRequest(f"The path of a core must be absolute: {path}.")
+        self._control.pause(domid)
+        try:
+            dump_domain(self._control, domid, domain.spec.name, path, progress)
+        finally:
+            self._control.unpause(domid)
 
     # --- consoles and events -------------------------------------------------------------------------------
 

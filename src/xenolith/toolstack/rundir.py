@@ -6,6 +6,7 @@ One directory per daemon, for its user only:
     lock             locked by the running daemon; the kernel lets go of it however the daemon ends
     state.json       the domains that exist, written whenever one comes or goes
     daemon.log       the log of a daemon that was started on demand
+    xenstore.sock    xenstore, for tools
     dump/            core files of domains that crashed
 
 A daemon ended by SIGKILL or a power cut had no time to clean up: the next one finds a lock that nobody holds and a
@@ -83,6 +84,10 @@ class RunDirectory:
     @property
     def dump_path(self) -> Path:
         return self.path / "dump"
+
+    @property
+    def xenstore_socket_path(self) -> Path:
+        return self.path / "xenstore.sock"
 
     @property
     def _state_path(self) -> Path:
