@@ -111,7 +111,7 @@ def test_a_listing_says_what_its_machine_code_does(name: str) -> None:
 def _normalised(text: str) -> str:
     """Without operand sizes, and with negative displacements and numbers written in one way."""
     text = re.sub(r"\b(qword|dword|word|oword) ", "", text)
-    text = re.sub(r"0xffffffff([0-9a-f]{8})\b", r"0x\1", text)
+    text = re.sub(r"0xffffffff([0-9a-f]{8})\b", r"0x\1", text).replace("+0x0]", "]")
     return re.sub(r"\+0x(ffff[0-9a-f]{4})\b", lambda number: hex(int(number[1], 16) - (1 << 32)), text)
 
 

@@ -19,6 +19,19 @@ NOTDIRTY_RETURN: Final = ("tlb_set_dirty_x86_64", 0x242)
 NOTDIRTY_CODE: Final = bytes.fromhex("ff 90 20 01 00 00 48 85 c0")  # call [rax + 288]; test rax, rax
 NOTDIRTY_CALL_SIZE: Final = 6
 
+# --- the translator -------------------------------------------------------------------------------
+TCG_UC: Final = 0x9970  # in TCGContext: the uc_struct
+TCG_ENV: Final = 0x98F0  # in TCGContext: the variable that stands for env, relative to TCGContext
+TCG_OP_SET_LABEL: Final = 1
+TCG_OP_LD_I32: Final = 13
+TCG_COND_GE: Final = 3
+# Code that must look like this where the names above and the call through the linkage table come from
+TRANSLATOR_CODE: Final = (
+    ("check_exit_request_x86_64", 0, "48 8b b7 70 99 00 00 80 be f2 07 00 00 00"),  # mov rsi, [rdi + 0x9970]; cmp ...
+    ("tcg_gen_lookup_and_goto_ptr_x86_64", 0x28, "48 8b 85 f0 98 00 00"),  # mov rax, [rbp + 0x98f0]
+    ("tcg_gen_lookup_and_goto_ptr_x86_64", 0x3F, "e8"),  # call tcg_gen_callN
+)
+
 # --- CPUState, relative to env --------------------------------------------------------------------
 CPU_STATE: Final = -0x8A50  # the start of CPUState
 CPU_CLASS: Final = CPU_STATE + 0x81B0  # pointer to its CPUClass ...

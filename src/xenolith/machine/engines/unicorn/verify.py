@@ -51,7 +51,7 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, CpuState, EngineError
-from xenolith.machine.engines.unicorn import layout, library, xsave
+from xenolith.machine.engines.unicorn import exit_check, layout, library, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import CR0, CR4, Instance
 from xenolith.machine.engines.unicorn.library import Library
@@ -93,6 +93,7 @@ Trap = tuple[int, int, int, int]  # vector, error code, address, RIP - CODE_VA
 @functools.cache
 def verify(lib: Library) -> None:
     """Raises EngineError unless every probe agrees."""
+    exit_check.install(lib)
     _expect("the state's address", _state_address(lib), True)
     memory = MachineMemory(FRAMES)
     instance = Instance(lib, memory)
