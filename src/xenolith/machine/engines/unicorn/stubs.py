@@ -403,7 +403,7 @@ RETURN_FALSE: Final[Listing] = (
 )
 
 # In place of tcg_gen_callN(context, function, result, number of arguments, arguments), with which QEMU's translator
-# makes a call of a helper: the call of helper_check_exit_request at the start of every block is made under the condition
+# makes a call of a helper: that of helper_check_exit_request, at the start of every block, is made under the condition
 # that a stop was requested (a negative word in front of env).  See exit_check.py.
 CALL_MADE: Final[Listing] = (
     (0x00, "48 b8 {check_exit_request}", "mov rax, check_exit_request"),
