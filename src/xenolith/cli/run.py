@@ -332,6 +332,7 @@ def _run(
             domain = dom0.create(make_spec())
             streams = _Streams(domain.console, framing, notes)
             note = _foreground(dom0, domain, streams)
+            emergency = dom0.control.emergency_output(domain.domid)
             if stats:
                 print(json.dumps(_statistics(dom0, domain, streams, started), indent=2), file=sys.stderr)
     except (GuestUnavailable, ImageError, InitramfsError, OSError, EngineError, DomainCreateError) as error:
@@ -342,7 +343,10 @@ def _run(
         return Status.POWEROFF
     end = domain.wait()
     assert end is not None
-    return _status(end, streams)
+    status = _status(end, streams)
+    if status != Status.POWEROFF and streams.first_output is None:
+        _show_last_lines("What it wrote with console_io", emergency)
+    return status
 
 
 def _foreground(dom0: Dom0, domain: GuestDomain, streams: _Streams) -> Note:
@@ -387,9 +391,13 @@ def _status(end: DomainInfo, streams: _Streams) -> int:
 def _complain(what: str, console: bytes) -> None:
     """Say how the domain ended, and show the console's last lines where they have not been printed."""
     print(f"xenolith: {what}", file=sys.stderr)
-    lines = console.decode("utf-8", "replace").splitlines()[-PANIC_LINES:]
+    _show_last_lines("Last lines of its console", console)
+
+
+def _show_last_lines(what: str, output: bytes) -> None:
+    lines = output.decode("utf-8", "replace").splitlines()[-PANIC_LINES:]
     if lines:
-        print("Last lines of its console:", *lines, sep="\n  ", file=sys.stderr)
+        print(f"{what}:", *lines, sep="\n  ", file=sys.stderr)
 
 
 def _statistics(dom0: Dom0, domain: GuestDomain, streams: _Streams, started: float) -> dict[str, object]:

@@ -194,11 +194,12 @@ class Dom0:
             domain.set_end(end)
 
     def close(self) -> None:
-        """Destroy all domains and stop dom0's services."""
+        """Destroy all domains, stop dom0's services and switch the machine off. Once."""
         for domain in list(self.domains.values()):
             self.destroy(domain)
         self.xenstore.stop()
         self._thread.stop()
+        self.hypervisor.close()
 
     def __enter__(self) -> Self:
         return self

@@ -111,6 +111,11 @@ class Hypervisor:
         """Forget the log."""
         self._log.clear()
 
+    def close(self) -> None:
+        """Switch the machine off. No domain but dom0 is left."""
+        self.timers.stop()
+        self.memory.close()
+
     def domain(self, domid: int) -> Domain | None:
         """The domain with this id, dying ones included."""
         return self.domains.get(domid)
