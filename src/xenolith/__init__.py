@@ -1,0 +1,35 @@
+"""Xenolith, a Xen virtual machine monitor. `docs/api.md` shows what can be done with what is named here.
+
+Everything is imported when it is first used, so that `import xenolith` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
+    from xenolith.toolstack.client import ToolstackError
+    from xenolith.toolstack.config import Action, DomainConfig
+
+__all__ = [
+    "Action",
+    "Domain",
+    "DomainConfig",
+    "Machine",
+    "State",
+    "Timeout",
+    "ToolstackError",
+    "connect",
+    "load_config",
+    "power_on",
+]
+
+_ELSEWHERE = {"Action": "config", "DomainConfig": "config", "ToolstackError": "client"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.toolstack.{_ELSEWHERE.get(name, 'api')}"), name)

@@ -11,7 +11,7 @@ import click
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import USAGE_ERROR, Failure, Options, Session, XlCommand, complain, resolve
 from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config import DomainConfig, absolute_paths
 from xenolith.toolstack.configjson import Json, domain_config_json, render
 from xenolith.toolstack.configreader import parse_domain_config
 from xenolith.toolstack.cpuspec import HostTopology
@@ -52,24 +52,6 @@ def _read_config(path: str, text: str, extra: Sequence[str]) -> DomainConfig:
     for warning in warnings:
         complain(warning)
     return config
-
-
-def absolute_paths(config: DomainConfig, directory: Path) -> DomainConfig:
-    """The same configuration, with files named so that somebody who works elsewhere finds them."""
-    config.kernel = _absolute(config.kernel, directory)
-    config.ramdisk = _absolute(config.ramdisk, directory)
-    for disk in config.disks:
-        if disk.script is None and disk.target:
-            disk.target = _absolute(disk.target, directory)
-    for share in config.p9_shares:
-        share.path = str(directory / share.path)
-    for channel in config.channels:
-        channel.path = _absolute(channel.path, directory)
-    return config
-
-
-def _absolute(path: str | None, directory: Path) -> str | None:
-    return None if path is None else str(directory / path)
 
 
 def _create(session: Session, options: Options, operands: Sequence[str]) -> int:

@@ -2,12 +2,14 @@
 
 A domain's memory is where the frame table says, at the pfns that the machine-to-physical table gives; its linear
 addresses are what its own page tables say.  Both of the latter are the guest's to write: a pfn that cannot be, or that
-two frames claim, leaves a frame out, and a walk visits each table once, at the lowest of its addresses, because a few
-tables that refer to each other many times can span the whole address space (as Linux's p2m list does).
+two frames claim, leaves a frame out, and a walk visits each table MOST_VISITS times at most, because a few tables that
+refer to each other many times can span the whole address space. (Linux shares tables between its text and the direct
+map, which both matter, and one table 500 times in its p2m list, which does not.)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
 MOST_PFNS: Final = 1 << 40  # with PAGE_SHIFT they are physical addresses of 52 bits
+MOST_VISITS: Final = 4
 CR0: Final = x86.CR0_PE | x86.CR0_MP | x86.CR0_ET | x86.CR0_NE | x86.CR0_WP | x86.CR0_AM | x86.CR0_PG
 _GENERAL: Final = (
     x86.R15, x86.R14, x86.R13, x86.R12, x86.RBP, x86.RBX, x86.R11, x86.R10, x86.R9, x86.R8, x86.RAX, x86.RCX, x86.RDX,
@@ -125,26 +128,26 @@ def linear_runs(domain: Domain, table: int) -> list[LinearRun]:
 
 def _leaf_tables(domain: Domain, l4: int) -> Iterator[tuple[int, Frames]]:
     """(first linear address, the MFN in each of 512 entries or 0) of each L1 table, in ascending order."""
-    seen = {l4}
-    for slot4, l3 in _entries(domain, l4, seen):
+    visits = Counter({l4: MOST_VISITS})
+    for slot4, l3 in _entries(domain, l4, visits):
         if layout.XEN_FIRST_SLOT <= slot4 <= layout.XEN_LAST_SLOT:
             continue
         base = slot4 << 39 | (0xFFFF << 48 if slot4 & 256 else 0)
-        for slot3, l2 in _entries(domain, l3, seen):
-            for slot2, l1 in _entries(domain, l2, seen):
+        for slot3, l2 in _entries(domain, l3, visits):
+            for slot2, l1 in _entries(domain, l2, visits):
                 entries = domain.memory.table(l1)
                 mfns = (entries & np.uint64(x86.PTE_ADDRESS)) >> np.uint64(PAGE_SHIFT)
                 yield base | slot3 << 30 | slot2 << 21, np.where(entries & np.uint64(PTE_P), mfns, np.uint64(0))
 
 
-def _entries(domain: Domain, table: int, seen: set[int]) -> Iterator[tuple[int, int]]:
-    """(slot, MFN) of the tables that an upper table refers to and that were not seen before."""
+def _entries(domain: Domain, table: int, visits: Counter[int]) -> Iterator[tuple[int, int]]:
+    """(slot, MFN) of the tables that an upper table refers to, but for those visited too often already."""
     entries = domain.memory.table(table)
     slots = np.flatnonzero(entries & np.uint64(PTE_P))
     mfns = (entries[slots] & np.uint64(x86.PTE_ADDRESS)) >> np.uint64(PAGE_SHIFT)
     for slot, mfn in zip(slots.tolist(), mfns.tolist(), strict=True):
-        if mfn not in seen:
-            seen.add(mfn)
+        if visits[mfn] < MOST_VISITS:
+            visits[mfn] += 1
             yield slot, mfn
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from uuid import UUID, uuid4
 
 from xenolith.toolstack.cpuidspec import CpuidPolicy
@@ -172,3 +173,21 @@ class DomainConfig:
             "vmtrace_buf_kb": bool(self.vmtrace_kib),
         }
         return [name for name, given in asked.items() if given] + self.ignored_keys
+
+
+def absolute_paths(config: DomainConfig, directory: Path) -> DomainConfig:
+    """The same configuration, with files named so that somebody who works elsewhere finds them."""
+    config.kernel = _absolute(config.kernel, directory)
+    config.ramdisk = _absolute(config.ramdisk, directory)
+    for disk in config.disks:
+        if disk.script is None and disk.target:
+            disk.target = _absolute(disk.target, directory)
+    for share in config.p9_shares:
+        share.path = str(directory / share.path)
+    for channel in config.channels:
+        channel.path = _absolute(channel.path, directory)
+    return config
+
+
+def _absolute(path: str | None, directory: Path) -> str | None:
+    return None if path is None else str(directory / path)

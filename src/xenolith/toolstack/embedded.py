@@ -131,13 +131,15 @@ class EmbeddedToolstack:
 
     def _info(self, info: XenDomainInfo) -> DomainInfo:
         config = self._configs[info.domid]
+        domain = self.dom0.domains.get(info.domid)
+        started = domain is None or domain.started  # one that was not is paused, as Xen has it
         return DomainInfo(
             domid=info.domid,
             name=config.name,
             uuid=config.uuid,
-            running=info.running,
-            blocked=info.blocked,
-            paused=info.paused,
+            running=info.running and started,
+            blocked=info.blocked and started,
+            paused=info.paused or not started,
             shutdown=info.shutdown,
             shutdown_reason=info.shutdown_reason,
             dying=info.dying,

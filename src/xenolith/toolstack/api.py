@@ -1,0 +1,220 @@
+"""The Python API: domains as objects, in one's own process or in the daemon, by the same interface.
+
+`power_on` switches a machine on in this process; it and its domains are gone when it is closed. `connect` uses the
+daemon's, which stays. Either gives a `Machine`, on which everything else is the same: a `Domain` is a name for a domid
+and keeps no state of its own. What is not here is one attribute away, in `Machine.client` (see `client.Client`).
+
+The words for states are those of `Domain.state`; waiting for one uses the client's events and does not poll.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
+
+from xenolith.toolstack.client import (
+    Client,
+    ConsoleStream,
+    DomainInfo,
+    DomainNotFound,
+    DomainStatistics,
+    HostInfo,
+    OnProgress,
+    ShutdownRequest,
+    Supervision,
+    ToolstackError,
+    find_by_name,
+    find_domain,
+    no_progress,
+)
+from xenolith.toolstack.config import DomainConfig, absolute_paths
+from xenolith.toolstack.configreader import parse_domain_config
+from xenolith.toolstack.cpuspec import HostTopology
+from xenolith.toolstack.xenstoreclient import XenstoreClient
+
+
+class State(StrEnum):
+    """What a domain is about."""
+
+    PAUSED = "paused"
+    RUNNING = "running"  # or blocked, waiting for an event
+    SHUTDOWN = "shutdown"
+    GONE = "gone"
+
+
+class Timeout(ToolstackError):
+    """The domain has not come into the state in time."""
+
+
+def load_config(path: str | Path) -> DomainConfig:
+    """Read an xl.cfg; relative paths in it are meant from the working directory. Raises xlcfg.ConfigError."""
+    config, _ = parse_domain_config(Path(path).read_text(), str(path), HostTopology.of_this_machine())
+    return config
+
+
+class Domain:
+    """One domain of a machine."""
+
+    def __init__(self, machine: Machine, domid: int) -> None:
+        self._machine = machine
+        self._client = machine.client
+        self.domid = domid
+
+    @property
+    def info(self) -> DomainInfo:
+        """A snapshot. Raises DomainNotFound when the domain is gone."""
+        return find_domain(self._client, self.domid)
+
+    @property
+    def state(self) -> State:
+        try:
+            info = self.info
+        except DomainNotFound:
+            return State.GONE
+        if info.shutdown:
+            return State.SHUTDOWN
+        return State.PAUSED if info.paused else State.RUNNING
+
+    @property
+    def statistics(self) -> DomainStatistics:
+        """Its counters. Raises DomainNotFound."""
+        for statistics in self._client.statistics():
+            if statistics.domid == self.domid:
+                return statistics
+        raise DomainNotFound(self.domid)
+
+    def wait(self, state: State = State.SHUTDOWN, timeout: float | None = None) -> State:
+        """Wait until it has shut down or is gone; the state it is in. Raises Timeout.
+
+        A domain that nobody can bring into SHUTDOWN any more, since it is gone, ends the wait too.
+        """
+        if state not in (State.SHUTDOWN, State.GONE):
+            raise ToolstackError(f"a domain comes into the state {state} by pause and unpause only; wait for an end")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        events = self._client.subscribe()
+        try:
+            while (now := self.state) not in (state, State.GONE):
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if events.get(left) is None and (deadline is None or time.monotonic() >= deadline):
+                    raise Timeout(f"Domain {self.domid} is {now} and not {state} after {timeout} seconds.")
+            return now
+        finally:
+            events.close()
+
+    def pause(self) -> None:
+        self._client.pause(self.domid)
+
+    def unpause(self) -> None:
+        """Let it run: a new domain for the first time, a paused one on."""
+        self._client.unpause(self.domid)
+
+    def shutdown(self) -> None:
+        """Ask the guest to power off; returns when it has taken note."""
+        self._client.request_shutdown(self.domid, ShutdownRequest.POWEROFF)
+
+    def reboot(self) -> None:
+        """Ask the guest to reboot. Who `supervise`s it builds it again."""
+        self._client.request_shutdown(self.domid, ShutdownRequest.REBOOT)
+
+    def destroy(self) -> None:
+        self._client.destroy(self.domid)
+
+    def supervise(self) -> None:
+        """Have its configured actions (on_poweroff, on_crash, ...) applied when it ends."""
+        self._machine.supervision.supervise(self.domid)
+
+    def console(self) -> ConsoleStream:
+        """Attach to its console; what was printed recently comes first."""
+        return self._client.open_console(self.domid)
+
+    def dump_core(self, path: str | Path, progress: OnProgress = no_progress) -> None:
+        """Write an ELF core."""
+        self._client.dump_core(self.domid, Path(path).absolute(), progress)
+
+    def __repr__(self) -> str:
+        return f"<domain {self.domid}>"
+
+
+class Machine:
+    """A machine that runs domains. As a context manager it is closed in the end."""
+
+    def __init__(self, client: Client, supervision: Supervision, resources: ExitStack) -> None:
+        """Made by `power_on` and `connect`. `resources` is what closing it releases."""
+        self.client = client
+        self.supervision = supervision
+        self._resources = resources
+        self._xenstore: XenstoreClient | None = None
+
+    @property
+    def host(self) -> HostInfo:
+        return self.client.host()
+
+    @property
+    def xenstore(self) -> XenstoreClient:
+        """Its xenstore, with dom0's rights."""
+        if self._xenstore is None:
+            path = self.host.xenstore_socket
+            if path is None:
+                raise ToolstackError("this machine's xenstore listens nowhere")
+            self._xenstore = self._resources.enter_context(XenstoreClient(Path(path)))
+        return self._xenstore
+
+    def create(self, config: DomainConfig | str | Path, progress: OnProgress = no_progress) -> Domain:
+        """Make a domain of a configuration, or of an xl.cfg file by its path; it is paused."""
+        if not isinstance(config, DomainConfig):
+            config = load_config(config)
+        return Domain(self, self.client.create(absolute_paths(config, Path.cwd()), progress))
+
+    def domains(self) -> list[Domain]:
+        """All guests, by domid."""
+        return [Domain(self, info.domid) for info in self.client.domains() if info.domid]
+
+    def domain(self, name: str) -> Domain:
+        """The guest with this name. Raises ToolstackError."""
+        domid = find_by_name(self.client, name)
+        if not domid:
+            raise ToolstackError(f"There is no guest with the name {name!r}.")
+        return Domain(self, domid)
+
+    def close(self) -> None:
+        """End the connection; a machine in this process ends with all its domains."""
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Machine:
+    """Switch a machine on in this process. Raises EngineError where the engine cannot run here."""
+    from xenolith.dom0 import power
+    from xenolith.toolstack.embedded import EmbeddedToolstack
+    from xenolith.toolstack.supervisor import Supervisor
+
+    with ExitStack() as resources:
+        directory = Path(resources.enter_context(TemporaryDirectory(prefix="xenolith-")))
+        dom0 = power.power_on([memory_mib], engine, pcpus)
+        client = EmbeddedToolstack(dom0, xenstore_socket=directory / "xenstore.sock")
+        resources.callback(client.close)
+        supervisor = Supervisor(client, directory / "dump")
+        resources.callback(supervisor.close)
+        return Machine(client, supervisor, resources.pop_all())
+
+
+def connect(socket: str | Path | None = None) -> Machine:
+    """The daemon's machine at `socket`, by default this user's; it is started if none runs."""
+    from xenolith.toolstack.remote import RemoteClient
+
+    client = RemoteClient.connect(None if socket is None else Path(socket))
+    resources = ExitStack()
+    resources.callback(client.close)
+    return Machine(client, client, resources)
