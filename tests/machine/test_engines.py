@@ -316,6 +316,36 @@ def test_a_flush_makes_a_changed_entry_count(bare: BareMachine, user: bool) -> N
     assert found[1:] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("single_pages", [False, True])
+def test_flushes_reach_translations_that_compete_for_the_same_place(bare: BareMachine, single_pages: bool) -> None:
+    """Pages 1 MiB apart: more than a direct-mapped TLB and its victim entries can hold."""
+    pages = [0x1000_0000 + number * 0x10_0000 for number in range(14)]
+    old = [bare.map_new(page) for page in pages]
+    new = [bare.frame() for _ in pages]
+    for number, (first, second) in enumerate(zip(old, new, strict=True)):
+        bare.memory.q[first << 9], bare.memory.q[second << 9] = number, 100 + number
+    cpu = bare.start("48 8b 1b" + SYSCALL)  # mov rbx, [rbx]
+
+    def contents() -> list[int]:
+        found = []
+        for page in pages:
+            cpu.regs[RIP], cpu.regs[RBX] = CODE, page
+            run_to_trap(cpu)
+            found.append(cpu.regs[RBX])
+        return found
+
+    assert contents() == list(range(14))
+    cpu.switch_mode(bare.user_l4, True)
+    for page, mfn in zip(pages, new, strict=True):
+        bare.set_entry(page, mfn << 12 | ACCESS)
+        if single_pages:
+            cpu.flush_page(page)
+    if not single_pages:
+        cpu.flush_tlb()
+    cpu.switch_mode(bare.kernel_l4, False)
+    assert contents() == list(range(100, 114))
+
+
 def test_the_guest_cannot_reach_what_its_page_table_does_not_map(bare: BareMachine) -> None:
     secret = bare.frame()
     bare.memory.page(secret)[:8] = b"secret!!"

@@ -230,6 +230,10 @@ class UnicornCpu:
         if self._inside:
             self._lib.emu_stop(self._instance.uc)
 
+    def frames_with_code(self) -> list[int]:
+        """MFNs of the frames of which there may be translated blocks."""
+        return self._instance.frames_with_code()
+
     def close(self) -> None:
         """Give everything back to the host."""
         self.regs.release()

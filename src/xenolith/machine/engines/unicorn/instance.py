@@ -108,6 +108,11 @@ class Instance:
         """All machine code is in place."""
         self._code.seal()
 
+    def frames_with_code(self) -> list[int]:
+        """MFNs of the frames of which there may be translated blocks."""
+        frames: list[int] = np.flatnonzero(self._marked).tolist()
+        return frames
+
     def close(self) -> None:
         """Give everything back to the host; the views are dead."""
         self.q.release()

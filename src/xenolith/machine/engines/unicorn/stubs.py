@@ -51,15 +51,16 @@ NUMBERS: Final = {
     "settable_flags": layout.SETTABLE_FLAGS,
     "cpu_state": layout.CPU_STATE,
     "dirty": layout.TLB_DIRTY,
-    "dirty_in_cpu": layout.TLB_DIRTY - layout.CPU_STATE,
     "parked_fast": layout.TLB_FAST + layout.MMU_PARKED * layout.TLB_FAST_SIZE,
     "used_fast": layout.TLB_FAST + layout.MMU_USER * layout.TLB_FAST_SIZE,
     "parked_end": layout.TLB_DESCRIPTION + layout.MMU_PARKED * layout.TLB_DESCRIPTION_SIZE - 8,
     "used_end": layout.TLB_DESCRIPTION + layout.MMU_USER * layout.TLB_DESCRIPTION_SIZE - 8,
     "tlb_words": layout.TLB_DESCRIPTION_SIZE // 8,
-    "system_used": layout.TLB_DESCRIPTION
-    + layout.MMU_SYSTEM * layout.TLB_DESCRIPTION_SIZE
-    + layout.TLB_DESCRIPTION_USED,
+    **{
+        f"{name}_{kind}": layout.TLB_DESCRIPTION + index * layout.TLB_DESCRIPTION_SIZE + offset
+        for name, index in (("parked", layout.MMU_PARKED), ("user", layout.MMU_USER), ("system", layout.MMU_SYSTEM))
+        for kind, offset in (("used", layout.TLB_DESCRIPTION_USED), ("victim", layout.TLB_DESCRIPTION_VICTIM))
+    },
 }
 
 
@@ -87,12 +88,27 @@ SET_RFLAGS: Final[Listing] = (
     (0x1C, "ff e0", "jmp rax"),
 )
 
-# flush_tlb(): every MMU index, even one whose bit in `dirty` the exchange of TLBs has left behind
+# flush_tlb(): every TLB that may hold anything: that counts entries, or has used its victim entries.  QEMU's own note
+# of that, `dirty`, does not follow the exchange of TLBs.
 FLUSH_TLB: Final[Listing] = (
-    (0x00, "48 bf {cpu}", "mov rdi, cpu"),
-    (0x0A, "66 c7 87 {dirty_in_cpu} 07 00", "mov word [rdi+dirty_in_cpu], 0x7"),
-    (0x13, "48 b8 {tlb_flush}", "mov rax, tlb_flush"),
-    (0x1D, "ff e0", "jmp rax"),
+    (0x00, "48 ba {env}", "mov rdx, env"),
+    (0x0A, "31 f6", "xor esi, esi"),
+    (0x0C, "48 8b 82 {parked_used}", "mov rax, qword [rdx+parked_used]"),
+    (0x13, "48 0b 82 {parked_victim}", "or rax, qword [rdx+parked_victim]"),
+    (0x1A, "74 03", "je 0x1f"),
+    (0x1C, "83 ce 01", "or esi, 0x1"),
+    (0x1F, "48 8b 82 {user_used}", "mov rax, qword [rdx+user_used]"),
+    (0x26, "48 0b 82 {user_victim}", "or rax, qword [rdx+user_victim]"),
+    (0x2D, "74 03", "je 0x32"),
+    (0x2F, "83 ce 02", "or esi, 0x2"),
+    (0x32, "48 8b 82 {system_used}", "mov rax, qword [rdx+system_used]"),
+    (0x39, "48 0b 82 {system_victim}", "or rax, qword [rdx+system_victim]"),
+    (0x40, "74 03", "je 0x45"),
+    (0x42, "83 ce 04", "or esi, 0x4"),
+    (0x45, "66 c7 82 {dirty} 07 00", "mov word [rdx+dirty], 0x7"),
+    (0x4E, "48 8d ba {cpu_state}", "lea rdi, [rdx+cpu_state]"),
+    (0x55, "48 b8 {tlb_flush_by_mmuidx}", "mov rax, tlb_flush_by_mmuidx"),
+    (0x5F, "ff e0", "jmp rax"),
 )
 
 # flush_page(va)
@@ -143,20 +159,24 @@ SWITCH_MODE: Final[Listing] = (
     (0xBF, "48 c7 82 {ss_base} 00 00 00 00", "mov qword [rdx+ss_base], 0x0"),
     (0xCA, "c7 82 {ss_limit} ff ff ff ff", "mov dword [rdx+ss_limit], 0xffffffff"),
     (0xD4, "c7 82 {ss_flags} {flat_data}", "mov dword [rdx+ss_flags], flat_data"),
-    (0xDE, "49 b8 {l4_of_tlb}", "mov r8, l4_of_tlb"),
-    (0xE8, "b9 06 00 00 00", "mov ecx, 0x6"),
-    (0xED, "49 39 3c f0", "cmp qword [r8+rsi*8], rdi"),
-    (0xF1, "49 89 3c f0", "mov qword [r8+rsi*8], rdi"),
-    (0xF5, "75 10", "jne 0x107"),
-    (0xF7, "b9 04 00 00 00", "mov ecx, 0x4"),
-    (0xFC, "48 83 ba {system_used} 00", "cmp qword [rdx+system_used], 0x0"),
-    (0x104, "75 01", "jne 0x107"),
-    (0x106, "c3", "ret"),
-    (0x107, "66 c7 82 {dirty} 07 00", "mov word [rdx+dirty], 0x7"),
-    (0x110, "48 8d ba {cpu_state}", "lea rdi, [rdx+cpu_state]"),
-    (0x117, "89 ce", "mov esi, ecx"),
-    (0x119, "48 b8 {tlb_flush_by_mmuidx}", "mov rax, tlb_flush_by_mmuidx"),
-    (0x123, "ff e0", "jmp rax"),
+    (0xDE, "31 c9", "xor ecx, ecx"),
+    (0xE0, "49 b8 {l4_of_tlb}", "mov r8, l4_of_tlb"),
+    (0xEA, "49 39 3c f0", "cmp qword [r8+rsi*8], rdi"),
+    (0xEE, "74 07", "je 0xf7"),
+    (0xF0, "49 89 3c f0", "mov qword [r8+rsi*8], rdi"),
+    (0xF4, "83 c9 02", "or ecx, 0x2"),
+    (0xF7, "48 8b 82 {system_used}", "mov rax, qword [rdx+system_used]"),
+    (0xFE, "48 0b 82 {system_victim}", "or rax, qword [rdx+system_victim]"),
+    (0x105, "74 03", "je 0x10a"),
+    (0x107, "83 c9 04", "or ecx, 0x4"),
+    (0x10A, "85 c9", "test ecx, ecx"),
+    (0x10C, "75 01", "jne 0x10f"),
+    (0x10E, "c3", "ret"),
+    (0x10F, "66 c7 82 {dirty} 07 00", "mov word [rdx+dirty], 0x7"),
+    (0x118, "48 8d ba {cpu_state}", "lea rdi, [rdx+cpu_state]"),
+    (0x11F, "89 ce", "mov esi, ecx"),
+    (0x121, "48 b8 {tlb_flush_by_mmuidx}", "mov rax, tlb_flush_by_mmuidx"),
+    (0x12B, "ff e0", "jmp rax"),
 )
 
 # code_written(mfn): forget the frame's checksum, drop the blocks translated from it
