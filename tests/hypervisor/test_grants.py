@@ -127,7 +127,7 @@ def test_grants_that_are_refused(machine: BareMachine) -> None:
     assert grants.map(domain, REF, False) == GNTST_general_error, "for another domain"
     assert grants.map(domain, REF + 1, False) == GNTST_bad_page, "not the granter's"
     assert grants.map(domain, REF + 2, True) == GNTST_bad_page
-    assert grants.map(domain, REF + 3, True) == GNTST_bad_page, "a page table"
+    assert grants.map(domain, REF + 3, True) == GNTST_general_error, "a page table"
     assert grants.map(domain, 512, False) == GNTST_bad_gntref
     assert grants.map(domain, -1, False) == GNTST_bad_gntref
     assert [flags(domain, REF + number) for number in range(4)] == [GTF_permit_access] * 4
@@ -223,6 +223,28 @@ def test_a_read_only_mapping_cannot_be_written(machine: BareMachine) -> None:
     assert status == GNTST_okay
     assert translate(mapper.vcpus[0], va, WRITE) < 0
     assert unmap_grant(mapper.vcpus[0], va, handle) == GNTST_okay
+
+
+def test_a_mapper_cannot_hide_that_it_still_maps_a_page(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    vcpu = mapper.vcpus[0]
+    mfn = frame(granter, 3)
+    grant(granter, REF, mapper.domid, mfn)
+    va = DATA + 100 * PAGE_SIZE
+    _, handle = map_grant(vcpu, va, REF, granter.domid)
+    assert unmap_grant(vcpu, 0, handle) == GNTST_okay, "which does nothing"
+    assert flags(granter, REF) == GTF_permit_access | GTF_reading | GTF_writing
+    # Clearing the entry leaves its translation in the TLB: the frame must not become a page table by that.
+    with mapper.lock:
+        assert paging.modify_l1(mapper, l1_entry_index(vcpu, va), 0) == 0
+    assert unmap_grant(vcpu, va, handle) == GNTST_general_error
+    with granter.lock:
+        assert paging.modify_l1(granter, l1_entry_index(granter.vcpus[0], DATA + 3 * PAGE_SIZE), 0) == 0
+        assert paging.pin(granter, mfn, TYPE_L1) < 0
+    machine.control.destroy(mapper.domid)
+    assert flags(granter, REF) == GTF_permit_access
+    with granter.lock:
+        assert paging.pin(granter, mfn, TYPE_L1) == 0
 
 
 def test_a_mapper_that_dies_gives_the_pages_back(machine: BareMachine) -> None:

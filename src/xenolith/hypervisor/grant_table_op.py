@@ -4,8 +4,8 @@ Every operation takes an array and gives each element a status of its own.  Elem
 its lock besides the caller's; where that is taken just now, the hypercall restarts at this element instead of
 waiting, so that no two domains ever wait for each other.
 
-A page-table entry made by map_grant_ref holds the references on the frame, like any other entry; removing it by other
-means than unmap_grant_ref gives them up, while the pin stays until the domain's end, as on Xen.
+A page-table entry made by map_grant_ref holds references on the frame of its own, like any other entry.  A guest that
+removes it by other means than unmap_grant_ref keeps the pin until its end, as on Xen.
 """
 
 from __future__ import annotations
@@ -214,6 +214,7 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
             handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index))
             if handle < 0:
                 paging.modify_l1(domain, index, 0)
+                tlb.flush_domain(domain)
         if handle < 0:
             granter.grants.unpin(ref, writable)
             return handle, 0, 0
@@ -223,8 +224,6 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
 def _install(vcpu: Vcpu, host_addr: int, flags: int, granter: Domain, mfn: int) -> tuple[int, int]:
     """Make the page-table entry; status and its index."""
     domain = vcpu.domain
-    if not domain.frames.valid(mfn) or domain.frames.owner[mfn] != granter.domid:
-        return GNTST_bad_page, 0
     index = _entry_index(vcpu, host_addr, flags)
     if index < 0:
         return GNTST_general_error, 0
@@ -269,10 +268,11 @@ def _unmap_grant(vcpu: Vcpu, host_addr: int, handle: int, new_addr: int) -> int:
     if mapping is None or not mapping.l1_index:
         return GNTST_bad_handle
     with _Locked(mapping.granter):
-        if host_addr or new_addr:
-            status = _remove_entry(vcpu, mapping, host_addr, new_addr)
-            if status:
-                return status
+        if not host_addr:
+            return GNTST_okay  # the mapping stays
+        status = _remove_entry(vcpu, mapping, host_addr, new_addr)
+        if status:
+            return status
         domain.grants.forget_mapping(handle)
         mapping.granter.grants.unpin(mapping.ref, mapping.writable)
     return GNTST_okay
@@ -358,32 +358,25 @@ class _Side:
             return GNTST_permission_denied
         if self.owner is None or self.owner.engine is None:
             return GNTST_bad_domain
-        self.mfn = self._value
         if self._by_grant:
             self.mfn = self.owner.grants.pin(self._value, self._grantee, self._writable)
-            if self.mfn < 0:
-                return self.mfn
-        status = self._take_frame(self.owner)
-        if status and self._by_grant:
-            self.owner.grants.unpin(self._value, self._writable)
-        return status
-
-    def _take_frame(self, owner: Domain) -> int:
-        if not owner.frames.get_page(self.mfn, owner.domid):
+            return min(self.mfn, GNTST_okay)
+        self.mfn = self._value
+        if not self.owner.frames.get_page(self.mfn, self.owner.domid):
             return GNTST_bad_page
-        if self._writable and paging.get_page_type(owner, self.mfn, TYPE_WRITABLE):
-            paging.put_page(owner, self.mfn)
+        if self._writable and paging.get_page_type(self.owner, self.mfn, TYPE_WRITABLE):
+            paging.put_page(self.owner, self.mfn)
             return GNTST_general_error
         return GNTST_okay
 
     def drop(self) -> None:
         assert self.owner is not None
-        if self._writable:
+        if self._by_grant:
+            self.owner.grants.unpin(self._value, self._writable)
+        elif self._writable:
             paging.put_page_and_type(self.owner, self.mfn)
         else:
             paging.put_page(self.owner, self.mfn)
-        if self._by_grant:
-            self.owner.grants.unpin(self._value, self._writable)
 
 
 def _copy_between(vcpu: Vcpu, source: _Side, dest: _Side, source_offset: int, dest_offset: int, size: int) -> int:

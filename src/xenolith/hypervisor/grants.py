@@ -4,7 +4,8 @@ A grant is an entry in a table that the granting domain shares with Xen: flags, 
 a frame the other domain *pins* the entry through Xen, which checks it and notes in the entry that the frame is
 being read or written; the granter cannot withdraw it before the last pin is gone.  Xen remembers what it checked
 (`_Active`), since the granter may overwrite the entry at any time.  A pinned entry's frame keeps an existence reference
-and, for writing, a type reference of the frame table's, so it can be neither freed nor made a page table.
+and, for writing, a type reference of the frame table's, so it can be neither freed nor made a page table until the
+mapper has given it up and the mapper's TLB has forgotten it.
 
 This module has the tables, the pins, and the way in for dom0, whose back-ends are Python and map frames by handle;
 `grant_table_op` has the hypercall.  A granter's entries and pins are protected by the granter's lock.
@@ -123,7 +124,7 @@ class GrantTable:
     # --- pins, by the granter's lock -------------------------------------------------------------------
 
     def pin(self, ref: int, domid: int, writable: bool) -> int:
-        """Let `domid` use the frame of an entry: its MFN, or a GNTST_* error. Takes no frame reference."""
+        """Let `domid` use the frame of an entry: its MFN, or a GNTST_* error."""
         if not 0 <= ref < self.entries:
             return GNTST_bad_gntref
         active = self._active.get(ref)
@@ -133,14 +134,29 @@ class GrantTable:
             result = self._mark(ref, domid, GTF_reading | GTF_writing * writable)
             if result:
                 return result
+        mfn = self.domain.memory.d[self.entry_address(ref) + 4 >> 2] if active is None else active.mfn
+        status = self._take_frame(mfn, writable)
+        if status:
+            if active is None:
+                self._unmark(ref, GTF_reading | GTF_writing)
+            elif not active.writers:
+                self._unmark(ref, GTF_writing)
+            return status
         if active is None:
-            mfn = self.domain.memory.d[self.entry_address(ref) + 4 >> 2]
             active = self._active[ref] = _Active(domid, mfn)
         if writable:
             active.writers += 1
         else:
             active.readers += 1
-        return active.mfn
+        return mfn
+
+    def _take_frame(self, mfn: int, writable: bool) -> int:
+        if not self.domain.frames.get_page(mfn, self.domain.domid):
+            return GNTST_bad_page
+        if writable and paging.get_page_type(self.domain, mfn, TYPE_WRITABLE):
+            paging.put_page(self.domain, mfn)
+            return GNTST_general_error
+        return GNTST_okay
 
     def _mark(self, ref: int, domid: int, marks: int) -> int:
         """Note in the entry that it is used, if it permits that (Xen: _set_status_v1)."""
@@ -158,12 +174,14 @@ class GrantTable:
         return GNTST_general_error
 
     def unpin(self, ref: int, writable: bool) -> None:
-        """Undo one `pin`."""
+        """Undo one `pin`. No TLB may know the frame by it any more."""
         active = self._active[ref]
         if writable:
             active.writers -= 1
+            paging.put_page_and_type(self.domain, active.mfn)
         else:
             active.readers -= 1
+            paging.put_page(self.domain, active.mfn)
         marks = 0 if active.writers else GTF_writing
         if not active.writers and not active.readers:
             marks |= GTF_reading
@@ -231,12 +249,8 @@ class GrantTable:
             mfn = granter.grants.pin(ref, self.domain.domid, writable)
             if mfn < 0:
                 return mfn
-            if not _take_frame(granter, mfn, writable):
-                granter.grants.unpin(ref, writable)
-                return GNTST_bad_page
             handle = self.add_mapping(Mapping(granter, ref, mfn, writable))
             if handle < 0:
-                _drop_frame(granter, mfn, writable)
                 granter.grants.unpin(ref, writable)
         return handle
 
@@ -255,7 +269,6 @@ class GrantTable:
         with granter.lock:
             self.forget_mapping(handle)
             granter.grants.unpin(mapping.ref, mapping.writable)
-            _drop_frame(granter, mapping.mfn, mapping.writable)
         if mapping.writable:
             events.post_code_written(granter, mapping.mfn)
         return GNTST_okay
@@ -282,25 +295,7 @@ class GrantTable:
         return self.unmap(handle)
 
     def references(self) -> Iterator[tuple[int, int | None]]:
-        """References to the domain's frames by those who map them without a page table: dom0 in Python.
-
-        (MFN, the type it needs or None), for the invariant checker.
-        """
+        """The pins' references to the domain's frames: (MFN, the type it needs or None), for the invariant checker."""
         for active in self._active.values():
-            grantee = self.domain.hypervisor.domain(active.domid)
-            if grantee is not None and grantee.engine is None:
-                yield from [(active.mfn, None)] * active.readers
-                yield from [(active.mfn, TYPE_WRITABLE)] * active.writers
-
-
-def _take_frame(owner: Domain, mfn: int, writable: bool) -> bool:
-    if writable:
-        return not paging.get_page_and_type(owner, mfn, TYPE_WRITABLE)
-    return owner.frames.get_page(mfn, owner.domid)
-
-
-def _drop_frame(owner: Domain, mfn: int, writable: bool) -> None:
-    if writable:
-        paging.put_page_and_type(owner, mfn)
-    else:
-        paging.put_page(owner, mfn)
+            yield from [(active.mfn, None)] * active.readers
+            yield from [(active.mfn, TYPE_WRITABLE)] * active.writers

@@ -132,7 +132,7 @@ class Scheduler:
         with domain.lock:
             for vcpu in domain.vcpus:
                 cpu = engine.cpu(vcpu.vcpu_id)
-                context = contexts.setdefault(id(cpu), Context(self, domain, cpu))
+                context = contexts.get(id(cpu)) or contexts.setdefault(id(cpu), Context(self, domain, cpu))
                 context.vcpus.append(vcpu)
                 vcpu.context = context
                 vcpu.runstate_since = self._clock.now()
