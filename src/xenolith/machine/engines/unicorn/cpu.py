@@ -57,6 +57,10 @@ _CR0: Final = layout.CR // 8
 _CR3: Final = _CR0 + 3
 _DR: Final = layout.DR // 8
 _HFLAGS: Final = layout.HFLAGS // 4
+_FS_BASE: Final = FS + SEGMENT_BASE
+_GS_BASE: Final = GS + SEGMENT_BASE
+_GDT_BASE, _GDT_LIMIT = layout.GDT // 8 + 1, layout.GDT // 4 + 4
+_LDT_BASE, _LDT_LIMIT = layout.LDT // 8 + 1, layout.LDT // 4 + 4
 _HF_64_BIT: Final = layout.HF_CS64 | layout.HF_CS32 | layout.HF_SS32
 _FLAT_CODE64: Final = layout.FLAT_CODE64 << 32 | 0xFFFF_FFFF
 _FLAT_DATA: Final = layout.FLAT_DATA << 32 | 0xFFFF_FFFF
@@ -81,6 +85,10 @@ class UnicornCpu:
         self._memory = memory
         self._b, self._d, self._q = instance.b, instance.d, instance.q
         self.regs = self._q[:REGISTER_WORDS]
+        self._general = self.regs[: RIP + 1]
+        self._registers = self.regs[:_SEGMENTS_END]
+        self._debug = self._q[_DR : _DR + 8]
+        self._block = self._b[: layout.VCPU_BLOCK]
         word = ctypes.c_uint64
         self.get_rflags = instance.call(stubs.GET_RFLAGS, word)
         self.set_rflags = instance.call(stubs.SET_RFLAGS, None, word)
@@ -113,8 +121,7 @@ class UnicornCpu:
         for segment in (ES, DS, FS, GS):
             with contextlib.suppress(ValueError):  # changed since: a null segment, as after a load that faults
                 self.set_segment(segment, state.regs[segment])
-        regs[FS + SEGMENT_BASE] = state.regs[FS + SEGMENT_BASE]
-        regs[GS + SEGMENT_BASE] = state.regs[GS + SEGMENT_BASE]
+        regs[_FS_BASE], regs[_GS_BASE] = state.regs[_FS_BASE], state.regs[_GS_BASE]
         xsave.restore(state.xsave, self._b)
         self._lib.update_fp_status(self._instance.env)
         self._lib.update_mxcsr_status(self._instance.env)
@@ -136,7 +143,7 @@ class UnicornCpu:
         """
         self._store_common(old)
         block = self._spare_block
-        block[:] = self._b[: layout.VCPU_BLOCK]
+        block[:] = self._block
         parked = self._parked.pop(id(new), None)
         self._parked[id(old)] = (old, block)
         if parked is None:
@@ -144,13 +151,13 @@ class UnicornCpu:
             self.load(new)
             return
         self._spare_block = parked[1]
-        mode = self._d[_HFLAGS] & layout.HF_KERNEL
-        self._b[: layout.VCPU_BLOCK] = parked[1]
-        self._d[_HFLAGS] = self._d[_HFLAGS] & ~layout.HF_KERNEL | mode  # goes with the TLBs as they lie
+        d, regs, saved = self._d, self.regs, new.regs
+        mode = d[_HFLAGS] & layout.HF_KERNEL
+        self._block[:] = parked[1]
+        d[_HFLAGS] = d[_HFLAGS] & ~layout.HF_KERNEL | mode  # goes with the TLBs as they lie
         self.switch_mode(new.l4_mfn, new.user)
         self._set_tables(new)
-        self.regs[FS + SEGMENT_BASE] = new.regs[FS + SEGMENT_BASE]
-        self.regs[GS + SEGMENT_BASE] = new.regs[GS + SEGMENT_BASE]
+        regs[_FS_BASE], regs[_GS_BASE] = saved[_FS_BASE], saved[_GS_BASE]
         self._load_common(new)
 
     def set_segment(self, segment: int, selector: int) -> None:
@@ -192,9 +199,8 @@ class UnicornCpu:
 
     def set_ldt(self, va: int, limit: int) -> None:
         """The LDT's linear address and limit (0: none)."""
-        self._q[layout.LDT // 8 + 1] = va
-        self._d[layout.LDT // 4 + 4] = limit
-        self._d[layout.LDT // 4 + 5] = LDT_DESCRIPTOR if limit else 0
+        self._q[_LDT_BASE], self._d[_LDT_LIMIT] = va, limit
+        self._d[_LDT_LIMIT + 1] = LDT_DESCRIPTOR if limit else 0
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -236,7 +242,8 @@ class UnicornCpu:
 
     def close(self) -> None:
         """Give everything back to the host."""
-        self.regs.release()
+        for view in (self._general, self._registers, self.regs, self._debug, self._block):
+            view.release()
         self._instance.close()
 
     def _add_hooks(self) -> None:
@@ -292,34 +299,37 @@ class UnicornCpu:
     # --- parts of load and store --------------------------------------------------------------------
 
     def _set_tables(self, state: CpuState) -> None:
-        self._q[layout.GDT // 8 + 1] = state.gdt_va
-        self._d[layout.GDT // 4 + 4] = state.gdt_limit
-        self.set_ldt(state.ldt_va, state.ldt_limit)
+        q, d = self._q, self._d
+        q[_GDT_BASE], d[_GDT_LIMIT] = state.gdt_va, state.gdt_limit
+        q[_LDT_BASE], d[_LDT_LIMIT] = state.ldt_va, state.ldt_limit
+        d[_LDT_LIMIT + 1] = LDT_DESCRIPTOR if state.ldt_limit else 0
 
     def _load_common(self, state: CpuState) -> None:
         """What is cheap to load."""
-        self.regs[: RIP + 1] = state.regs[: RIP + 1]
+        self._general[:] = state.regs[: RIP + 1]
         self.set_rflags(state.regs[RFLAGS])
         self.set_task_switched(state.task_switched)
-        if self._q[_DR : _DR + 8].tolist() != state.debug:
+        if self._debug.tolist() != state.debug:
             for number in (0, 1, 2, 3, 6, 7):
                 self.set_debug(number, state.debug[number])
 
     def _store_common(self, state: CpuState) -> None:
         """What is cheap to store."""
         q, d = self._q, self._d
-        state.regs[:_SEGMENTS_END] = self.regs[:_SEGMENTS_END]
+        state.regs[:_SEGMENTS_END] = self._registers
         state.regs[RFLAGS] = self.get_rflags()
         state.l4_mfn = q[_CR3] >> PAGE_SHIFT
         state.user = not d[_HFLAGS] & layout.HF_KERNEL
         state.task_switched = bool(q[_CR0] & CR0_TS)
-        state.debug[:] = q[_DR : _DR + 8].tolist()
-        state.gdt_va, state.gdt_limit = q[layout.GDT // 8 + 1], d[layout.GDT // 4 + 4]
-        state.ldt_va, state.ldt_limit = q[layout.LDT // 8 + 1], d[layout.LDT // 4 + 4]
+        state.debug[:] = self._debug.tolist()
+        state.gdt_va, state.gdt_limit = q[_GDT_BASE], d[_GDT_LIMIT]
+        state.ldt_va, state.ldt_limit = q[_LDT_BASE], d[_LDT_LIMIT]
 
     def _descriptor(self, selector: int) -> bytes | None:
-        table = layout.LDT if selector & segments.SELECTOR_TI else layout.GDT
-        base, limit = self._q[table // 8 + 1], self._d[table // 4 + 4]
+        if selector & segments.SELECTOR_TI:
+            base, limit = self._q[_LDT_BASE], self._d[_LDT_LIMIT]
+        else:
+            base, limit = self._q[_GDT_BASE], self._d[_GDT_LIMIT]
         offset = selector & ~7
         if offset + 7 > limit:
             return None
