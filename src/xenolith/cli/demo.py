@@ -12,6 +12,7 @@ domain's name in front. The exit status is 0 if everything came out as it must.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import threading
 import time
@@ -99,10 +100,11 @@ class Show:
 
     def __init__(self, actors: list[Actor]) -> None:
         self.actors = actors
+        self.engine = ""
         self.started = time.monotonic()
 
     def table(self) -> Table:
-        table = Table(title=f"{time.monotonic() - self.started:5.1f} s", title_justify="left")
+        table = Table(title=f"Engine {self.engine}, {time.monotonic() - self.started:.1f} s", title_justify="left")
         for column in ("Domain", "ID", "State", "MiB", "vCPUs", "CPU (s)", "Traps/s", "Result"):
             table.add_column(column, justify="left" if column in ("Domain", "State", "Result") else "right")
         for actor in self.actors:
@@ -160,14 +162,16 @@ def demo(engine: str) -> None:
     """Boot several Debian domains side by side and show that they are isolated."""
     actors = [Actor("worker", WORKER), Actor("crasher", CRASHER), Actor("pair", PAIR, vcpus=2)]
     show = Show(actors)
+    logging.getLogger("xenolith").setLevel(logging.ERROR)
     terminal = Terminal() if sys.stdout.isatty() else Terminal(width=PLAIN_WIDTH)
     try:
         with power_on([MEMORY_MIB] * len(actors), engine) as dom0:
+            show.engine = dom0.engine
             if terminal.is_terminal:
                 with Live(get_renderable=show.screen, console=terminal, refresh_per_second=4):
                     failures = _perform(dom0, actors, lambda role, line: None, lambda: None)
             else:
-                print(f"Booting {len(actors)} Debian domains: {', '.join(actor.role for actor in actors)}.", flush=True)
+                print(f"Booting {', '.join(actor.role for actor in actors)}: Debian on {dom0.engine}.", flush=True)
                 failures = _perform(
                     dom0,
                     actors,
@@ -176,7 +180,8 @@ def demo(engine: str) -> None:
                 )
     except (EngineError, DomainCreateError, GuestUnavailable, ImageError, InitramfsError) as error:
         raise click.ClickException(str(error)) from error
-    terminal.print(show.table())
+    if not terminal.is_terminal:  # there it is still to be seen
+        terminal.print(show.table())
     for failure in failures:
         terminal.print(f"FAILED: {failure}", markup=False)
     if failures:

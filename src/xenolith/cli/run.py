@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
@@ -325,6 +326,7 @@ def _run(
 
     The specification is made here and nowhere kept: a kernel image is 50 MiB.
     """
+    logging.getLogger("xenolith").setLevel(logging.ERROR)  # which engine `auto` took is in --stats, not in our output
     started = time.monotonic()
     notes: SimpleQueue[Note] = SimpleQueue()
     try:
