@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from iced_x86 import Decoder, RegisterExt
+from iced_x86 import Decoder, Instruction, OpKind, RegisterExt
 
 from xenolith.abi.x86 import (
     CR4_OSXSAVE,
@@ -44,6 +44,7 @@ from xenolith.abi.x86 import (
     VECTOR_NM,
     VECTOR_UD,
 )
+from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, TrapHandler
@@ -58,6 +59,7 @@ _CR3: Final = layout.CR // 8 + 3
 _CR4: Final = layout.CR // 8 + 4
 _MASK32: Final = 0xFFFF_FFFF
 _MASK64: Final = (1 << 64) - 1
+_IMPLICIT_MEMORY: Final = (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI)
 _UD2: Final = b"\x0f\x0b"
 
 POLICY_KVM: Final = "kvm"  # on KVM
@@ -95,7 +97,7 @@ class AdaptiveEngine:
         self.caches_tables = self.kvm.caches_tables
         self.entry_changed = self.kvm.entry_changed
         self._cpu = AdaptiveCpu(self, policy)
-        self.executable_mapped = self._cpu.executable_mapped  # from the very first mapping on: see `_check_executable`
+        self.executable_mapped = self._cpu.executable_mapped
 
     @property
     def may_move(self) -> bool:
@@ -129,7 +131,6 @@ class AdaptiveCpu:
         self.regs = self._unicorn.regs
         self._kvm: KvmCpu = engine.kvm.cpu(0, self.regs)
         self._state = CpuState(xsave=bytearray(engine.kvm.xsave_size))
-        self._executable: set[int] = set()  # MFNs of frames that Unicorn may have translated
         self._task_switched = False
         self._dr7 = 0
         self._gdt = self._ldt = (0, 0)  # linear address and limit
@@ -198,7 +199,6 @@ class AdaptiveCpu:
             self._unicorn.code_written(mfn)
 
     def executable_mapped(self, mfn: int) -> None:
-        self._executable.add(mfn)
         if self._active is self._unicorn:
             self._unicorn.executable_mapped(mfn)
 
@@ -213,10 +213,10 @@ class AdaptiveCpu:
                 self._move()
             self._active.run(on_kvm if self._active is self._kvm else on_unicorn)
             moving = self._target is not None
-            if moving:
+            if self._borrow:
+                self._execute_one(on_trap)
+            elif moving:
                 self._move()
-                if self._borrow:
-                    self._execute_one(on_trap)
             if self._leave or self._kick or not moving:
                 self._kick = False
                 return
@@ -267,7 +267,8 @@ class AdaptiveCpu:
         For a vCPU whose state KVM gets wrong: no other instruction may see that state.
         """
         self._borrow = False
-        self._target = self._unicorn
+        instruction = self._instruction()
+        self._transfer(self._kvm)
         single_steps = self.get_rflags() & EFLAGS_TF
 
         def stepped(vector: int, error_code: int, address: int) -> bool:
@@ -283,7 +284,10 @@ class AdaptiveCpu:
         self._kvm.run(stepped)
         if not single_steps:  # a kick may have come first
             self.set_rflags(self.get_rflags() & ~EFLAGS_TF)
-        self._move()
+        written = self._frames_written(instruction)
+        self._transfer(self._unicorn)
+        for mfn in written:
+            self._unicorn.code_written(mfn)
 
     def _answer_cpuid(self) -> None:
         """CPUID executed on Unicorn: what it would have been on KVM."""
@@ -330,10 +334,25 @@ class AdaptiveCpu:
 
     def _uses_extended_state(self) -> bool:
         """Whether the instruction at RIP is one that CR0.TS concerns."""
-        bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
-        instruction = Decoder(bits, self._unicorn_code(15) or b"").decode()
+        instruction = self._instruction()
         registers = (instruction.op_register(operand) for operand in range(instruction.op_count))
         return instruction.is_save_restore_instruction or any(map(RegisterExt.is_vector_register, registers))
+
+    def _instruction(self) -> Instruction:
+        """The instruction at RIP."""
+        bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
+        return Decoder(bits, self._unicorn_code(15) or b"", ip=self.regs[RIP]).decode()
+
+    def _frames_written(self, instruction: Instruction) -> list[int]:
+        """Frames with translated code that this instruction, which was just executed on KVM, may have written to."""
+        kinds = [instruction.op_kind(operand) for operand in range(instruction.op_count)]
+        if instruction.is_vsib or any(kind in _IMPLICIT_MEMORY for kind in kinds):
+            return self._unicorn.frames_with_code()
+        if OpKind.MEMORY not in kinds:
+            return []
+        start = segment_loads.effective_address(self._kvm, instruction)
+        addresses = (paging.machine_address(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
+        return [address >> PAGE_SHIFT for address in addresses if address is not None]
 
     def _unicorn_code(self, size: int) -> bytes | None:
         regs = self.regs
@@ -396,19 +415,27 @@ class AdaptiveCpu:
     # --- moving -------------------------------------------------------------------------------------------
 
     def _move(self) -> None:
+        """Go on on the other engine."""
         target, self._target = self._target, None
         assert target is not None
+        if target is self._kvm:
+            self._check_code()
+        self._transfer(target)
+        if target is self._unicorn:
+            self._check_code()
+        self.moves += 1
+
+    def _transfer(self, target: Cpu) -> None:
+        """Store the state from one engine and load it into the other."""
+        self._target = None
         state = self._state
         if target is self._unicorn:
             self._kvm.store(state)
-            self._check_executable()
         else:
             self._store_from_unicorn(state)
-            self._check_executable()
         self._go_to(target)
         target.load(state)
         self._prepare_active()
-        self.moves += 1
 
     def _store_from_unicorn(self, state: CpuState) -> None:
         """Unicorn's state, with what only KVM has of the extended state left as it was."""
@@ -424,10 +451,10 @@ class AdaptiveCpu:
             state.xcr0 = self._state.xcr0
             self._state.xsave = bytearray(image)
 
-    def _check_executable(self) -> None:
-        """Have Unicorn compare what it has translated with memory as it is now."""
+    def _check_code(self) -> None:
+        """Have Unicorn compare what it has translated with memory: when it goes, to know it, and when it comes back."""
         check = self._unicorn.executable_mapped
-        for mfn in self._executable:
+        for mfn in self._unicorn.frames_with_code():
             check(mfn)
 
     def _prepare_active(self) -> None:

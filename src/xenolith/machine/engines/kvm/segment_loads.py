@@ -56,7 +56,7 @@ def _move(cpu: KvmCpu, instruction: Instruction) -> bool:
     if instruction.op1_kind == OpKind.REGISTER:
         selector = cpu.regs[RegisterExt.number(instruction.op1_register)]
     else:
-        data = cpu.read_memory(_address(cpu, instruction), 2)
+        data = cpu.read_memory(effective_address(cpu, instruction), 2)
         if data is None:
             return False
         (selector,) = unpack("<H", data)
@@ -75,7 +75,7 @@ def _pop(cpu: KvmCpu, instruction: Instruction) -> bool:
 
 def _load_far_pointer(cpu: KvmCpu, instruction: Instruction) -> bool:
     size = MemorySizeExt.size(instruction.memory_size) - 2
-    data = cpu.read_memory(_address(cpu, instruction), size + 2)
+    data = cpu.read_memory(effective_address(cpu, instruction), size + 2)
     if data is None or not _load(cpu, _FAR_POINTER_LOADS[instruction.mnemonic], unpack("<H", data[size:])[0]):
         return False
     register = RegisterExt.number(instruction.op0_register)
@@ -95,7 +95,7 @@ def _load(cpu: KvmCpu, segment: int, selector: int) -> bool:
     return True
 
 
-def _address(cpu: KvmCpu, instruction: Instruction) -> int:
+def effective_address(cpu: KvmCpu, instruction: Instruction) -> int:
     """The linear address of the memory operand."""
     regs = cpu.regs
     address = instruction.memory_displacement

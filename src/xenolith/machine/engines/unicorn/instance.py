@@ -32,6 +32,7 @@ from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
 from xenolith.machine.memory import MachineMemory
 
+PAGES_IN_LEAF: Final = 1024  # of QEMU's radix tree of pages with code, each of three words: its first block, ...
 CODE_BUFFER_BYTES: Final = 32 << 20  # of translated code; QEMU's default would reserve 1 GiB of addresses
 CPU_MODEL: Final = 25  # Icelake-Client: of the Intel models the one with the most instructions that TCG executes
 CR0: Final = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG
@@ -109,9 +110,20 @@ class Instance:
         self._code.seal()
 
     def frames_with_code(self) -> list[int]:
-        """MFNs of the frames of which there may be translated blocks."""
-        frames: list[int] = np.flatnonzero(self._marked).tolist()
-        return frames
+        """MFNs of the frames of which there are translated blocks, from QEMU's radix tree of pages with code."""
+        tree = self.uc + layout.UC_PAGE_MAP
+        root = c_uint64.from_address(tree).value
+        size, shift, levels = (ctypes.c_int32 * 3).from_address(tree + 16)
+        found: list[int] = []
+        for first in range(0, self._marked.size, PAGES_IN_LEAF):
+            table = c_uint64.from_address(root + 8 * (first >> shift & size - 1)).value
+            for level in range(levels - 1, -1, -1):
+                if table:
+                    table = c_uint64.from_address(table + 8 * (first >> 10 * (level + 1) & 1023)).value
+            if table:
+                pages = np.ctypeslib.as_array((c_uint64 * (3 * PAGES_IN_LEAF)).from_address(table))
+                found += (np.flatnonzero(pages[::3]) + first).tolist()
+        return found
 
     def close(self) -> None:
         """Give everything back to the host; the views are dead."""
