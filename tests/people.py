@@ -9,8 +9,9 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 GUESTS = Path(__file__).parents[1] / "guests" / "prebuilt"
@@ -53,6 +54,22 @@ class Person:
         process.wait()
         return screen.decode(errors="replace").replace("\r\n", "\n")
 
+    @contextmanager
+    def console(self, name: str) -> Iterator[Screen]:
+        """Attached to a domain's console."""
+        screen = Screen(self, "console", name)
+        try:
+            yield screen
+        finally:
+            screen.close()
+
+    def wait_for(self, *arguments: str, shows: str, seconds: float = 60) -> str:
+        """Repeat a command until it shows something; what it showed."""
+        deadline = time.monotonic() + seconds
+        while shows not in (out := self.xl(*arguments).stdout):
+            assert time.monotonic() < deadline, f"xl {' '.join(arguments)} never showed {shows!r} but {out!r}"
+        return out
+
     def log(self) -> list[dict[str, object]]:
         path = self.socket.with_name("control.sock.d") / "daemon.log"
         return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
@@ -77,3 +94,61 @@ def person_in(directory: Path) -> Iterator[Person]:
     finally:
         if person.socket.exists():
             person.end_daemon(signal.SIGKILL)
+
+
+class Ended(AssertionError):
+    """A command has ended although more was expected of it."""
+
+
+class Screen:
+    """A command on a pseudo-terminal, and somebody in front of it."""
+
+    def __init__(self, person: Person, *arguments: str, program: Sequence[str] = XL) -> None:
+        self._terminal, other_end = pty.openpty()
+        self._process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *program, *arguments],  # so that Ctrl-C is a signal
+            cwd=person.directory,
+            env=person.environment | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
+            stdin=other_end,
+            stdout=other_end,
+            stderr=other_end,
+        )
+        os.close(other_end)
+        self.shown = b""  # all of it
+        self._unseen = b""  # since what was expected last
+
+    def expect(self, text: bytes, seconds: float) -> None:
+        """Wait until this appears after what was expected before."""
+        deadline = time.monotonic() + seconds
+        while text not in self._unseen:
+            ready, _, _ = select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise AssertionError(f"{text!r} did not appear in {seconds} s, but {self._unseen!r}")
+            data = self._read()
+            self._unseen += data
+            self.shown += data
+        self._unseen = self._unseen.partition(text)[2]
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self._terminal, 4096)
+        except OSError:
+            data = b""
+        if not data:
+            raise Ended(f"the command has ended; it showed {self.shown!r}")
+        return data
+
+    def type(self, text: bytes) -> None:
+        os.write(self._terminal, text)
+
+    def wait(self, seconds: float) -> int:
+        """Read on until the command ends; its exit status."""
+        with suppress(Ended):
+            self.expect(b"\0never shown\0", seconds)
+        return self._process.wait(seconds)
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._terminal)

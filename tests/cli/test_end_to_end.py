@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,26 @@ def test_sigterm_ends_the_daemon_and_leaves_no_socket(person: Person) -> None:
     person.end_daemon(signal.SIGTERM)
     assert not person.socket.exists()
     assert [entry["event"] for entry in person.log()][-1] == "stopped"
+
+
+def test_a_link_by_the_name_of_xl_is_xl(person: Person) -> None:
+    """Its usage and statuses are xl's and not those of `xenolith`, whatever the program behind the link."""
+    link = person.directory / "xl"
+    link.write_text(f"#!{sys.executable}\nfrom xenolith.cli.main import main\nmain()\n")
+    link.chmod(0o755)
+    person.configuration("hello", "hello.elf")
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        directory, environment = person.directory, person.environment
+        return subprocess.run([link, *words], cwd=directory, env=environment, capture_output=True, text=True)
+
+    bare = call()
+    assert (bare.returncode, bare.stdout.splitlines()[0]) == (1, "Usage xl [-vfNtT] <subcommand> [args]")
+    dry = call("-N", "create", "hello.cfg")
+    assert dry.returncode == 0 and '"name": "hello"' in dry.stdout
+    assert call("bogus").returncode == 1
+    assert not person.socket.exists()  # none of these needs a daemon
+    assert call("--socket", str(person.socket), "domname", "0").stdout == "Domain-0\n"
 
 
 def test_commands_at_the_same_time_start_one_daemon(person: Person) -> None:

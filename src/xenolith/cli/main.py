@@ -6,7 +6,9 @@ and an attribute, looked up only when it is called or its help is asked for.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
 import click
@@ -59,5 +61,9 @@ def xenolith() -> None:
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point. Called by the name `xl` (a link, as scripts make them), it is `xl` in all respects."""
+    if Path(sys.argv[0]).name == "xl":
+        from xenolith.cli import xl
+
+        xl.main()
     xenolith(prog_name="xenolith")
