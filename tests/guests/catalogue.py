@@ -32,8 +32,8 @@ class Guest:
     memory_mib: int = 32
     shutdown_reason: int = POWEROFF
     console: tuple[re.Pattern[str], ...] = (PASSED,)  # each must be found in the console's output
-    # Checks by unprivileged instructions that read descriptor tables (LAR, a load of a selector that the host happens to
-    # have too).  They cannot be trapped, and where KVM is paravirtual they see the host's tables.
+    # Checks by unprivileged instructions that read descriptor tables (LAR, a load of a selector that the host has too).
+    # They cannot be trapped, and where KVM is paravirtual they see the host's tables.
     of_descriptor_tables: tuple[str, ...] = ()
 
     @property
