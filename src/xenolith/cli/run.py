@@ -50,7 +50,7 @@ from xenolith.machine.engines.protocol import EngineError
 
 CTRL_RIGHT_BRACKET: Final = b"\x1d"
 END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
-PANIC_LINES: Final = 40
+PANIC_LINES: Final = 60  # what Linux prints of a panic is some forty
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
