@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Final
 
@@ -11,6 +12,7 @@ from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.machine.engines.select import choose
 from xenolith.machine.memory import MachineMemory
 
+SWITCH_SECONDS: Final = 0.0005  # how long a trap may wait for another thread's Python; Python's own default is 5 ms
 XEN_MIB: Final = 16  # Xen's own frames: descriptor windows, shared_info, what the engines map
 XEN_SHARE: Final = 128  # and one part in this many: the machine-to-physical table, with its alignment
 
@@ -20,6 +22,7 @@ def power_on(domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2) -
 
     Host memory is used only as guests touch theirs.  Raises EngineError when the engine cannot run here.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     mib = sum(domains_mib)
     memory = MachineMemory(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
     chosen = choose(engine)

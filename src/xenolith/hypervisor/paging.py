@@ -380,8 +380,6 @@ def put_l1_target(domain: Domain, old: int) -> None:
         frames.type_info[target] = info
         if not info & TYPE_COUNT:
             frames.stamp[target] = domain.flush_epoch
-        if domain.executable_mapped is not None:
-            domain.executable_mapped(target)
     elif frames.type_info[target] & TYPE_MASK == TYPE_SEGDESC and domain.ldt_in_use:
         from xenolith.hypervisor.descriptors import drop_ldt
 
