@@ -20,6 +20,7 @@ from xenolith.abi.x86 import (
     CR0_TS,
     CS,
     DS,
+    EFLAGS_TF,
     ES,
     FS,
     GS,
@@ -249,12 +250,30 @@ class UnicornCpu:
     def _add_hooks(self) -> None:
         """Have every trap call `_handler`; what it raises leaves `run`."""
 
+        regs = self.regs
+
         def deliver(vector: int, error_code: int, address: int) -> bool:
             try:
                 return self._handler(vector, error_code, address)
             except BaseException as failure:
                 self._failure = failure
                 return False
+
+        step_from = -1  # RIP after a system call that began single-stepping: Unicorn reports a step too early there
+
+        def system_call(vector: int, error_code: int, address: int) -> bool:
+            nonlocal step_from
+            more = deliver(vector, error_code, address)
+            if regs[RFLAGS] & EFLAGS_TF:  # this bit, unlike the status flags, is always current
+                step_from = regs[RIP]
+            return more
+
+        def interrupt(vector: int, error_code: int, address: int) -> bool:
+            nonlocal step_from
+            if vector == VECTOR_DB and step_from == regs[RIP]:
+                step_from = -1
+                return True
+            return deliver(vector, error_code, address)
 
         def invalid(vector: int, error_code: int, address: int) -> bool:
             if vector == VECTOR_UD:
@@ -274,10 +293,11 @@ class UnicornCpu:
             return deliver(vector, error_code, address)
 
         hook = self._instance.hook
-        callback = library.TrapCallback(deliver)
+        callback = library.TrapCallback(system_call)
+        interrupt_callback = library.TrapCallback(interrupt)
         invalid_callback = library.TrapCallback(invalid)
         cpuid_callback = library.TrapCallback(cpuid)
-        hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=callback, deliver_cpuid=cpuid_callback)
+        hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
         hook(library.UC_HOOK_INSN_INVALID, stubs.INVALID, deliver_invalid=invalid_callback)
         for instruction, trap in (
             (library.UC_X86_INS_SYSCALL, TRAP_SYSCALL),
