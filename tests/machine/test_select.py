@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from xenolith.machine.engines import select
 from xenolith.machine.engines.kvm import api, host
+from xenolith.machine.engines.kvm.traits import CAUTIOUS
 from xenolith.machine.engines.protocol import EngineError
 
 
@@ -67,6 +69,16 @@ def test_a_failed_self_test_counts_as_no_kvm(monkeypatch: pytest.MonkeyPatch) ->
     assert select.choose("auto").name == "unicorn"
     with pytest.raises(EngineError, match=r"UD2 gave nothing"):
         select.choose("kvm")
+
+
+@pytest.mark.parametrize(("exit_cost_ns", "engine"), [(3_000, "kvm"), (40_000, "adaptive")])
+def test_auto_takes_unicorn_along_where_traps_on_kvm_are_dear(
+    monkeypatch: pytest.MonkeyPatch, exit_cost_ns: int, engine: str
+) -> None:
+    monkeypatch.setattr(host, "host_traits", lambda: replace(CAUTIOUS, exit_cost_ns=exit_cost_ns))
+    assert select.choose("auto").name == engine
+    assert select.choose("kvm").name == "kvm"
+    assert select.choose("adaptive").name == "adaptive"
 
 
 def test_unicorn_asked_for_by_name_does_not_look_at_kvm(kvm_at: object, caplog: pytest.LogCaptureFixture) -> None:

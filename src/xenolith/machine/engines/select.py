@@ -1,18 +1,23 @@
 """Which engine runs a domain: KVM where it works, Unicorn everywhere else (design decision 8).
 
 Whether KVM works is not read off a device file or a processor flag: a few instructions are run on it (kvm/host.py).
+Where it works but traps are dear, KVM alone would boot a kernel more slowly than Unicorn does: there `auto` takes both.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xenolith.machine.engines.protocol import Engine, EngineError
 from xenolith.machine.memory import MachineMemory
 
+if TYPE_CHECKING:
+    from xenolith.machine.engines.kvm.traits import HostTraits
+
 _log = logging.getLogger(__name__)
+DEAR_EXIT_NS: Final = 15_000  # a trap on KVM that costs more is worth avoiding: Python's own share is some 10 us
 ENGINES: Final = ("auto", "unicorn", "kvm", "adaptive")
 
 
@@ -35,14 +40,17 @@ def choose(name: str = "auto") -> Choice:
     if name == "unicorn":
         return _chosen(name, _unicorn(), "Unicorn, as asked for", logging.INFO)
     try:
-        kind = kvm_kind()
+        traits = _host_traits()
     except EngineError as error:
         if name != "auto":
             raise EngineError(f"the {name} engine cannot run here: {error}") from error
         return _chosen("unicorn", _unicorn(), f"Unicorn, because KVM cannot be used: {error}", logging.WARNING)
-    if name == "adaptive":
-        return _chosen(name, _adaptive, f"KVM and Unicorn in turns, as asked for: {kind}", logging.INFO)
-    return _chosen("kvm", _kvm, f"KVM, {'as asked for' if name == 'kvm' else 'which works here'}: {kind}", logging.INFO)
+    kind = traits.kind
+    why = "which works here" if name == "auto" else "as asked for"
+    if name == "adaptive" or (name == "auto" and traits.exit_cost_ns > DEAR_EXIT_NS):
+        reason = f"KVM and Unicorn in turns, {why}: {kind}, {traits.exit_cost_ns / 1000:.0f} us a trap"
+        return _chosen("adaptive", _adaptive, reason, logging.INFO)
+    return _chosen("kvm", _kvm, f"KVM, {why}: {kind}", logging.INFO)
 
 
 def _chosen(name: str, factory: Callable[[MachineMemory], Engine], reason: str, level: int) -> Choice:
@@ -52,9 +60,13 @@ def _chosen(name: str, factory: Callable[[MachineMemory], Engine], reason: str, 
 
 def kvm_kind() -> str:
     """What kind of KVM this host has. Raises EngineError with the reason where there is none that works."""
-    from xenolith.machine.engines.kvm.host import host_traits
+    return _host_traits().kind
 
-    return host_traits().kind
+
+def _host_traits() -> HostTraits:
+    from xenolith.machine.engines.kvm import host
+
+    return host.host_traits()
 
 
 def _kvm(memory: MachineMemory) -> Engine:
