@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
+from time import sleep
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.hypercalls import (
@@ -256,6 +257,8 @@ class Scheduler:
             vcpu.share = max(vcpu.share, max(others) + 1)
             vcpu.may_run = False
             context.preempt = True
+        else:
+            sleep(0)  # it may be waiting for dom0, whose Python waits for this thread's
 
     def _other_vcpu_woke(self, context: Context, vcpu: Vcpu) -> None:
         """On the context's own thread, by the vCPU that runs: another one of the same Cpu has something to do."""
