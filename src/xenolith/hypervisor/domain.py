@@ -130,6 +130,9 @@ class Vcpu:
         """Set XCR0 to a value that the engine can execute."""
         self.state.xcr0 = value
         self.cpuid_answers.clear()
+        load = getattr(self.cpu, "set_xcr0", None)  # KVM's processor has an XCR0 of its own
+        if load is not None:
+            load(value)
         return True
 
     def __repr__(self) -> str:

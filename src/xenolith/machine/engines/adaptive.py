@@ -75,7 +75,7 @@ LONGEST_HOLD: Final = 1 << 17  # traps on KVM before Unicorn is tried again, at 
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
 MARGIN: Final = 0.8  # a move must promise this much less time
 PATIENCE: Final = 8  # windows that make a stay on Unicorn a good one
-QUIET_NS: Final = 10_000_000  # of CPU time: a window without enough traps ends
+QUIET_NS: Final = 2_000_000  # of CPU time: a window without enough traps ends
 HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
 
 
