@@ -47,10 +47,6 @@ EXISTENCE_COUNT: Final = (1 << 32) - 1
 ALLOCATED: Final = 1 << 32  # one of the references is the allocation itself
 
 
-def is_page_table(type_info: int) -> bool:
-    return TYPE_L1 <= type_info & TYPE_MASK <= TYPE_L4
-
-
 class FrameTable:
     """Owner, type and counts of every machine frame."""
 

@@ -121,15 +121,16 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
             break
     else:
         processed = min(count, BATCH)
-    done += processed
     if done_va:
-        copy_to_guest(vcpu, done_va, _done(done & 0xFFFFFFFF))
+        copy_to_guest(vcpu, done_va, _done(done + processed & 0xFFFFFFFF))
     if not result and processed < count:
-        remaining = count - processed | MMU_UPDATE_PREEMPTED
-        return vcpu.restart_hypercall(
-            HYPERVISOR_mmu_update, requests + 16 * processed, remaining, done_va, foreign
-        )
+        return _continue(vcpu, HYPERVISOR_mmu_update, requests + 16 * processed, count - processed, done_va, foreign)
     return result
+
+
+def _continue(vcpu: Vcpu, number: int, batch: int, count: int, done_va: int, foreign: int) -> int:
+    """Have the guest go on with the rest of a batch."""
+    return vcpu.restart_hypercall(number, batch, count | MMU_UPDATE_PREEMPTED, done_va, foreign)
 
 
 def _update(domain: Domain, pointer: int, value: int) -> int:
@@ -246,14 +247,10 @@ def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign:
     if vcpu.base_changed and vcpu.cpu is not None:
         vcpu.cpu.switch_mode(vcpu.kernel_l4, False)
         vcpu.cpu.flush_tlb()
-    done += processed
     if done_va:
-        copy_to_guest(vcpu, done_va, _done(done & 0xFFFFFFFF))
+        copy_to_guest(vcpu, done_va, _done(done + processed & 0xFFFFFFFF))
     if not result and processed < count:
-        remaining = count - processed | MMU_UPDATE_PREEMPTED
-        return vcpu.restart_hypercall(
-            HYPERVISOR_mmuext_op, operations + 24 * processed, remaining, done_va, foreign
-        )
+        return _continue(vcpu, HYPERVISOR_mmuext_op, operations + 24 * processed, count - processed, done_va, foreign)
     return result
 
 

@@ -21,7 +21,6 @@ from xenolith.abi.errno import EBUSY, EINVAL, EPERM
 from xenolith.abi.hypercalls import DOMID_XEN
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
-    PAGE_SIZE,
     PTE_A,
     PTE_AVAIL,
     PTE_AVAIL_HIGH,
@@ -473,17 +472,6 @@ def unpin(domain: Domain, mfn: int) -> int:
     return 0 if pinned else -EINVAL
 
 
-def replace_base(domain: Domain, new: int, old: int) -> int:
-    """Take L4 table `new` (0: none) as a base pointer in place of `old` (0: none)."""
-    if new == old:
-        return 0
-    if new:
-        result = get_page_and_type(domain, new, TYPE_L4)
-        if result:
-            return result
-    return 0
-
-
 def drop_base(domain: Domain, old: int) -> None:
     """Drop the references of a former base pointer (0: none)."""
     if old:
@@ -520,4 +508,4 @@ def relinquish(domain: Domain) -> None:
     domain.memory.free_many(unused)
 
 
-__all__ = ["PAGE_SIZE", "TYPE_L1", "TYPE_L2", "TYPE_L3", "TYPE_L4"]
+__all__ = ["TYPE_L1", "TYPE_L2", "TYPE_L3", "TYPE_L4"]  # for those who name levels by way of this module
