@@ -1,7 +1,7 @@
 # make demo | test | quick | lint | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --dist worksteal --reruns 2
+PYTEST_ARGS ?= -n auto --dist worksteal
 VENV := .venv
 READY := $(VENV)/.ready
 

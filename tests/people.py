@@ -106,7 +106,8 @@ class Screen:
     def __init__(self, person: Person, *arguments: str, program: Sequence[str] = XL) -> None:
         self._terminal, other_end = pty.openpty()
         self._process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *program, *arguments],  # so that Ctrl-C is a signal
+            # So that Ctrl-C is a signal, also where whoever runs the tests ignores that one.
+            ["setsid", "--ctty", "--wait", "env", "--default-signal=INT", *program, *arguments],
             cwd=person.directory,
             env=person.environment | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
             stdin=other_end,

@@ -15,22 +15,24 @@ from machines import missing
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import sys, threading, time
+import sys
 from xenolith.machine.engines import adaptive
 
-def mover(cpu):
-    while True:
-        before, deadline = cpu.moves, time.monotonic() + 0.5
-        cpu.request_move("kvm" if cpu.running_on == "unicorn" else "unicorn")
-        while cpu.moves == before and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        time.sleep(0.01)
+TRAPS_BETWEEN_MOVES = 40
 
 class MovedCpu(adaptive.AdaptiveCpu):
     def __init__(self, engine, policy):
         super().__init__(engine, adaptive.POLICY_ON_REQUEST)
-        threading.Thread(target=mover, args=(self,), daemon=True).start()
+        self.seen = 0
         cpus.append(self)
+
+    def run(self, on_trap):
+        def moving(vector, error_code, address):
+            self.seen += 1
+            if not self.seen % TRAPS_BETWEEN_MOVES:
+                self.request_move("kvm" if self.running_on == "unicorn" else "unicorn")
+            return on_trap(vector, error_code, address)
+        super().run(moving)
 
 cpus = []
 adaptive.AdaptiveCpu = MovedCpu

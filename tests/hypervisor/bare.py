@@ -210,9 +210,13 @@ class BareMachine:
 
 
 def _settled(domain: Domain) -> bool:
-    """Whether each vCPU that could run either does or has asked for a pCPU."""
-    contexts = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None and runnable(vcpu)}
-    return all(context.running is not None or context.wanted is not None for context in contexts)
+    """Whether the domain has seen what was posted to it, and each vCPU that could run does or has asked for a pCPU."""
+    with domain.lock, domain.hypervisor.scheduler._lock:
+        contexts = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None}
+        if domain.posted and not any(context.running for context in contexts):
+            return False
+        wanting = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None and runnable(vcpu)}
+        return all(context.running is not None or context.wanted is not None for context in wanting)
 
 
 def write(vcpu: Vcpu, va: int, data: bytes) -> None:
