@@ -98,9 +98,11 @@ def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, re
         server = Daemon(directory, client, supervisor)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
+        signal.set_wakeup_fd(server.wake)  # else a signal that comes just before `serve` waits is seen after it
         ready.say("ready")
         ready.finish()
         server.serve()
+        signal.set_wakeup_fd(-1)
         note("stopping")
         supervisor.close()  # from here on nothing is built again
         shut_guests_down(client)

@@ -2,7 +2,7 @@
 
 The main thread makes the domain and then only waits for the first thing that ends the run: the domain's end, a
 signal, Ctrl-], or a closed output.  One thread carries the console to standard output, another standard input to the
-console.  A signal handler must not touch a lock, so it leaves a note in the queue that the main thread waits on.
+console, and a third signals to the queue of notes that the main thread waits on.
 
 Without a COMMAND the guest has the terminal: it is in raw mode while the domain runs and restored afterwards, and
 what is typed, Ctrl-C too, goes to the guest.  With a COMMAND only what the command prints comes out (dom0/framing.py).
@@ -425,13 +425,32 @@ def _statistics(dom0: Dom0, domain: GuestDomain, streams: _Streams, started: flo
 
 @contextlib.contextmanager
 def _signals_noted(notes: SimpleQueue[Note]) -> Iterator[None]:
-    """While this lasts, signals that ask us to end leave a note instead."""
-    before = {number: signal.signal(number, lambda n, _: notes.put(_Signalled(n))) for number in SIGNALS}
+    """While this lasts, signals that ask us to end leave a note instead.
+
+    Python runs a handler when the main thread next executes Python, and one that has just gone to wait for a note might
+    never.  So a thread reads from the pipe that the interpreter's own, immediate handler writes each number into.
+    """
+    come, note = os.pipe()
+    os.set_blocking(note, False)
+
+    def carry() -> None:
+        while numbers := os.read(come, 64):
+            for number in numbers:
+                notes.put(_Signalled(number))
+
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    signal.set_wakeup_fd(note)
+    thread = threading.Thread(target=carry, name="signals", daemon=True)
+    thread.start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(note)
+        thread.join()
+        os.close(come)
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ class Daemon:
         self._state_lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._stopping = threading.Event()
-        self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._woken, self.wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events = client.subscribe()
         self._scribe = threading.Thread(target=self._keep_state, name="state", daemon=True)
         self._listener = self._listen(directory.socket_path)
@@ -130,7 +130,7 @@ class Daemon:
         """Make `serve` return. May be called by a signal handler."""
         self._stopping.set()
         with suppress(BlockingIOError):
-            os.write(self._wake, b"x")
+            os.write(self.wake, b"x")
 
     def _accept(self) -> None:
         peer_socket, _ = self._listener.accept()
@@ -189,7 +189,7 @@ class Daemon:
         self._events.close()
         self._scribe.join()
         os.close(self._woken)
-        os.close(self._wake)
+        os.close(self.wake)
 
 
 def shut_guests_down(client: Client, seconds: float = GUEST_SHUTDOWN_S) -> None:
