@@ -85,7 +85,11 @@ if TYPE_CHECKING:
 GUEST_CS: Final = layout.FLAT_RING3_CS64
 GUEST_SS: Final = layout.FLAT_RING3_SS64
 MASK64: Final = (1 << 64) - 1
+# RFLAGS at an entry of the guest kernel, by a system call, and after an iret: bits that are kept, bits that are set.
 ENTRY_FLAGS: Final = ~(EFLAGS_AC | EFLAGS_VM | EFLAGS_RF | EFLAGS_NT | EFLAGS_TF | EFLAGS_IOPL) & MASK64
+SYSCALL_FLAGS: Final = ENTRY_FLAGS & ~EFLAGS_DF
+IRET_FLAGS: Final = EFLAGS_DEFINED & ~(EFLAGS_IOPL | EFLAGS_VM)
+ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
 SAVED_FLAGS: Final = ~(EFLAGS_IF | EFLAGS_IOPL) & MASK64
 _pack_frame = Struct("<7Q").pack_into
 _pack_frame_with_error = Struct("<8Q").pack_into
@@ -295,7 +299,7 @@ def _finish_bounce(
     regs[SS] = GUEST_SS
     regs[RSP] = stack
     regs[RIP] = handler
-    cpu.set_rflags(rflags & ENTRY_FLAGS | EFLAGS_IF | EFLAGS_RESERVED_ONE)
+    cpu.set_rflags(rflags & ENTRY_FLAGS | ALWAYS_SET)
     if mask_events:
         vcpu.domain.memory.b[vcpu.info + 1] = 1
 
@@ -334,7 +338,7 @@ def bounce_syscall(vcpu: Vcpu, cpu: Cpu) -> None:
     regs[SS] = GUEST_SS
     regs[RSP] = stack
     regs[RIP] = handler
-    cpu.set_rflags(rflags & ENTRY_FLAGS & ~EFLAGS_DF | EFLAGS_IF | EFLAGS_RESERVED_ONE)
+    cpu.set_rflags(rflags & SYSCALL_FLAGS | ALWAYS_SET)
     if vcpu.syscall32_masks_events if compatibility else vcpu.syscall_masks_events:
         memory[info + 1] = 1
 
@@ -486,7 +490,7 @@ def do_iret(vcpu: Vcpu) -> int:
     ss |= 3
     regs[RSP] = rsp
     regs[RIP] = rip
-    cpu.set_rflags(rflags & ~(EFLAGS_IOPL | EFLAGS_VM) & EFLAGS_DEFINED | EFLAGS_IF | EFLAGS_RESERVED_ONE)
+    cpu.set_rflags(rflags & IRET_FLAGS | ALWAYS_SET)
     if (cs, ss) in vcpu.flat_selectors and not vcpu.compatibility:
         regs[CS] = cs
         regs[SS] = ss
