@@ -71,6 +71,14 @@ def frame_owner(vcpu: Vcpu, foreign: int) -> Domain | int:
     return -EPERM
 
 
+def _done_before(vcpu: Vcpu, count: int, done_va: int) -> int | None:
+    """How many requests a batch that goes on has done, as it noted for the guest; None where that cannot be read."""
+    if not count & MMU_UPDATE_PREEMPTED or not done_va:
+        return 0
+    data = copy_from_guest(vcpu, done_va, 4)
+    return None if data is None else int.from_bytes(data, "little")
+
+
 def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: int) -> int:
     """Update page-table entries or machine-to-physical entries by machine address."""
     domain = vcpu.domain
@@ -82,14 +90,10 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
             return -EFAULT
         q = domain.memory.q
         return _update(domain, q[address >> 3], q[(address >> 3) + 1])
-    done = 0
-    if count & MMU_UPDATE_PREEMPTED:
-        count &= ~MMU_UPDATE_PREEMPTED
-        if done_va:
-            data = copy_from_guest(vcpu, done_va, 4)
-            if data is None:
-                return -EFAULT
-            done = layout.U32.unpack(data)[0]
+    done = _done_before(vcpu, count, done_va)
+    if done is None:
+        return -EFAULT
+    count &= ~MMU_UPDATE_PREEMPTED
     if foreign & 0xFFFFFFFF != DOMID_SELF:
         if foreign >> 16 & 0xFFFF:
             owner = frame_owner(vcpu, (foreign >> 16 & 0xFFFF) - 1)
@@ -217,14 +221,10 @@ def vcpus_of_mask(vcpu: Vcpu, va: int) -> list[Vcpu] | None:
 def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign: int) -> int:
     """Pin and unpin tables, load base pointers, flush TLBs, set the LDT, clear and copy frames."""
     count &= 0xFFFFFFFF
-    done = 0
-    if count & MMU_UPDATE_PREEMPTED:
-        count &= ~MMU_UPDATE_PREEMPTED
-        if done_va:
-            data = copy_from_guest(vcpu, done_va, 4)
-            if data is None:
-                return -EFAULT
-            done = layout.U32.unpack(data)[0]
+    done = _done_before(vcpu, count, done_va)
+    if done is None:
+        return -EFAULT
+    count &= ~MMU_UPDATE_PREEMPTED
     foreign &= 0xFFFFFFFF
     if foreign != DOMID_SELF:
         owner = frame_owner(vcpu, foreign & 0xFFFF)

@@ -286,12 +286,18 @@ def _get_runstate_info(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     return 0 if copy_to_guest(caller, arg, info) else -EFAULT
 
 
-def _register_runstate_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+def _area_address(caller: Vcpu, arg: int) -> int | None:
+    """The address that a guest wants an area at; None if it cannot be the guest's."""
     data = copy_from_guest(caller, arg, 8)
     if data is None:
-        return -EFAULT
+        return None
     (va,) = U64.unpack(data)
-    if not address_ok(va):
+    return va if address_ok(va) else None
+
+
+def _register_runstate_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
+    va = _area_address(caller, arg)
+    if va is None:
         return -EFAULT
     vcpu.runstate_area_va = va
     if vcpu is caller:
@@ -302,11 +308,8 @@ def _register_runstate_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
 
 
 def _register_time_area(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
-    data = copy_from_guest(caller, arg, 8)
-    if data is None:
-        return -EFAULT
-    (va,) = U64.unpack(data)
-    if not address_ok(va):
+    va = _area_address(caller, arg)
+    if va is None:
         return -EFAULT
     vcpu.time_area_va = va
     if vcpu is caller:
