@@ -64,7 +64,7 @@ void run_user(struct regs *regs);
 
 /* trap-entry.S */
 long iret_raw(u64 frame[9]);
-void trap_0x21(void), trap_0x42(void), iret_raw_landed(void), iret_raw_faulted(void), trap_6(void), trap_6_raw(void), trap_256(void), trap_258(void), trap_259(void);
+void trap_0x21(void), trap_0x42(void), iret_raw_landed(void), iret_raw_faulted(void), trap_2(void), trap_6(void), trap_6_raw(void), trap_256(void), trap_258(void), trap_259(void);
 extern u64 iret_landed_rsp, iret_landed_rax, iret_landed_rcx, iret_landed_r11, iret_landed_rflags;
 extern u64 entry_rflags, entry_upcall_mask; /* as the last trap found them */
 extern u64 raw_rsp, raw_cs, raw_ss, raw_frame[7];

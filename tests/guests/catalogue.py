@@ -82,6 +82,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("user-page"),
     checks("privileged"),
     checks("events"),
+    checks("nmi"),
     checks("multicall"),
     checks("version"),
     checks("timers"),
