@@ -53,3 +53,11 @@ def test_a_configuration_means_what_it_means_to_xl(case: dict[str, Any]) -> None
     else:
         ordered = json.dumps(json.loads(without_random_uuid(output, case["cfg"])))
         assert ordered == json.dumps(case["config"])
+
+
+def test_a_domain_may_be_made_whatever_device_model_was_asked_for() -> None:
+    for case in RECORDED:
+        if case["name"].startswith(("device_model", "dm_restrict", "stubdomain")) and case["config"]:
+            text = case["cfg"]
+            config, _ = parse_domain_config(text, "x.cfg", HostTopology.uniform(1))
+            assert config.unsupported() == ["device_tree"] * ("device_tree" in text), case["name"]

@@ -61,6 +61,25 @@ class SchedulerParameters:
 
 
 @dataclass(slots=True)
+class DeviceModel:
+    """Which QEMU would serve the domain, had it devices that need one; a PV domain has none here."""
+
+    version: str | None = None
+    path: str | None = None
+    user: str | None = None
+    seclabel: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    arguments_pv: list[str] = field(default_factory=list)
+    arguments_hvm: list[str] = field(default_factory=list)
+    restrict: bool | None = None
+    in_stubdomain: bool | None = None
+    stubdomain_kernel: str | None = None
+    stubdomain_cmdline: str | None = None
+    stubdomain_ramdisk: str | None = None
+    stubdomain_memory_kib: int | None = None
+
+
+@dataclass(slots=True)
 class DomainConfig:
     """Everything that is known of a domain before it exists."""
 
@@ -119,6 +138,7 @@ class DomainConfig:
     irqs: list[int] = field(default_factory=list)
     iomem: list[IomemRange] = field(default_factory=list)
     passthrough: str | None = None
+    device_model: DeviceModel = field(default_factory=DeviceModel)
 
     # What it is to the host.
     driver_domain: bool | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeAlias
 
-from xenolith.toolstack.config import Action, DomainConfig, DomainType, TscMode
+from xenolith.toolstack.config import Action, DeviceModel, DomainConfig, DomainType, TscMode
 from xenolith.toolstack.cpuidspec import REGISTERS, CpuidPolicy
 from xenolith.toolstack.devicespec import Channel, Display, P9Share, PciDevice, VirtualFramebuffer
 from xenolith.toolstack.diskspec import Disk
@@ -121,6 +121,7 @@ def _build_info(config: DomainConfig) -> dict[str, Json]:
         max_maptrack_frames=config.max_maptrack_frames,
         max_grant_version=config.max_grant_version,
     )
+    document |= _device_model(config.device_model)
     document["sched_params"] = _scheduler(config)
     document |= _lists(
         ioports=[{"first": ports.first, "number": ports.number} for ports in config.ioports],
@@ -138,7 +139,9 @@ def _build_info(config: DomainConfig) -> dict[str, Json]:
         bootloader=config.bootloader,
     )
     document |= _lists(bootloader_args=list(config.bootloader_args))
-    document |= _given(nested_hvm=_boolean(config.nested_hvm))
+    document |= _given(
+        nested_hvm=_boolean(config.nested_hvm), dm_restrict=_boolean(config.device_model.restrict)
+    )
     document |= _by_type(config)
     document["arch_arm"] = {}
     document["arch_x86"] = _given(msr_relaxed=_boolean(config.msr_relaxed))
@@ -146,6 +149,23 @@ def _build_info(config: DomainConfig) -> dict[str, Json]:
         altp2m=None if config.altp2m == "disabled" else config.altp2m,
         vmtrace_buf_kb=config.vmtrace_kib or None,
         vpmu=_boolean(config.vpmu),
+    )
+
+
+def _device_model(model: DeviceModel) -> dict[str, Json]:
+    document = _given(
+        device_model_version=model.version and model.version.replace("-", "_"),
+        device_model_stubdomain=_boolean(model.in_stubdomain),
+        stubdomain_memkb=model.stubdomain_memory_kib,
+        stubdomain_kernel=model.stubdomain_kernel,
+        stubdomain_cmdline=model.stubdomain_cmdline,
+        stubdomain_ramdisk=model.stubdomain_ramdisk,
+        device_model=model.path,
+        device_model_ssid_label=model.seclabel,
+        device_model_user=model.user,
+    )
+    return document | _lists(
+        extra=list(model.arguments), extra_pv=list(model.arguments_pv), extra_hvm=list(model.arguments_hvm)
     )
 
 

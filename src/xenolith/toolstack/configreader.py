@@ -36,9 +36,6 @@ _NOT_HERE = (
     "vnuma",
     "vsnd",
     "vtpm",
-    "device_model_override",
-    "device_model_args",
-    "device_model_args_pv",
 )
 
 
@@ -336,14 +333,48 @@ def _read_devices(file: ConfigFile, config: DomainConfig) -> None:
         file.warn("WARNING: vif2: netchannel2 is deprecated and not supported by xl")
     config.framebuffers = [devicespec.parse_vfb(spec, devid) for devid, spec in enumerate(file.strings("vfb"))]
     config.cpuid = read_cpuid(file)
-    if file.string("device_model") is not None:
-        file.warn("WARNING: ignoring device_model directive.")
-        file.warn('WARNING: Use "device_model_override" instead if you really want a non-default device_model')
+    _read_device_model(file, config)
     if config.type is DomainType.PV and not config.framebuffers:
         vfb = devicespec.top_level_vfb(file)
         config.framebuffers = [vfb] if vfb else []
+    config.device_model.restrict = file.boolean("dm_restrict")
     config.suspend_evtchn_compat = file.boolean("xend_suspend_evtchn_compat")
     config.msr_relaxed = file.boolean("msr_relaxed")
     if config.msr_relaxed is not None:
         file.warn("WARNING: msr_relaxed will be removed in future versions.")
         file.warn("If it fixes an issue you are having please report to xen-devel@lists.xenproject.org.")
+
+
+def _read_device_model(file: ConfigFile, config: DomainConfig) -> None:
+    model = config.device_model
+    ignored = file.string("device_model")
+    if ignored is not None:
+        file.warn("WARNING: ignoring device_model directive.")
+        file.warn('WARNING: Use "device_model_override" instead if you really want a non-default device_model')
+        if "stubdom-dm" in ignored and config.type is DomainType.HVM:
+            file.warn('WARNING: Or use "device_model_stubdomain_override" if you  want to enable stubdomains')
+        elif "stubdom-dm" in ignored:
+            file.warn('WARNING: ignoring "device_model_stubdomain_override" directive for pv guest')
+    model.path = file.string("device_model_override")
+    model.version = file.string("device_model_version")
+    if model.version not in (None, "qemu-xen", "qemu-xen-traditional"):
+        raise file.fail(f'Unknown device_model_version "{model.version}" specified')
+    if model.version is None and model.path is not None:
+        file.warn("WARNING: device model override given without specific DM version")
+    model.in_stubdomain = file.boolean("device_model_stubdomain_override")
+    model.seclabel = file.string("device_model_stubdomain_seclabel")
+    model.user = file.string("device_model_user")
+    model.stubdomain_kernel = file.string("stubdomain_kernel")
+    model.stubdomain_cmdline = file.string("stubdomain_cmdline")
+    model.stubdomain_ramdisk = file.string("stubdomain_ramdisk")
+    model.stubdomain_memory_kib = _mebibytes(file, "stubdomain_memory")
+    model.arguments = _device_model_arguments(file, "device_model_args")
+    model.arguments_pv = _device_model_arguments(file, "device_model_args_pv")
+    model.arguments_hvm = _device_model_arguments(file, "device_model_args_hvm")
+
+
+def _device_model_arguments(file: ConfigFile, key: str) -> list[str]:
+    arguments = file.strings(key)
+    if key in file.settings and not file.is_list(key):
+        raise file.fail(f"xl: Unable to parse {key}.", STATUS_FAIL)
+    return arguments
