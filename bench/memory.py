@@ -18,7 +18,7 @@ from pathlib import Path
 
 from xenolith.dom0.debian import obtain
 from xenolith.dom0.image import load_image
-from xenolith.dom0.initramfs import SHELL_KERNEL_ARGUMENTS, build_initramfs
+from xenolith.dom0.initramfs import build_initramfs, kernel_arguments
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec
 
@@ -40,7 +40,7 @@ def boot(dom0: Dom0, number: int, memory_mib: int) -> None:
         image=load_image(guest.elf),
         kernel=str(guest.elf),
         ramdisk=build_initramfs(guest.busybox),
-        cmdline=SHELL_KERNEL_ARGUMENTS,
+        cmdline=kernel_arguments(1, command=False),
         memory_kib=memory_mib << 10,
     )
     domain = dom0.create(spec)

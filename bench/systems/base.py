@@ -42,7 +42,7 @@ class Boot:
 
     def command_line(self, console: str) -> str:
         """The kernel's command line, the same for every system but for the console's name."""
-        line = f"console={console} quiet mitigations=off"
+        line = f"console={console} quiet mitigations=off nr_cpus=1 noreplace-smp"
         if self.rows:
             line += (
                 f" bench.budget={self.budget} bench.macro_budget={self.macro_budget} bench.rows={','.join(self.rows)}"

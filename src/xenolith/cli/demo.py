@@ -34,7 +34,7 @@ from xenolith.dom0.console import Overflow
 from xenolith.dom0.debian import GuestUnavailable, obtain
 from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import ImageError, load_image
-from xenolith.dom0.initramfs import COMMAND_KERNEL_ARGUMENTS, InitramfsError, build_initramfs
+from xenolith.dom0.initramfs import InitramfsError, build_initramfs, kernel_arguments
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo
@@ -207,7 +207,7 @@ def _perform(
                 image=image,
                 kernel=str(guest.kernel),
                 ramdisk=ramdisk,
-                cmdline=COMMAND_KERNEL_ARGUMENTS,
+                cmdline=kernel_arguments(actor.vcpus, command=True),
                 memory_kib=MEMORY_MIB << 10,
                 vcpus=actor.vcpus,
             )

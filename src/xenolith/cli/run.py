@@ -37,11 +37,10 @@ from xenolith.dom0.debian import DEFAULT_KERNEL, GuestUnavailable, obtain
 from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import ImageError, KernelImage, load_image
 from xenolith.dom0.initramfs import (
-    COMMAND_KERNEL_ARGUMENTS,
-    SHELL_KERNEL_ARGUMENTS,
     HostFile,
     InitramfsError,
     build_initramfs,
+    kernel_arguments,
 )
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
@@ -174,8 +173,7 @@ def _spec(
         busybox = obtain(DEFAULT_KERNEL if _is_file(kernel) else kernel).busybox
         host_files = [HostFile.parse(argument) for argument in files]
         archive = build_initramfs(busybox, command=command or None, nonce=nonce, files=host_files)
-        needed = COMMAND_KERNEL_ARGUMENTS if command else SHELL_KERNEL_ARGUMENTS
-        cmdline = f"{needed} {cmdline}".rstrip()
+        cmdline = f"{kernel_arguments(vcpus, command=bool(command))} {cmdline}".rstrip()
     return DomainSpec(
         name="run",
         image=image,
