@@ -30,8 +30,8 @@ METHOD = """\
   User-Mode Linux, which is far slower on two.
 - Programs are static, built from `bench/workloads`; the macro workloads use Debian's own tcc, SQLite,
   lighttpd, dbench and busybox. Every program checks its result.
-- Each row first repeats its operation until a clock can see it, which warms it up too, then repeats that for
-  its budget of time and reports the median of its batches.
+- Each row runs once untimed, for its page faults, then repeats its operation until a clock can see it, then
+  repeats that for its budget of time and reports the median of its batches.
 - Rounds are interleaved: each system has its turn in every round. Tables show the median of the rounds and,
   in brackets, the lowest and the highest.
 - The host times every row as well, by its own clock: a guest whose clock runs wrong is named below.

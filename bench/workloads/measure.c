@@ -51,7 +51,7 @@ static double median(double *values, int count)
 
 void measure(const struct row *row, double budget)
 {
-    double begin = now(), per_operation[MOST_BATCHES];
+    double begin, per_operation[MOST_BATCHES];
     double batch_seconds = budget / BATCHES_IN_BUDGET;
     long count = row->at_least ? row->at_least : 1, operations = 0;
     int batches = 0;
@@ -59,8 +59,10 @@ void measure(const struct row *row, double budget)
     if (row->prepare)
         row->prepare(row);
 
-    /* Warm-up: find how many operations fill a batch. Wall-clock time decides, because a row may spend
-     * much of it on work that it leaves out of the result. */
+    /* Warm-up: once for the page faults of a first time, then to find how many operations fill a batch. Wall-clock
+     * time decides, because a row may spend much of it on work that it leaves out of the result. */
+    row->run(row, count);
+    begin = now();
     for (;;) {
         double start = now();
         row->run(row, count);
