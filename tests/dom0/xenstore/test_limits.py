@@ -8,7 +8,7 @@ from xenolith.abi.xs_wire import Op
 from xenolith.dom0.xenstore.quota import Quota
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
-from .wire import Client
+from .wire import Client, pack
 
 
 @pytest.fixture
@@ -153,3 +153,29 @@ def test_any_payload_of_any_request_is_answered(dom0: Client, junk: bytes) -> No
         for client in (dom0, guest):
             kind, _ = client.ask(op, junk)
             assert kind in ("ERROR", op.name)
+
+
+def test_control_tells_what_a_domain_uses_and_what_there_is(dom0: Client) -> None:
+    guest = guest_with_home(dom0, 3)
+    guest.ok(Op.WRITE, b"data/x\0twelve bytes")
+    guest.ok(Op.WATCH, b"data\0token\0")
+    guest.ok(Op.TRANSACTION_START, b"\0")
+    guest.take_events()
+    guest.connection.feed(pack(Op.READ, b"data/x\0"))
+    guest.connection.process(1)  # 16 bytes of header and the value wait to be fetched
+    usage = dom0.ok(Op.CONTROL, b"quota\x003\0").decode()
+    assert " ".join(usage.split()) == "Domain 3: nodes : 2 watches : 1 transactions : 1 outstanding : 1 memory : 28 \0"
+    report = dom0.ok(Op.CONTROL, b"memreport\0").decode()[:-1].splitlines()
+    assert {name.strip(): int(figure) for name, figure in (line.split(":") for line in report)} == {
+        "nodes": 8,  # / tool tool/xenstored local local/domain local/domain/3 and the guest's two
+        "bytes of values": 12,
+        "watches": 1,
+        "domains": 1,
+        "transactions of domains": 1,
+        "bytes unread by domains": 28,
+    }
+
+
+@pytest.mark.parametrize("command", [b"live-update\0-s", b"logfile\0f", b"quota-soft", b"memreport\0f", b"what"])
+def test_control_refuses_what_it_does_not_know(dom0: Client, command: bytes) -> None:
+    assert dom0.error(Op.CONTROL, command + b"\0") == "EINVAL"

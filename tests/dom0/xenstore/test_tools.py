@@ -115,6 +115,23 @@ def test_debians_test_xenstore_passes(run: Run, test_xenstore: Path) -> None:
     assert run(str(test_xenstore), "-r", "2").returncode == 0, "random requests for two seconds"
 
 
+@needs_utils  # for its library
+def test_xenstore_control(run: Run, test_xenstore: Path) -> None:
+    def control(*words: str) -> str:
+        done = run(str(test_xenstore.with_name("xenstore-control")), *words)
+        if done.returncode == 127:
+            pytest.skip(f"xenstore-control of xen-utils-4.17 lacks a library: {done.stderr.strip().rpartition('/')[2]}")
+        return done.stdout
+
+    assert control("check") == "OK\n"
+    assert control("quota", "set", "nodes", "900") == "OK\n"
+    assert "nodes            :      900 Nodes per domain\n" in control("quota")
+    assert "watches                 :        0\n" in control("memreport")
+    commands = [line.split("\t")[0] for line in control("help").splitlines()]
+    assert [command for command in commands if command] == ["check", "log", "memreport", "print", "quota", "help"]
+    assert control("quota-soft") == ""
+
+
 def test_pyxs_reads_writes_watches_and_commits(service: XenstoreService, tmp_path: Path) -> None:
     pyxs: Any = pytest.importorskip("pyxs", reason="needs the PyPI package pyxs")
     with pyxs.Client(unix_socket_path=str(tmp_path / "socket")) as client:

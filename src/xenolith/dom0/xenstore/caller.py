@@ -29,6 +29,11 @@ class Caller:
         self.transactions: Final[dict[int, Transaction]] = {}
         self.next_transaction = 1
 
+    @property
+    def unfetched(self) -> tuple[int, int]:
+        """How many answers, and how many bytes of answers and events, the client has not fetched."""
+        return 0, 0
+
     def access(self, permissions: Permissions) -> int:
         """What this caller may do with a node that has these permissions."""
         return EVERYTHING if self.privileged else access_of(permissions, self.domid, self.target)

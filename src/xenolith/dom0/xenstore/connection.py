@@ -112,6 +112,10 @@ class Connection(Caller):
     # --- bytes out
 
     @property
+    def unfetched(self) -> tuple[int, int]:
+        return self._answers, self._output_bytes
+
+    @property
     def output_waiting(self) -> bool:
         """Whether bytes wait to be fetched."""
         return bool(self._output)

@@ -1,7 +1,7 @@
 """CONTROL: questions to the daemon itself (``xenstore-control``), answered as Xen 4.17's xenstored does.
 
-Live update and the memory reports of Xen's daemon are about its own process and have no counterpart here; ``help``
-lists what there is.
+``live-update``, ``logfile`` and ``quota-soft`` of Xen's daemon, about its process and its log, are refused as unknown
+commands are. ``memreport`` is answered with figures of this store, where Xen's writes a list of its heap to a file.
 """
 
 from __future__ import annotations
@@ -83,13 +83,29 @@ def _domain_usage(daemon: Xenstored, word: bytes) -> bytes:
     caller = daemon.domains.get(domid)
     if caller is None and domid:
         raise XsError("ENOENT", f"domain {domid} is not introduced")
+    outstanding, unread_bytes = caller.unfetched if caller else (0, 0)
     usage = {
         "nodes": daemon.store.owned_by(domid),
         "watches": len(caller.watches) if caller else 0,
         "transactions": len(caller.transactions) if caller else 0,
+        "outstanding": outstanding,
+        "memory": unread_bytes,
     }
     lines = [f"{name:<16}: {used:8d}" for name, used in usage.items()]
     return "\n".join([f"Domain {domid}:", *lines, "\0"]).encode()
+
+
+def _report_memory(daemon: Xenstored, words: list[bytes]) -> bytes:
+    domains = daemon.domains.values()
+    figures = {
+        "nodes": daemon.store.size(),
+        "bytes of values": daemon.store.value_bytes(),
+        "watches": len(daemon.watches),
+        "domains": len(domains),
+        "transactions of domains": sum(len(caller.transactions) for caller in domains),
+        "bytes unread by domains": sum(caller.unfetched[1] for caller in domains),
+    }
+    return "\n".join([*(f"{name:<24}: {figure:8d}" for name, figure in figures.items()), "\0"]).encode()
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class _Command:
 _COMMANDS: Final = {
     b"check": _Command(_check, b"", 0, 0),
     b"log": _Command(_switch_log, b"on|off", 1, 1),
+    b"memreport": _Command(_report_memory, b"", 0, 0),
     b"print": _Command(_print, b"<string>", 1, 1),
     b"quota": _Command(_quota, b"[set <name> <val>|<domid>]", 0, 3),
     b"help": _Command(_help, b"", 0, 0),

@@ -139,6 +139,10 @@ class Store(View):
         """How many nodes there are."""
         return sum(self._owned.values())
 
+    def value_bytes(self) -> int:
+        """The length of all nodes' values together."""
+        return sum(len(node.data) for _, node in subtree(b"/", self.root))
+
     def commit(self, transaction: Transaction) -> None:
         """Make the transaction's changes real at once, or raise EAGAIN and change nothing."""
         if self.root is transaction.base:
