@@ -18,7 +18,7 @@ from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.scheduler import runnable
 from xenolith.machine.clock import VirtualClock
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState, TrapHandler, register_file
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
 from xenolith.machine.memory import MachineMemory
 
 Step = Callable[[], None] | tuple[int, ...]
@@ -33,7 +33,7 @@ ENTRY = TABLE | PTE_D
 DEADLINE = 60  # seconds until a test that hangs fails
 
 
-class ScriptedCpu:
+class ScriptedCpu(Cpu):
     """Runs the program of the vCPU that is loaded."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
@@ -78,6 +78,7 @@ class ScriptedCpu:
     def nothing(self, *_: object) -> None:
         """The rest of the protocol has no meaning for generators."""
 
+    set_xcr0 = nothing
     switch_mode = flush_tlb = flush_page = set_segment = set_code_stack = set_task_switched = nothing
     set_debug = set_ldt = code_written = executable_mapped = nothing
 
@@ -107,7 +108,7 @@ class _Running:
         return self._step
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """An engine for generators: one Cpu for all vCPUs, or one each."""
 
     name = "scripted"

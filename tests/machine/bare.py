@@ -96,7 +96,7 @@ class BareMachine:
             table = (q[index] & PTE_ADDRESS) >> PAGE_SHIFT
         index = (table << 9) + (va >> PAGE_SHIFT & 511)
         old, q[index] = q[index], entry
-        if hasattr(self.engine, "entry_changed"):
+        if self.engine.entry_changed is not None:
             self.engine.entry_changed(index, old, entry)
 
     def map_new(self, va: int, l4: int | None = None, flags: int = ACCESS) -> int:

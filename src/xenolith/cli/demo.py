@@ -152,7 +152,7 @@ def _state(info: DomainInfo) -> str:
 @click.command()
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "unicorn", "kvm"]),
+    type=click.Choice(["auto", "unicorn", "kvm", "adaptive"]),
     default="auto",
     envvar="XENOLITH_ENGINE",
     show_default=True,

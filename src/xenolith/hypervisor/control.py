@@ -191,12 +191,9 @@ class Control:
         entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
         for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
             entries[slot - layout.XEN_FIRST_SLOT] = entry
-        if engine.cpus_shared:
-            domain.executable_mapped = engine.cpu(0).executable_mapped
-        else:
-            domain.executable_mapped = getattr(engine, "executable_mapped", None)
-        domain.caches_tables = getattr(engine, "caches_tables", False)
-        domain.entry_changed = getattr(engine, "entry_changed", None)
+        domain.executable_mapped = engine.executable_mapped
+        domain.caches_tables = engine.caches_tables
+        domain.entry_changed = engine.entry_changed
         domain.events = EventChannels(domain)
         domain.grants = GrantTable(domain)
 

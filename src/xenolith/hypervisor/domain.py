@@ -130,9 +130,8 @@ class Vcpu:
         """Set XCR0 to a value that the engine can execute."""
         self.state.xcr0 = value
         self.cpuid_answers.clear()
-        load = getattr(self.cpu, "set_xcr0", None)  # KVM's processor has an XCR0 of its own
-        if load is not None:
-            load(value)
+        if self.cpu is not None:
+            self.cpu.set_xcr0(value)
         return True
 
     def __repr__(self) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
 from time import sleep
@@ -40,7 +39,7 @@ from xenolith.machine.tsc import TscClock
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
     from xenolith.hypervisor.hypervisor import Hypervisor
-    from xenolith.machine.engines.protocol import Cpu, CpuState, TrapHandler
+    from xenolith.machine.engines.protocol import Cpu, TrapHandler
 
 QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
 WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
@@ -64,7 +63,6 @@ class Context:
         self.to_store: threading.Event | None = None  # somebody waits for the loaded vCPU's state
         self.slice_start = 0
         self.quantum_timer = Timer(lambda: scheduler.quantum_over(self))
-        self.swap: Callable[[CpuState, CpuState], None] | None = getattr(cpu, "swap", None)  # quicker than store, load
         self._handlers: dict[Vcpu, TrapHandler] = {}
         # Binary semaphores, taken until somebody releases them.
         self._wakeup = threading.Lock()
@@ -371,11 +369,9 @@ class Scheduler:
         if before is not None:
             before.regs = before.state.regs
             before.cpu = None
-        if before is not None and context.swap is not None:
-            context.swap(before.state, vcpu.state)
+        if before is not None:
+            cpu.swap(before.state, vcpu.state)
         else:
-            if before is not None:
-                cpu.store(before.state)
             cpu.load(vcpu.state)
         vcpu.cpu = cpu
         vcpu.regs = regs = cpu.regs

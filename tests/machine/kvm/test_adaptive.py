@@ -17,6 +17,7 @@ from xenolith.abi.x86 import (
     RAX,
     RCX,
     RDI,
+    RDX,
     RIP,
     RSP,
     SS,
@@ -210,14 +211,110 @@ def test_an_undefined_opcode_is_one_on_both(machine: AdaptiveMachine) -> None:
         assert cpu.regs[RIP] == CODE
 
 
-def test_cpuid_gives_the_same_answer_on_both(machine: AdaptiveMachine) -> None:
+def test_cpuid_gives_the_same_answer_on_both_but_for_wide_vectors(machine: AdaptiveMachine) -> None:
     cpu = machine.adaptive_cpu()
-    answers = []
-    for engine in ENGINES:
-        cpu.regs[RAX], cpu.regs[RCX] = 7, 0
-        machine.on(cpu, engine, "0f a2 0f 0b")
-        answers.append([cpu.regs[register] & 0xFFFF_FFFF for register in range(4)])
-    assert answers[0] == answers[1]
+    for leaf in (0, 1, 7, 0xD, 0x8000_0000, 0x8000_0001):
+        answers = []
+        for engine in ENGINES:
+            cpu.regs[RAX], cpu.regs[RCX] = leaf, 0
+            machine.on(cpu, engine, "0f a2 0f 0b")
+            answers.append([cpu.regs[register] & 0xFFFF_FFFF for register in range(4)])
+        on_kvm, on_unicorn = answers
+        assert [own & told for own, told in zip(on_kvm, on_unicorn, strict=True)][1:] == on_unicorn[1:]
+        if leaf == 1:
+            assert not on_unicorn[1] & (1 << 27 | 1 << 28)  # OSXSAVE, AVX (in ECX)
+        elif leaf == 7:
+            assert not on_unicorn[3] & 1 << 5  # AVX2 (in EBX)
+        else:
+            assert on_kvm == on_unicorn
+
+
+@pytest.mark.parametrize("restore_on", ENGINES)
+@pytest.mark.parametrize("save_on", ENGINES)
+@pytest.mark.parametrize("form", ["48 0f ae 27", "48 0f ae 37", "48 0f c7 27"], ids=["xsave", "xsaveopt", "xsavec"])
+def test_what_is_saved_on_one_engine_is_restored_on_the_other(
+    machine: AdaptiveMachine, form: str, save_on: str, restore_on: str
+) -> None:
+    """Unicorn's part is x87 and SSE; upper halves have waited in KVM and are saved with them."""
+    if not machine.engine.xcr0_mask & 4:
+        pytest.skip("this processor has no AVX")
+    cpu = machine.adaptive_cpu()
+    data = os.urandom(32)
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 32] = data
+    area = DATA + 0x1000
+    cpu.regs[RDI] = area
+    machine.on(cpu, "unicorn", "48 89 07 48 89 87 00 10 00 00 0f 0b")  # the pages are accessed and dirty
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "kvm", "db e3 d9 e8 c5 fe 6f 1f c5 7e 6f 07 0f 0b")  # fninit; fld1; vmovdqu ymm3 and ymm8, [rdi]
+    cpu.regs[RDI], cpu.regs[RAX], cpu.regs[RDX] = area, 7, 0
+    machine.on(cpu, save_on, form + " 0f 0b")
+    assert cpu.running_on == save_on
+    machine.on(cpu, "kvm", "db e3 c5 fc 77 0f 0b")  # fninit; vzeroall
+    cpu.regs[RAX], cpu.regs[RDX] = 7, 0
+    machine.on(cpu, restore_on, "48 0f ae 2f 0f 0b")
+    # Upper halves are restored where they are, and whoever has them is likely to use them.
+    assert cpu.running_on == "kvm"
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "kvm", "dd 5f 60 c5 fe 7f 5f 20 c5 7e 7f 47 40 0f 0b")  # fstp; vmovdqu [rdi + 32], ymm3; ..., ymm8
+    assert machine.memory.b[start + 32 : start + 64] == data
+    assert machine.memory.b[start + 64 : start + 96] == data
+    assert machine.word(12) == 0x3FF0_0000_0000_0000
+
+
+@pytest.mark.parametrize("save_on", ENGINES)
+def test_state_without_upper_halves_is_saved_and_restored_on_unicorn(machine: AdaptiveMachine, save_on: str) -> None:
+    if not machine.engine.xcr0_mask & ~3:
+        pytest.skip("this processor has no wide state")
+    cpu = machine.adaptive_cpu()
+    data = os.urandom(16)
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 16] = data
+    area = DATA + 0x1000
+    cpu.regs[RDI] = area
+    machine.on(cpu, "unicorn", "48 89 07 48 89 87 00 10 00 00 0f 0b")
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "unicorn", "f3 0f 6f 1f 0f 0b")  # movdqu xmm3, [rdi]
+    cpu.regs[RDI], cpu.regs[RAX], cpu.regs[RDX] = area, 0xFFFF_FFFF, 0xFFFF_FFFF
+    machine.on(cpu, save_on, "48 0f c7 27 0f 0b")
+    machine.on(cpu, "unicorn", "66 0f ef db 0f 0b")  # pxor xmm3, xmm3
+    cpu.regs[RAX] = cpu.regs[RDX] = 0xFFFF_FFFF
+    assert machine.on(cpu, "unicorn", "48 0f ae 2f 0f 0b") == (VECTOR_UD, 0, 0)
+    assert cpu.running_on == "unicorn"
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "unicorn", "f3 0f 7f 5f 20 0f 0b")
+    assert machine.memory.b[start + 32 : start + 48] == data
+
+
+def test_an_xsave_that_faults_does_so_as_on_a_processor(machine: AdaptiveMachine) -> None:
+    if not machine.engine.xcr0_mask & ~3:
+        pytest.skip("this processor has no wide state")
+    cpu = machine.adaptive_cpu()
+    index = machine.entry(DATA + 0x1000)
+    machine.change_entry(index, machine.memory.q[index] & ~2)  # read-only
+    cpu.flush_tlb()
+    for address, trap in ((DATA + 0x1000, (VECTOR_PF, 7)), (DATA + 8, (VECTOR_GP, 0)), (0x7000, (VECTOR_PF, 6))):
+        cpu.regs[RDI], cpu.regs[RAX], cpu.regs[RDX] = address, 7, 0
+        assert machine.on(cpu, "unicorn", "48 0f c7 27 0f 0b")[:2] == trap
+        assert cpu.regs[RIP] == CODE
+
+
+@pytest.mark.parametrize("first", ENGINES)
+def test_a_flat_selector_that_guest_code_loads_by_itself_goes_along_and_so_does_its_end(
+    machine: AdaptiveMachine, first: str
+) -> None:
+    """A Linux kernel loads one, makes a hypercall, and loads 0; it forgets the FS base of who seems to have one."""
+    machine.set_descriptor(0x28, 0x0000_FFFF, 0x00CF_F300)
+    cpu = machine.adaptive_cpu()
+    for between in ENGINES:
+        machine.on(cpu, first, "b8 2b 00 00 00 8e e0 0f 0b")  # mov fs, 0x2b
+        machine.on(cpu, between, "31 c0 8c e0 0f 0b")  # mov eax, fs
+        assert cpu.regs[RAX] == 0x2B
+        machine.on(cpu, first, "31 c0 8e e0 0f 0b")
+        for engine in (*ENGINES, first):
+            cpu.regs[RAX] = 1
+            machine.on(cpu, engine, "8c e0 0f 0b")
+            assert cpu.regs[RAX] & 0xFFFF == 0, engine
 
 
 def test_the_task_switched_flag_is_honoured_on_every_host(machine: AdaptiveMachine) -> None:

@@ -9,9 +9,13 @@ the other at a trap boundary.
 What has to stay exact:
 
 - Registers.  Both engines work on one register file in place.
-- x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: code that
-  would touch them, or read or write them by XSAVE and XRSTOR, raises #UD there, which moves the vCPU back
-  to KVM, where the same instruction is executed.  Legacy SSE code leaves the upper parts alone.
+- x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: 256-bit
+  and 512-bit code raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.  Legacy
+  SSE code leaves the upper parts alone.  XSAVE and XRSTOR, which a kernel executes at every switch of tasks, are carried out
+  in Python on all components (extended.py).
+- Unicorn executes 128-bit VEX instructions as if they were legacy SSE: upper parts stay as they are, and of three
+  operands it sees two.  So a program that asks CPUID there is told of no AVX, and by its own choice a vCPU
+  does not leave KVM while upper parts are in use.
 - Any other instruction that Unicorn does not know likewise moves the vCPU to KVM: guests find in CPUID what KVM has.
 - Translations.  Unicorn keeps code that it translated, and KVM changes memory behind its back: executable frames are
   compared by checksum at each move.  TLBs are flushed.
@@ -24,9 +28,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Final
 
-from iced_x86 import Decoder, Instruction, OpKind, RegisterExt
+from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, RegisterExt
 
 from xenolith.abi.x86 import (
     CR4_OSXSAVE,
@@ -44,10 +49,12 @@ from xenolith.abi.x86 import (
     VECTOR_NM,
     VECTOR_UD,
 )
+from xenolith.machine.engines import extended
 from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
-from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, TrapHandler
+from xenolith.machine.engines.placement import Placement
+from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, TrapHandler
 from xenolith.machine.engines.unicorn import layout, paging, segments
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
@@ -61,6 +68,12 @@ _MASK32: Final = 0xFFFF_FFFF
 _MASK64: Final = (1 << 64) - 1
 _IMPLICIT_MEMORY: Final = (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI)
 _UD2: Final = b"\x0f\x0b"
+EAX, EBX, ECX, EDX = range(4)
+
+
+def _bits(*numbers: int) -> int:
+    return sum(1 << number for number in numbers)
+
 
 POLICY_KVM: Final = "kvm"  # on KVM
 POLICY_MEASURED: Final = "measured"  # where the last traps say that it is faster
@@ -68,18 +81,26 @@ POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
-# Measuring.  A window of traps is long enough for its rate to mean something and short beside the cost of a wrong move.
-WINDOW: Final = 256  # traps
-HOLD: Final = 2048  # traps for which a vCPU stays on KVM when Unicorn could not go on
-LONGEST_HOLD: Final = 1 << 17  # traps on KVM before Unicorn is tried again, at most
-SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
-MARGIN: Final = 0.8  # a move must promise this much less time
-PATIENCE: Final = 8  # windows that make a stay on Unicorn a good one
-QUIET_NS: Final = 2_000_000  # of CPU time: a window without enough traps ends
-HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
+WINDOW: Final = 64  # traps after which the policy is asked again
+QUIET_NS: Final = 2_000_000  # or CPU time
+
+# Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
+# vectors (or REP MOVSB) in every string function, and so drive the vCPU to KVM all the time.
+_UNTOLD: Final = {
+    # FMA XSAVE OSXSAVE AVX F16C
+    (1, ECX): _bits(12, 26, 27, 28, 29),
+    # AVX2 ERMS AVX512
+    (7, EBX): _bits(5, 9, 16, 17, 21, 26, 27, 28, 30, 31),
+    # AVX512_VBMI VBMI2 VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
+    (7, ECX): _bits(1, 6, 9, 10, 11, 12, 14),
+    # AVX512_4VNNIW 4FMAPS FSRM VP2INTERSECT AMX AVX512_FP16
+    (7, EDX): _bits(2, 3, 4, 8, 22, 23, 24, 25),
+    # XOP FMA4
+    (0x8000_0001, ECX): _bits(11, 16),
+}
 
 
-class AdaptiveEngine:
+class AdaptiveEngine(Engine):
     """A domain's pair of engines. Raises EngineError where either cannot run here.
 
     `policy` says where a vCPU runs when nothing forces it: one of the POLICY_* values.
@@ -142,8 +163,7 @@ class AdaptiveCpu:
         self._kick = False
         self.moves = 0
         self.policy = policy
-        self._hold = 0
-        self._backoff = WINDOW  # traps on KVM before Unicorn is tried again, if it was slower last time
+        self._placement = Placement(engine.kvm.traits.exit_cost_ns)
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._window_start = 0
@@ -169,6 +189,10 @@ class AdaptiveCpu:
             self._kvm.store(state)
             return
         self._store_from_unicorn(state)
+
+    def swap(self, old: CpuState, new: CpuState) -> None:
+        self.store(old)
+        self.load(new)
 
     def set_segment(self, segment: int, selector: int) -> None:
         self._active.set_segment(segment, selector)
@@ -245,11 +269,13 @@ class AdaptiveCpu:
                 self._answer_cpuid()
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
-                if self._task_switched and self._uses_extended_state():
+                instruction = self._instruction()
+                if self._task_switched and _uses_extended_state(instruction):
                     return on_unicorn(VECTOR_NM, 0, 0)
-                self._hold = HOLD
+                if self._saved_or_restored(instruction):
+                    return True
                 self._target = self._kvm
-                self._borrow = self._only_unicorn_can()
+                self._borrow = self._only_unicorn_can() or self._selectors_would_be_lost()
                 return False
             if not on_trap(vector, error_code, address):
                 self._leave = True
@@ -290,10 +316,47 @@ class AdaptiveCpu:
             self._unicorn.code_written(mfn)
 
     def _answer_cpuid(self) -> None:
-        """CPUID executed on Unicorn: what it would have been on KVM."""
+        """CPUID executed on Unicorn: as on KVM, but for what had better not be used here."""
         regs = self.regs
         leaf, subleaf = regs[RAX] & _MASK32, regs[RCX] & _MASK32
-        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = self._engine.kvm.host_cpuid(leaf, subleaf)
+        answer = self._engine.kvm.host_cpuid(leaf, subleaf) if leaf != 7 or not subleaf else (0, 0, 0, 0)
+        for register, (place, value) in enumerate(zip((RAX, RBX, RCX, RDX), answer, strict=True)):
+            regs[place] = value & ~_UNTOLD.get((leaf, register), 0)
+
+    def _saved_or_restored(self, instruction: Instruction) -> bool:
+        """Carry out an instruction of the XSAVE family, which Unicorn has not for all components, if it succeeds."""
+        regs, mnemonic = self.regs, instruction.mnemonic
+        saves = mnemonic in extended.SAVES
+        if not saves and mnemonic != Mnemonic.XRSTOR64:
+            return False
+        image = self._extended_image()
+        va = segment_loads.effective_address(regs, instruction, wide=True)
+        area = extended.Area(self._memory, self._l4_mfn, va)
+        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & _MASK64 | regs[RAX] & _MASK32
+        if saves:
+            if not extended.save(mnemonic, image, xcr0, requested, self._components, area):
+                return False
+            for mfn in area.frames:
+                self._unicorn.code_written(mfn)
+        else:
+            if not extended.restore(image, xcr0, requested, self._components, area):
+                return False
+            image[XSTATE_BV] |= BOTH_HAVE  # what is in its initial state has been written too
+            self._unicorn.load_extended(image)
+        regs[RIP] = instruction.next_ip
+        return True
+
+    @cached_property
+    def _components(self) -> list[extended.Component]:
+        return extended.components(self._engine.xcr0_mask, self._engine.kvm.host_cpuid)
+
+    def _extended_image(self) -> bytearray:
+        """The extended state of a vCPU on Unicorn: the image of all, with what Unicorn has brought up to date."""
+        image = self._state.xsave
+        wide = int.from_bytes(image[XSTATE_BV : XSTATE_BV + 8], "little") & ~BOTH_HAVE
+        self._unicorn.store_extended(image)
+        image[XSTATE_BV : XSTATE_BV + 8] = (wide | BOTH_HAVE).to_bytes(8, "little")
+        return image
 
     # --- where to run -------------------------------------------------------------------------------------
 
@@ -307,6 +370,10 @@ class AdaptiveCpu:
         if not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L:
             return True
         return bool((regs[FS] | regs[GS]) & 0xFFFC) and not traits.keeps_selectors and self._has_local_segment()
+
+    def _selectors_would_be_lost(self) -> bool:
+        """Whether FS or GS holds a selector, if only for a moment, that guest code could not read back on KVM."""
+        return bool((self.regs[FS] | self.regs[GS]) & 0xFFFC) and not self._engine.kvm.traits.keeps_selectors
 
     def _has_local_segment(self) -> bool:
         """Whether FS or GS holds the selector of a segment that does not start at 0: one that somebody will look at."""
@@ -332,12 +399,6 @@ class AdaptiveCpu:
         code = self._unicorn_code(2)
         return code is not None and code != _UD2 and self._engine.may_move
 
-    def _uses_extended_state(self) -> bool:
-        """Whether the instruction at RIP is one that CR0.TS concerns."""
-        instruction = self._instruction()
-        registers = (instruction.op_register(operand) for operand in range(instruction.op_count))
-        return instruction.is_save_restore_instruction or any(map(RegisterExt.is_vector_register, registers))
-
     def _instruction(self) -> Instruction:
         """The instruction at RIP."""
         bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
@@ -350,7 +411,7 @@ class AdaptiveCpu:
             return self._unicorn.frames_with_code()
         if OpKind.MEMORY not in kinds:
             return []
-        start = segment_loads.effective_address(self._kvm, instruction)
+        start = segment_loads.effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
         addresses = (paging.machine_address(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
         return [address >> PAGE_SHIFT for address in addresses if address is not None]
 
@@ -375,38 +436,25 @@ class AdaptiveCpu:
             wanted = self._kvm if self._since_need >= AFTER_NEED else here
         else:
             wanted = self._by_measurement()
+        if wanted is self._kvm and here is self._unicorn and self._selectors_would_be_lost():
+            self._requested = requested
+            wanted = here
         self._target = wanted if wanted is not here else None
 
     def _by_measurement(self) -> Cpu:
-        """Compare what a trap and the code before it take here with what they would take on the other engine.
-
-        On Unicorn that is sure: its time is nearly all code, which KVM would execute SLOWDOWN times as fast.  On KVM
-        the code's time is lost in the cost of exits, so where traps are dense Unicorn is tried; if it turns out
-        slower, the next try waits twice as long.
-        """
+        """Ask the policy, once a window of traps or of time."""
         here = self._active
         elapsed = time.thread_time_ns() - self._window_start
         traps = self._traps
-        exit_cost = self._engine.kvm.traits.exit_cost_ns
-        if here is self._kvm:
-            if traps < WINDOW:
-                return here
-            self._start_window()
-            self._hold -= traps
-            dense = elapsed // traps < 2 * (exit_cost + HANDLER_NS)
-            return self._unicorn if dense and self._hold <= 0 else here
         if traps < WINDOW and elapsed < QUIET_NS:
             return here
         self._start_window()
-        code = max(elapsed // max(traps, 1) - HANDLER_NS, 0)
-        if code // SLOWDOWN + exit_cost > code * MARGIN:
-            self._good_windows += 1
+        if not self._placement.spent(self.running_on, traps, elapsed):
             return here
-        if self._good_windows >= PATIENCE:
-            self._backoff = WINDOW
-        self._backoff = min(2 * self._backoff, LONGEST_HOLD)
-        self._hold = self._backoff
-        return self._kvm
+        if here is self._unicorn:
+            return self._kvm
+        # In the middle of a function that uses wide vectors, the rest of it had better run here too.
+        return here if extended.in_use(self._kvm.extended_image(), self._components) else self._unicorn
 
     def _start_window(self) -> None:
         self._traps = 0
@@ -418,6 +466,7 @@ class AdaptiveCpu:
         """Go on on the other engine."""
         target, self._target = self._target, None
         assert target is not None
+        self._placement.left(self.running_on)
         if target is self._kvm:
             self._check_code()
         self._transfer(target)
@@ -430,6 +479,7 @@ class AdaptiveCpu:
         self._target = None
         state = self._state
         if target is self._unicorn:
+            self._kvm.take_selectors()
             self._kvm.store(state)
         else:
             self._store_from_unicorn(state)
@@ -439,17 +489,10 @@ class AdaptiveCpu:
 
     def _store_from_unicorn(self, state: CpuState) -> None:
         """Unicorn's state, with what only KVM has of the extended state left as it was."""
-        wide = self._state.xsave
-        components = int.from_bytes(wide[XSTATE_BV : XSTATE_BV + 8], "little") & ~BOTH_HAVE
-        upper = bytes(wide[576:])
+        xcr0, image = self._state.xcr0, self._extended_image()
+        state.xsave = bytearray(extended.EXTENDED)
         self._unicorn.store(state)
-        image = state.xsave
-        image[576:] = upper
-        components |= int.from_bytes(image[XSTATE_BV : XSTATE_BV + 8], "little") & BOTH_HAVE
-        image[XSTATE_BV : XSTATE_BV + 8] = components.to_bytes(8, "little")
-        if state is not self._state:
-            state.xcr0 = self._state.xcr0
-            self._state.xsave = bytearray(image)
+        state.xcr0, state.xsave = xcr0, bytearray(image)
 
     def _check_code(self) -> None:
         """Have Unicorn compare what it has translated with memory: when it goes, to know it, and when it comes back."""
@@ -472,5 +515,10 @@ class AdaptiveCpu:
         self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page
-        self._good_windows = 0
         self._start_window()
+
+
+def _uses_extended_state(instruction: Instruction) -> bool:
+    """Whether it is one that CR0.TS concerns."""
+    registers = (instruction.op_register(operand) for operand in range(instruction.op_count))
+    return instruction.is_save_restore_instruction or any(map(RegisterExt.is_vector_register, registers))

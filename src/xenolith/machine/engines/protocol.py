@@ -77,6 +77,15 @@ class Cpu(Protocol):
     def store(self, state: CpuState) -> None:
         """Write the loaded state back, complete. It stays loaded."""
 
+    def swap(self, old: CpuState, new: CpuState) -> None:
+        """Take `old`, which is loaded, off, and put `new` on.
+
+        A Cpu may do it more quickly by keeping parts of `old` until `store(old)` asks for them; `regs`, `l4_mfn`,
+        `user`, `task_switched`, `debug` and the tables are always written back.
+        """
+        self.store(old)
+        self.load(new)
+
     def run(self, on_trap: TrapHandler) -> None:
         """Execute until `on_trap` returns False or the Cpu is kicked."""
 
@@ -118,6 +127,9 @@ class Cpu(Protocol):
     def set_ldt(self, va: int, limit: int) -> None:
         """The LDT's linear address and limit (0: none)."""
 
+    def set_xcr0(self, value: int) -> None:
+        """Load XCR0 with a value that the hypervisor has checked against `Engine.xcr0_mask`."""
+
     def code_written(self, mfn: int) -> None:
         """Ring 0 wrote to this frame: code translated from it is stale."""
 
@@ -132,6 +144,13 @@ class Engine(Protocol):
     cpus_shared: bool  # True: all vCPUs run on one Cpu, one at a time
     xcr0_mask: int  # XSAVE components that guest code can really use
     l4_entries: dict[int, int]  # L4 slot -> entry: what the engine needs mapped in every address space
+    caches_tables: bool = False  # it caches page tables, not only translations: see `entry_changed`
+    executable_mapped: Callable[[int], None] | None = None  # Cpu.executable_mapped for all Cpus; None: not of interest
+    entry_changed: Callable[[int, int, int], None] | None = None
+    """Ring 0 changed a page-table entry that was present: index in 64-bit words of machine memory, old and new value.
+
+    Entry 0 of a table stands for the whole table, to be reported when a frame stops being one.  None: not of interest.
+    """
 
     def cpu(self, vcpu_id: int) -> Cpu:
         """The Cpu on which this vCPU runs; made when first asked for."""

@@ -91,6 +91,10 @@ _STUB_SIZE: Final = 4
 _HLT: Final = b"\xf4"
 
 
+# mov eax, fs; mov ecx, gs; mov edx, ds; mov ebx, es; and load them all with 0
+_TAKE_SELECTORS: Final = bytes.fromhex("8c e0 8c e9 8c da 8c c3 31 f6 8e e6 8e ee 8e de 8e c6")
+
+
 class EntryStubs:
     """Code that runs at CPL 0 on the way into the guest, driven by a list that RSP points to.
 
@@ -183,11 +187,14 @@ class HypervisorArea:
             memory.page(traps)[vector * _STUB_SIZE :][:3] = bytes((0xE6, vector)) + _HLT
         for selector, descriptor in _DESCRIPTORS.items():
             memory.q[(gdt << 9) + (selector >> 3)] = descriptor
-        memory.page(syscall)[:6] = bytes((0xE6, PORT_SYSCALL)) + _HLT + bytes((0xE6, PORT_SYSCALL32)) + _HLT
+        out = bytes((0xE6, PORT_SYSCALL)) + _HLT
+        code = out + bytes((0xE6, PORT_SYSCALL32)) + _HLT + _TAKE_SELECTORS + out
+        memory.page(syscall)[: len(code)] = code
         memory.page(entry)[: len(self.stubs.code)] = self.stubs.code
         self.l4_entry = l3 << PAGE_SHIFT | _TABLE
 
     SYSCALL32_STUB: Final = SYSCALL_PAGE + 3
+    TAKE_SELECTORS: Final = SYSCALL_PAGE + 6
 
     def cpu_pages(self, number: int) -> CpuPages:
         """Set up the pages of vCPU `number`; call once for each."""

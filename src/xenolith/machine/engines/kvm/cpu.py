@@ -74,7 +74,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.kvm import api, area, segment_loads
 from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState, EngineError, TrapHandler, register_file
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, EngineError, TrapHandler, register_file
 from xenolith.machine.engines.unicorn import paging, segments
 from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
 from xenolith.machine.engines.unicorn.segments import Segment
@@ -142,7 +142,7 @@ _XSTATE_BV: Final = 512  # in an XSAVE image
 _thread = threading.local()
 
 
-class KvmCpu:
+class KvmCpu(Cpu):
     """A vCPU of KVM. See the engine protocol for the methods that are not explained here.
 
     `regs`: where to keep the register file; words that abi.x86 does not name are left alone.
@@ -217,9 +217,7 @@ class KvmCpu:
         registers = bytearray(api.DEBUGREGS.size)
         ioctl(self._fd, api.KVM_GET_DEBUGREGS, registers)
         state.debug = [*self._debug[:6], api.DEBUGREGS.unpack(registers)[4], self._debug[7]]
-        image = bytearray(api.XSAVE_SIZE)
-        ioctl(self._fd, api.KVM_GET_XSAVE, image)
-        state.xsave = image[: self._engine.xsave_size]
+        state.xsave = self.extended_image()
         state.xcr0 = self._xcr0
 
     def switch_mode(self, l4_mfn: int, user: bool) -> None:
@@ -263,6 +261,12 @@ class KvmCpu:
 
     def set_ldt(self, va: int, limit: int) -> None:
         self._ldt = (va, limit)
+
+    def extended_image(self) -> bytearray:
+        """The XSAVE image, in the standard format."""
+        image = bytearray(api.XSAVE_SIZE)
+        ioctl(self._fd, api.KVM_GET_XSAVE, image)
+        return image[: self._engine.xsave_size]
 
     def try_xcr0(self, value: int) -> bool:
         """Whether KVM takes this XCR0."""
@@ -438,8 +442,8 @@ class KvmCpu:
         self._start_stubs(self._take_changes() + [(self._stubs.done, [])])
         self._run_stubs()
 
-    def _run_stubs(self) -> None:
-        """Run the stubs until they say that they are done."""
+    def _run_stubs(self, done: int = area.PORT_ENTRY_DONE) -> None:
+        """Run the stubs until they say, by this port, that they are done."""
         run_q = self._run_q
         run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
         while run_ioctl(self._fd, api.KVM_RUN, 0):
@@ -449,13 +453,36 @@ class KvmCpu:
             while signal.sigtimedwait((KICK_SIGNAL,), 0):
                 self._interrupted_in_stubs = True
             run_q[_RUN_DIRTY] = 0
-        if self._run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO or self._run_h[_RUN_PORT] != area.PORT_ENTRY_DONE:
+        if self._run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO or self._run_h[_RUN_PORT] != done:
             raise EngineError(
                 f"the engine's entry code stopped at {run_q[_RUN_RIP]:#x}, {self._run_d[_RUN_EXIT_REASON]}"
             )
         if self._interrupted_in_stubs:
             self._interrupted_in_stubs = False
             signal.pthread_kill(threading.get_ident(), KICK_SIGNAL)
+
+    def take_selectors(self) -> None:
+        """Find out which data-segment selectors guest code has loaded by itself, and leave null ones behind.
+
+        For a vCPU that goes elsewhere, where KVM does not tell (`traits.keeps_selectors`): guest code could load
+        and unload the flat segment that hardware has, unseen.  A Linux kernel does when a program starts, with a
+        hypercall in between, and it forgets the FS base of a program whose selector is not null.
+        """
+        traits = self._engine.traits
+        if traits.keeps_selectors or traits.syscall_cpl != 3:
+            return
+        run_q = self._run_q
+        saved = bytes(self._run[_RUN_GUEST])
+        run_q[_RUN_RIP] = area.HypervisorArea.TAKE_SELECTORS
+        run_q[_RUN_RFLAGS] = _ALWAYS_SET
+        self._run[_RUN_CS] = _FLAT_CODE
+        self._run[_RUN_SS] = _FLAT_STACK
+        self._run_stubs(area.PORT_SYSCALL)
+        rax, rbx, rcx, rdx = run_q[_RUN_FIRST // 8 : _RUN_FIRST // 8 + 4]
+        self._run[_RUN_GUEST] = saved
+        for index, selector in ((FS, rax), (GS, rcx), (DS, rdx), (ES, rbx)):
+            if selector & 0xFFFC or self.regs[index] & 0xFFFC == area.USER_DATA & 0xFFFC:
+                self.regs[index] = selector & 0xFFFF
 
     # --- rare exits -----------------------------------------------------------------------------------
 

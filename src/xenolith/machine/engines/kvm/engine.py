@@ -35,7 +35,7 @@ from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.cpuid import native_cpuid
 from xenolith.machine.engines.kvm.traits import HostTraits
-from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.engines.protocol import Engine, EngineError
 from xenolith.machine.memory import MachineMemory
 
 # An entry whose other bits change still permits all that it permitted, and maps the same.
@@ -45,7 +45,7 @@ _CPUID_ENTRIES: Final = 256
 CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
 
 
-class KvmEngine:
+class KvmEngine(Engine):
     """A domain's virtual machine. `traits`: how this host's KVM behaves; found out once where not given."""
 
     name = "kvm"

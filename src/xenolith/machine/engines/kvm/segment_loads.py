@@ -56,7 +56,7 @@ def _move(cpu: KvmCpu, instruction: Instruction) -> bool:
     if instruction.op1_kind == OpKind.REGISTER:
         selector = cpu.regs[RegisterExt.number(instruction.op1_register)]
     else:
-        data = cpu.read_memory(effective_address(cpu, instruction), 2)
+        data = cpu.read_memory(effective_address(cpu.regs, instruction, cpu.runs_64_bit_code), 2)
         if data is None:
             return False
         (selector,) = unpack("<H", data)
@@ -75,7 +75,7 @@ def _pop(cpu: KvmCpu, instruction: Instruction) -> bool:
 
 def _load_far_pointer(cpu: KvmCpu, instruction: Instruction) -> bool:
     size = MemorySizeExt.size(instruction.memory_size) - 2
-    data = cpu.read_memory(effective_address(cpu, instruction), size + 2)
+    data = cpu.read_memory(effective_address(cpu.regs, instruction, cpu.runs_64_bit_code), size + 2)
     if data is None or not _load(cpu, _FAR_POINTER_LOADS[instruction.mnemonic], unpack("<H", data[size:])[0]):
         return False
     register = RegisterExt.number(instruction.op0_register)
@@ -95,9 +95,8 @@ def _load(cpu: KvmCpu, segment: int, selector: int) -> bool:
     return True
 
 
-def effective_address(cpu: KvmCpu, instruction: Instruction) -> int:
-    """The linear address of the memory operand."""
-    regs = cpu.regs
+def effective_address(regs: memoryview, instruction: Instruction, wide: bool) -> int:
+    """The linear address of the memory operand; `wide`: of 64-bit code."""
     address = instruction.memory_displacement
     if not instruction.is_ip_rel_memory_operand:  # else the displacement is the address itself
         for register, scale in (
@@ -106,11 +105,11 @@ def effective_address(cpu: KvmCpu, instruction: Instruction) -> int:
         ):
             if register != Register.NONE:
                 address += regs[RegisterExt.number(register)] * scale
-    address &= _MASK64 if cpu.runs_64_bit_code and not _has_32_bit_address(instruction) else 0xFFFF_FFFF
+    address &= _MASK64 if wide and not _has_32_bit_address(instruction) else 0xFFFF_FFFF
     segment = instruction.memory_segment
-    if segment in (Register.FS, Register.GS) or not cpu.runs_64_bit_code:
+    if segment in (Register.FS, Register.GS) or not wide:
         address += regs[(CS if segment == Register.CS else _SEGMENTS[segment]) + SEGMENT_BASE]
-    return address & (_MASK64 if cpu.runs_64_bit_code else 0xFFFF_FFFF)
+    return address & (_MASK64 if wide else 0xFFFF_FFFF)
 
 
 def _has_32_bit_address(instruction: Instruction) -> bool:

@@ -123,10 +123,18 @@ class UnicornCpu:
             with contextlib.suppress(ValueError):  # changed since: a null segment, as after a load that faults
                 self.set_segment(segment, state.regs[segment])
         regs[_FS_BASE], regs[_GS_BASE] = state.regs[_FS_BASE], state.regs[_GS_BASE]
-        xsave.restore(state.xsave, self._b)
+        self.load_extended(state.xsave)
+        self._load_common(state)
+
+    def load_extended(self, image: bytearray) -> None:
+        """Load x87 and SSE state from an XSAVE image."""
+        xsave.restore(image, self._b)
         self._lib.update_fp_status(self._instance.env)
         self._lib.update_mxcsr_status(self._instance.env)
-        self._load_common(state)
+
+    def store_extended(self, image: bytearray) -> None:
+        """Write x87 and SSE state, and a header that tells of nothing else, over the start of an XSAVE image."""
+        xsave.save(self._b, image)
 
     def store(self, state: CpuState) -> None:
         """Write the state back, complete: the loaded one, which stays loaded, or one that `swap` took off."""
@@ -202,6 +210,9 @@ class UnicornCpu:
         """The LDT's linear address and limit (0: none)."""
         self._q[_LDT_BASE], self._d[_LDT_LIMIT] = va, limit
         self._d[_LDT_LIMIT + 1] = LDT_DESCRIPTOR if limit else 0
+
+    def set_xcr0(self, value: int) -> None:
+        """Nothing: Unicorn has no more than x87 and SSE, and their bits are always set."""
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -364,7 +375,7 @@ class UnicornCpu:
         hflags = self._d[_HFLAGS] & ~(layout.HF_CS64 | layout.HF_CS32 | layout.HF_SS32 | layout.HF_ADDSEG)
         code = regs[CS + 2] >> 32
         if code & layout.DESC_L:
-            hflags |= layout.HF_CS64 | layout.HF_CS32 | layout.HF_SS32
+            hflags |= _HF_64_BIT
         else:
             if code & layout.DESC_B:
                 hflags |= layout.HF_CS32

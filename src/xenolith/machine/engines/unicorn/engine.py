@@ -36,6 +36,7 @@ class UnicornEngine(Engine):
         self._instance = Instance(lib, memory)
         self._cpu = UnicornCpu(self._instance, memory)
         self.l4_entries: dict[int, int] = {}
+        self.executable_mapped = self._cpu.executable_mapped
 
     def cpu(self, vcpu_id: int) -> UnicornCpu:
         """The one Cpu of all vCPUs."""

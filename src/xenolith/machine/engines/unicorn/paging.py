@@ -1,6 +1,6 @@
 """Walking page tables from outside, as the processor does (Intel SDM vol. 3, 4.5).
 
-Only presence is looked at: what is read this way is what the processor reads with its own rights (descriptors), or
+`read` looks at presence only: what is read this way is what the processor reads with its own rights (descriptors), or
 instructions that it has just fetched.
 """
 
@@ -17,13 +17,18 @@ _LEVELS: Final = (L4_SHIFT, L3_SHIFT, L2_SHIFT, PAGE_SHIFT)
 
 def machine_address(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
     """The machine address that linear address `va` maps to; None if it maps to nothing in the machine."""
+    return permitted(memory, l4_mfn, va, PTE_P)
+
+
+def permitted(memory: MachineMemory, l4_mfn: int, va: int, needed: int, needed_of_leaf: int = 0) -> int | None:
+    """The same, if all entries on the way have these bits set, and the last one those."""
     q, size = memory.q, memory.size
     table = l4_mfn << PAGE_SHIFT
     for shift in _LEVELS:
         if table >= size:
             return None
         entry = q[(table >> 3) + (va >> shift & _INDEX)]
-        if not entry & PTE_P:
+        if entry & needed != needed:
             return None
         table = entry & PTE_ADDRESS
         if entry & PTE_PSE and shift < L4_SHIFT and shift != PAGE_SHIFT:
@@ -32,7 +37,7 @@ def machine_address(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
     else:
         shift = PAGE_SHIFT
     address = table + (va & (1 << shift) - 1)
-    return address if address < size else None
+    return address if address < size and entry & needed_of_leaf == needed_of_leaf else None
 
 
 def read(memory: MachineMemory, l4_mfn: int, va: int, size: int) -> bytes | None:

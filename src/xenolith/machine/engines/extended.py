@@ -1,0 +1,190 @@
+"""XSAVE, XSAVEOPT, XSAVEC, XRSTOR and XGETBV, carried out by Python (Intel SDM vol. 1, 13.4 and 13.6 to 13.10).
+
+For a vCPU on Unicorn, which has x87 and SSE only, while the other components wait in an image in the standard format.
+A kernel executes these at every switch of tasks; to move to KVM for each would cost more than everything else.
+
+Only what succeeds is done here: False, with nothing changed, sends the instruction to a processor, which
+knows all the ways in which it can fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from struct import pack_into, unpack_from
+from typing import Final, NamedTuple
+
+from iced_x86 import Mnemonic
+
+from xenolith.abi.x86 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
+from xenolith.machine.engines.unicorn import paging
+from xenolith.machine.memory import MachineMemory
+
+X87: Final = 1
+SSE: Final = 2
+AVX: Final = 4
+LEGACY: Final = slice(0, 512)
+HEADER: Final = 512  # XSTATE_BV, XCOMP_BV, and 48 bytes that must be 0 in the compacted format
+EXTENDED: Final = 576
+MXCSR: Final = slice(24, 32)  # with its mask
+X87_PARTS: Final = (slice(0, 24), slice(32, 160))
+SSE_PART: Final = slice(160, 416)
+COMPACTED: Final = 1 << 63
+INITIAL_MXCSR: Final = 0x1F80
+MXCSR_DEFINED: Final = 0xFFFF
+INITIAL_X87: Final = (b"\x7f\x03" + bytes(22), bytes(128))
+ALIGNMENT: Final = 64
+_STORABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
+_LOADABLE: Final = PTE_P | PTE_US | PTE_A
+
+SAVES: Final = (Mnemonic.XSAVE64, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC64)
+
+
+class Component(NamedTuple):
+    """An extended component: its bytes in the standard format, and whether the compacted one aligns it."""
+
+    number: int
+    start: int
+    size: int
+    aligned: bool
+
+
+def components(xcr0: int, cpuid: Callable[[int, int], tuple[int, int, int, int]]) -> list[Component]:
+    """The extended components of an XCR0, from CPUID leaf 13."""
+    found = []
+    for number in range(2, 63):
+        if xcr0 >> number & 1:
+            size, start, flags, _ = cpuid(0xD, number)
+            found.append(Component(number, start, size, bool(flags & 2)))
+    return found
+
+
+def _placed(extended: list[Component], present: int, compacted: bool) -> Iterator[tuple[Component, int]]:
+    """The components of `present`, each with where it lies in an image."""
+    offset = EXTENDED
+    for component in extended:
+        if not present >> component.number & 1:
+            continue
+        if compacted and component.aligned:
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+        yield component, offset if compacted else component.start
+        offset += component.size
+
+
+def _end(extended: list[Component], present: int, compacted: bool) -> int:
+    return max((start + part.size for part, start in _placed(extended, present, compacted)), default=EXTENDED)
+
+
+def save(mnemonic: int, image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area) -> bool:
+    """Carry out one of SAVES: from `image`, in the standard format, to memory."""
+    requested &= xcr0
+    compacted = mnemonic == Mnemonic.XSAVEC64
+    size = _end(extended, requested, compacted)
+    data = area.read(size, writable=True)
+    if data is None:
+        return False
+    (used,) = unpack_from("<Q", image, HEADER)
+    stored = requested & used if compacted else requested
+    if stored & X87:
+        for part in X87_PARTS:
+            data[part] = image[part]
+    if stored & SSE:
+        data[SSE_PART] = image[SSE_PART]
+    if requested & (SSE if compacted else SSE | AVX):
+        data[MXCSR] = image[MXCSR]
+    for component, start in _placed(extended, requested, compacted):
+        bit = 1 << component.number
+        if stored & bit:
+            kept = image[component.start : component.start + component.size]
+            data[start : start + component.size] = kept if used & bit else bytes(component.size)
+    if compacted:
+        pack_into("<QQ", data, HEADER, stored, COMPACTED | requested)
+    else:
+        (others,) = unpack_from("<Q", data, HEADER)
+        pack_into("<Q", data, HEADER, others & ~requested | requested & used)
+    area.write(data)
+    return True
+
+
+def in_use(image: bytes | bytearray, extended: list[Component]) -> bool:
+    """Whether an image in the standard format has an extended component with anything but zeros.
+
+    Some processors note every such component as in use once it was touched, though VZEROUPPER has emptied it.
+    """
+    (components,) = unpack_from("<Q", image, HEADER)
+    return any(
+        components >> part.number & 1 and any(image[part.start : part.start + part.size]) for part in extended
+    )
+
+
+def restore(image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area) -> bool:
+    """Carry out XRSTOR: from memory to `image`, unless there are extended components to restore but zeros."""
+    requested &= xcr0
+    head = area.read(EXTENDED)
+    if head is None:
+        return False
+    given, layout, *reserved = unpack_from("<8Q", head, HEADER)
+    compacted = bool(layout & COMPACTED)
+    layout &= ~COMPACTED
+    if any(reserved) or given & ~(layout if compacted else xcr0) or layout & ~xcr0 or (layout and not compacted):
+        return False
+    present = layout if compacted else requested
+    data = area.read(_end(extended, present, compacted))
+    if data is None:
+        return False
+    for component, start in _placed(extended, present, compacted):
+        # Whoever is in the middle of something with wide vectors had better go on on a processor.
+        if (requested & given) >> component.number & 1 and any(data[start : start + component.size]):
+            return False
+    (mxcsr,) = unpack_from("<I", data, MXCSR.start)
+    loads_mxcsr = requested & given & SSE if compacted else requested & (SSE | AVX)
+    if loads_mxcsr and mxcsr & ~MXCSR_DEFINED:
+        return False
+    (before,) = unpack_from("<Q", image, HEADER)
+    if requested & X87:
+        for part, initial in zip(X87_PARTS, INITIAL_X87, strict=True):
+            image[part] = data[part] if given & X87 else initial
+    if requested & SSE:
+        image[SSE_PART] = data[SSE_PART] if given & SSE else bytes(256)
+    if loads_mxcsr or requested & SSE:
+        pack_into("<I", image, MXCSR.start, mxcsr if loads_mxcsr else INITIAL_MXCSR)
+    pack_into("<Q", image, HEADER, before & ~requested | requested & given & (X87 | SSE))
+    return True
+
+
+class Area:
+    """The memory operand: guest memory at a linear address."""
+
+    def __init__(self, memory: MachineMemory, l4_mfn: int, va: int) -> None:
+        self._memory = memory
+        self._l4_mfn = l4_mfn
+        self._va = va
+        self._pieces: list[slice] = []
+
+    @property
+    def frames(self) -> list[int]:
+        """MFNs of what was read or written last."""
+        return [piece.start >> PAGE_SHIFT for piece in self._pieces]
+
+    def read(self, size: int, writable: bool = False) -> bytearray | None:
+        """Its first bytes; None unless code at CPL 3 could read (and write) them without a change to page tables."""
+        if self._va % ALIGNMENT:
+            return None
+        self._pieces = []
+        needed = _STORABLE if writable else _LOADABLE
+        va, end = self._va, self._va + size
+        while va < end:
+            length = min(end - va, PAGE_SIZE - (va & PAGE_MASK))
+            address = paging.permitted(self._memory, self._l4_mfn, va, needed, PTE_D if writable else 0)
+            if address is None:
+                return None
+            self._pieces.append(slice(address, address + length))
+            va += length
+        return bytearray(b"".join(self._memory.b[piece] for piece in self._pieces))
+
+    def write(self, data: bytearray) -> None:
+        """Write what was read back, changed."""
+        offset = 0
+        for piece in self._pieces:
+            length = piece.stop - piece.start
+            self._memory.b[piece] = data[offset : offset + length]
+            offset += length

@@ -1,0 +1,64 @@
+"""Where a vCPU that may run on KVM or on Unicorn should run: the adaptive engine's policy.
+
+On Unicorn what a stay costs is known: nearly all of the time is code, which KVM would execute SLOWDOWN times as fast,
+at the price of an exit a trap.  On KVM the code's time is lost in the cost of exits; known is only whether traps
+are so dense that Unicorn may be better.
+
+So time lost where the vCPU is adds up as *regret* (never below 0), and when that reaches the *patience* with this
+engine, the vCPU moves.  What a move may lose is bounded by that, and a phase of the guest's is noticed once it has cost
+as much.  A stay that did not even pay for its two moves was a mistake: patience with the other engine
+doubles; one that paid brings it back.  A mistake on Unicorn is sure, so it also ends patience with Unicorn.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
+HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
+DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably better
+SPARSE: Final = 8  # likewise: KVM certainly is
+CURIOSITY: Final = 16  # in between, this part of the time counts as lost, so that Unicorn is tried sometimes
+MOVES_NS: Final = 1_500_000  # there and back
+LEAST_PATIENCE: Final = 3_000_000  # ns of regret
+MOST_PATIENCE: Final = 64 * LEAST_PATIENCE // 3
+
+
+class Placement:
+    """Says when to move. `exit_cost_ns`: of a trap on this host's KVM."""
+
+    def __init__(self, exit_cost_ns: int) -> None:
+        self._exit_cost = exit_cost_ns
+        self.patience = {"kvm": LEAST_PATIENCE, "unicorn": LEAST_PATIENCE}
+        self._regret = 0
+        self._lost = 0  # over the whole stay; less than 0: it was worth it
+
+    def spent(self, engine: str, traps: int, elapsed_ns: int) -> bool:
+        """Account for CPU time on the engine where the vCPU is, with that many traps. True: it should move."""
+        lost = self._lost_on_kvm(traps, elapsed_ns) if engine == "kvm" else self._lost_on_unicorn(traps, elapsed_ns)
+        self._lost += lost
+        self._regret = max(self._regret + lost, 0)
+        return self._regret >= self.patience[engine]
+
+    def left(self, engine: str) -> None:
+        """The vCPU leaves this engine. Where that was not the policy's advice, a short stay was no mistake."""
+        other = "unicorn" if engine == "kvm" else "kvm"
+        if self._lost < -MOVES_NS:
+            self.patience[other] = LEAST_PATIENCE
+        elif self._regret >= self.patience[engine]:
+            self.patience[other] = min(2 * self.patience[other], MOST_PATIENCE)
+            if engine == "unicorn":
+                self.patience[engine] = LEAST_PATIENCE
+        self._regret = self._lost = 0
+
+    def _lost_on_unicorn(self, traps: int, elapsed_ns: int) -> int:
+        code = max(elapsed_ns - traps * HANDLER_NS, 0)
+        return code - code // SLOWDOWN - traps * self._exit_cost
+
+    def _lost_on_kvm(self, traps: int, elapsed_ns: int) -> int:
+        least = traps * (self._exit_cost + HANDLER_NS)
+        if elapsed_ns < DENSE * least:
+            return traps * self._exit_cost
+        if elapsed_ns < SPARSE * least:
+            return elapsed_ns // CURIOSITY
+        return traps * self._exit_cost - (SLOWDOWN - 1) * (elapsed_ns - least)
