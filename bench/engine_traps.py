@@ -37,6 +37,8 @@ KINDS = {
 
 def machine(name: str) -> tuple[MachineMemory, Engine]:
     memory = MachineMemory(FRAMES)
+    taken = set(memory.allocate(FRAMES // 2).tolist())  # ours are among these, and none of the engine's
+    assert taken >= set(range(L4, USER_CODE + 4))
     module = importlib.import_module(f"xenolith.machine.engines.{name}.engine")
     engine: Engine = getattr(module, f"{name.capitalize()}Engine")(memory)
     flags = PTE_P | PTE_RW | PTE_US
@@ -122,6 +124,8 @@ def main() -> None:
     print(f"{'open':32}{(time.thread_time_ns() - begin) / 1e6:8.1f} ms")
     cpu = engine.cpu(0)
     for kind, (instruction, skip) in KINDS.items():
+        if kind == "cpuid" and name == "kvm":
+            continue  # not every KVM tells
         loop(memory, CODE_FRAME, bytes.fromhex(instruction))
         cpu.code_written(CODE_FRAME)
         best = min(per_trap(cpu, skip, count // 5) for _ in range(5))
