@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
     from xenolith.toolstack.client import ToolstackError
     from xenolith.toolstack.config import Action, DomainConfig
+    from xenolith.toolstack.xenstoreclient import XenstoreConflict, XenstoreError
 
 __all__ = [
     "Action",
@@ -21,12 +22,20 @@ __all__ = [
     "State",
     "Timeout",
     "ToolstackError",
+    "XenstoreConflict",
+    "XenstoreError",
     "connect",
     "load_config",
     "power_on",
 ]
 
-_ELSEWHERE = {"Action": "config", "DomainConfig": "config", "ToolstackError": "client"}
+_ELSEWHERE = {
+    "Action": "config",
+    "DomainConfig": "config",
+    "ToolstackError": "client",
+    "XenstoreConflict": "xenstoreclient",
+    "XenstoreError": "xenstoreclient",
+}
 
 
 def __getattr__(name: str) -> object:
