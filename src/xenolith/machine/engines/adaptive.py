@@ -10,9 +10,9 @@ What has to stay exact:
 
 - Registers.  Both engines work on one register file in place.
 - x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: 256-bit
-  and 512-bit code raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.  Legacy
-  SSE code leaves the upper parts alone.  XSAVE and XRSTOR, which a kernel executes at every switch of tasks, are carried out
-  in Python on all components (extended.py).
+  and 512-bit code raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.
+  Legacy SSE code leaves the upper parts alone.  XSAVE and XRSTOR, which a kernel executes at every switch of tasks, are
+  carried out in Python on all components (extended.py).
 - Unicorn executes 128-bit VEX instructions as if they were legacy SSE: upper parts stay as they are, and of three
   operands it sees two.  So a program that asks CPUID there is told of no AVX, and by its own choice a vCPU
   does not leave KVM while upper parts are in use.
