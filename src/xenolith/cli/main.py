@@ -16,6 +16,7 @@ import click
 SUBCOMMANDS: Final = {
     "run": ("xenolith.cli.run", "run", "Boot one domain in the foreground: a shell, or one command."),
     "demo": ("xenolith.cli.demo", "demo", "Boot several domains side by side and show that they are isolated."),
+    "engines": ("xenolith.cli.engines", "engines", "Say which engines work on this host, and which is the default."),
     "guest": ("xenolith.cli.guest", "guest", "Obtain a guest operating system to boot."),
     "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
 }

@@ -1,0 +1,37 @@
+"""`xenolith engines`: which engines work on this host, and which one `auto` takes, with the reasons."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.engines.select import ENGINES, choose
+from xenolith.machine.memory import MachineMemory
+
+_FRAMES = 1024  # of a machine to try an engine on
+
+
+@click.command()
+def engines() -> None:
+    """Say which engines work on this host, and which one is taken by default."""
+    logging.getLogger("xenolith").setLevel(logging.ERROR)  # the reasons are printed here
+    for name in ENGINES:
+        if name != "auto":
+            click.echo(f"{name:9}: {_found(name)}")
+    choice = choose()
+    click.echo(f"{'auto':9}: {choice.name}: {choice.reason}")
+
+
+def _found(name: str) -> str:
+    """Whether an engine works here, and what kind it is or what it lacks."""
+    memory = MachineMemory(_FRAMES)
+    try:
+        choice = choose(name)
+        choice.factory(memory).close()
+    except EngineError as error:
+        return f"refused: {error}"
+    finally:
+        memory.close()
+    return f"works: {choice.reason.removesuffix(', as asked for').replace(', as asked for:', ':')}"
