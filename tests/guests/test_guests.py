@@ -15,13 +15,7 @@ if TYPE_CHECKING:
     from machines import Ending
 
 
-# An NMI waits for a callback where Xen drops it, leaves upcalls unmasked, and is late when an iret lets it through.
-DIFFERS_FROM_XEN = {"nmi": pytest.mark.xfail(strict=True, reason="the hypervisor does not deliver NMIs as Xen does")}
-
-
-@pytest.mark.parametrize(
-    "guest", [pytest.param(guest, marks=DIFFERS_FROM_XEN.get(guest.name, ()), id=guest.name) for guest in CATALOGUE]
-)
+@pytest.mark.parametrize("guest", [pytest.param(guest, id=guest.name) for guest in CATALOGUE])
 def test_guest(guest: Guest, boot_guest: Callable[..., Ending], engine_name: str) -> None:
     ending = boot_guest(guest.path, guest.cmdline, guest.vcpus, guest.memory_mib)
     sees_host_tables = engine_name == "kvm" and not host_traits().is_exact

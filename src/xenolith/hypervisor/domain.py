@@ -68,7 +68,6 @@ class Vcpu:
         self.syscall_masks_events = False
         self.syscall32_masks_events = False
         self.sysenter_masks_events = False
-        self.nmi_callback = 0
         self.nmi_pending = False
         self.nmi_masked = False
         self.iopl = 0

@@ -67,6 +67,7 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_NM,
+    VECTOR_NMI,
     VECTOR_NP,
     VECTOR_PF,
     VECTOR_SS,
@@ -194,10 +195,11 @@ def deliver_events(vcpu: Vcpu, cpu: Cpu) -> None:
     """Apply posted events, and bounce to the event callback if one is pending and unmasked."""
     if vcpu.domain.posted:
         events.drain(vcpu.domain)
-    if vcpu.nmi_pending and not vcpu.nmi_masked and vcpu.nmi_callback:
+    if vcpu.nmi_pending and not vcpu.nmi_masked:
         vcpu.nmi_pending = False
-        vcpu.nmi_masked = True
-        bounce(vcpu, cpu, vcpu.nmi_callback, None, False)
+        if vcpu.trap_address[VECTOR_NMI]:  # or else it is lost
+            vcpu.nmi_masked = True
+            inject(vcpu, cpu, VECTOR_NMI, None)
     memory, info = vcpu.domain.memory.b, vcpu.info
     if memory[info] and not memory[info + 1]:
         upcall(vcpu, cpu)
@@ -479,7 +481,9 @@ def do_iret(vcpu: Vcpu) -> int:
         cpu.switch_mode(vcpu.user_l4, True)
     # As SYSRET or IRET would leave the upcall mask: IF stands for "not masked".
     memory[vcpu.info + 1] = 0 if rflags & EFLAGS_IF else 1
-    vcpu.nmi_masked = False
+    if vcpu.nmi_masked:
+        vcpu.nmi_masked = False
+        vcpu.may_run = vcpu.may_run and not vcpu.nmi_pending  # the next one is delivered on the way into the guest
     if flags & VGCF_in_syscall:
         regs[RCX] = rip
         regs[R11] = rflags
@@ -605,7 +609,7 @@ def do_callback_op(vcpu: Vcpu, command: int, argument: int) -> int:
         if kind in (CALLBACKTYPE_sysenter, CALLBACKTYPE_sysenter_deprecated):
             return -EINVAL
         if kind == CALLBACKTYPE_nmi:
-            vcpu.nmi_callback = 0
+            vcpu.trap_address[VECTOR_NMI] = vcpu.trap_flags[VECTOR_NMI] = 0
             return 0
         return -ENOSYS
     return -ENOSYS
@@ -626,7 +630,8 @@ def _register_callback(vcpu: Vcpu, kind: int, flags: int, address: int) -> int:
     elif kind == CALLBACKTYPE_sysenter:
         vcpu.sysenter_callback, vcpu.sysenter_masks_events = address, masks
     elif kind == CALLBACKTYPE_nmi:
-        vcpu.nmi_callback = address
+        vcpu.trap_address[VECTOR_NMI], vcpu.trap_flags[VECTOR_NMI] = address, layout.TRAP_INFO_MASK_EVENTS
+        vcpu.trap_selector[VECTOR_NMI] = GUEST_CS
     elif kind == CALLBACKTYPE_sysenter_deprecated:
         return -EINVAL
     else:
