@@ -26,6 +26,7 @@ from xenolith.abi.x86 import (
     SS,
     VECTOR_DB,
     VECTOR_GP,
+    VECTOR_PF,
     VECTOR_UD,
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, EngineError
@@ -127,6 +128,38 @@ def test_cpuid_traps_and_the_handler_may_go_anywhere(unicorn: BareMachine, code:
     unicorn.write_code("48 ff c0" + SYSCALL, offset=length)
     assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
     assert cpu.regs[RAX] == 6
+
+
+VEX_ENCODED = {
+    "vpaddd xmm1, xmm2, xmm3": "c5 e9 fe cb",
+    "vmovd xmm0, eax": "c5 f9 6e c0",
+    "vzeroupper": "c5 f8 77",
+    "vpaddd ymm1, ymm2, ymm3": "c5 ed fe cb",
+    "vpalignr xmm1, xmm2, xmm3, 4": "c4 e3 69 0f cb 04",
+    "vpshufb xmm1, xmm2, xmm3": "c4 e2 69 00 cb",
+    "vldmxcsr [rip]": "c5 f8 ae 15 00 00 00 00",
+    "kmovw k1, eax": "c5 f8 92 c8",
+    "gs: vmovd xmm0, [rax]": "65 c5 f9 6e 00",
+    "addr32 vmovd xmm0, [eax]": "67 c5 f9 6e 00",
+    "rex.w vmovd xmm0, eax": "48 c5 f9 6e c0",
+}
+
+
+@pytest.mark.parametrize("code", VEX_ENCODED.values(), ids=VEX_ENCODED.keys())
+def test_vex_encoded_vector_instructions_are_undefined(unicorn: BareMachine, code: str) -> None:
+    """Wherever they stand in a block, and again when it is executed again."""
+    for before in ("", "90 31 c0"):
+        assert unicorn.first_trap(before + code) == ((VECTOR_UD, 0, 0), len(bytes.fromhex(before)))
+    assert run_to_trap(cpu_of(unicorn)) == (VECTOR_UD, 0, 0)
+
+
+def test_les_and_lds_are_what_they_were_in_32_bit_code(unicorn: BareMachine) -> None:
+    for code in ("c4 01", "c5 01"):  # les eax, [ecx]; lds eax, [ecx]
+        cpu = unicorn.start(code)
+        cpu.regs[RCX] = 0x7000_0000
+        cpu.regs[CS + 2] = layout.FLAT_CODE32 << 32 | 0xFFFF_FFFF
+        cpu._d[layout.HFLAGS // 4] &= ~layout.HF_CS64
+        assert run_to_trap(cpu)[0] == VECTOR_PF
 
 
 def test_sysenter_and_int1_trap(unicorn: BareMachine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from struct import pack, unpack
 
 import pytest
 
@@ -185,6 +186,19 @@ def test_a_wide_instruction_on_unicorn_moves_to_kvm_and_is_executed(machine: Ada
     assert cpu.running_on == "kvm"
     assert cpu.regs[RAX] == 2
     assert machine.memory.b[start + 32 : start + 64] == data
+
+
+def test_a_short_vex_instruction_has_three_operands_and_clears_the_upper_half(machine: AdaptiveMachine) -> None:
+    """Which a translator that does not know VEX would not do."""
+    if not machine.engine.xcr0_mask & 4:
+        pytest.skip("this processor has no AVX")
+    cpu = machine.adaptive_cpu()
+    start = machine.data[0] << PAGE_SHIFT
+    machine.memory.b[start : start + 96] = pack("<24I", *[1] * 8, *[10] * 8, *[100] * 8)
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "kvm", "c5 fe 6f 0f c5 fe 6f 57 20 c5 fe 6f 5f 40 0f 0b")  # vmovdqu ymm1..3, [rdi], +32, +64
+    machine.on(cpu, "unicorn", "c5 e9 fe cb c5 fe 7f 0f 0f 0b")  # vpaddd xmm1, xmm2, xmm3; vmovdqu [rdi], ymm1
+    assert unpack("<8I", machine.memory.b[start : start + 32]) == (110,) * 4 + (0,) * 4
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ the other at a trap boundary.
 What has to stay exact:
 
 - Registers.  Both engines work on one register file in place.
-- x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: 256-bit
-  and 512-bit code raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.
+- x87 and SSE state goes along.  The upper parts of vector registers stay behind in KVM, as Unicorn has none: code
+  with a VEX or EVEX prefix raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.
   Legacy SSE code leaves the upper parts alone.  XSAVE and XRSTOR, which a kernel executes at every switch of tasks, are
   carried out in Python on all components (extended.py).
-- Unicorn executes 128-bit VEX instructions as if they were legacy SSE: upper parts stay as they are, and of three
-  operands it sees two.  So a program that asks CPUID there is told of no AVX, and by its own choice a vCPU
-  does not leave KVM while upper parts are in use.
+  A program that asks CPUID on Unicorn is told of no AVX, and by its own choice a vCPU does not leave KVM while
+  upper parts are in use: that saves moves.
 - Any other instruction that Unicorn does not know likewise moves the vCPU to KVM: guests find in CPUID what KVM has.
 - Translations.  Unicorn keeps code that it translated, and KVM changes memory behind its back: executable frames are
   compared by checksum at each move.  TLBs are flushed.

@@ -43,14 +43,9 @@ def install(lib: Library) -> CodePage:
         expected = bytes.fromhex(code)
         if ctypes.string_at(lib.address(symbol) + offset, len(expected)) != expected:
             raise EngineError(f"Unicorn's code at {symbol} + {offset:#x} is not what Xenolith knows; {library.ADVICE}")
-    symbol, offset, _ = layout.TRANSLATOR_CODE[-1]
-    linkage = _target(lib.address(symbol) + offset, CALL_SIZE)
-    if ctypes.string_at(linkage, len(JUMP_THROUGH)) != JUMP_THROUGH:
-        raise EngineError(f"Unicorn does not call {FUNCTIONS['gen_call']} through a linkage table; {library.ADVICE}")
-    entry = ctypes.c_uint64.from_address(_target(linkage, JUMP_SIZE))
+    slot = gen_call_slot(lib)
     addresses = {name: lib.address(symbol) for name, symbol in FUNCTIONS.items()}
-    if entry.value not in (addresses["gen_call"], linkage + JUMP_SIZE):  # bound, or to be bound at the first call
-        raise EngineError(f"the linkage table does not lead to {FUNCTIONS['gen_call']}; {library.ADVICE}")
+    entry = linkage_entry(slot, addresses["gen_call"])
     page = CodePage()
     stub = page.place(stubs.encode(stubs.CALL_MADE, **addresses))
     page.seal()
@@ -58,7 +53,28 @@ def install(lib: Library) -> CodePage:
     return page  # which must live as long as the process
 
 
-def _target(address: int, size: int) -> int:
+@functools.cache
+def gen_call_slot(lib: Library) -> int:
+    """The address of tcg_gen_callN's entry in the linkage table."""
+    symbol, offset, _ = layout.TRANSLATOR_CODE[-1]
+    linkage = target(lib.address(symbol) + offset, CALL_SIZE)
+    if ctypes.string_at(linkage, len(JUMP_THROUGH)) != JUMP_THROUGH:
+        raise EngineError(f"Unicorn does not call {FUNCTIONS['gen_call']} through a linkage table; {library.ADVICE}")
+    return target(linkage, JUMP_SIZE)
+
+
+def linkage_entry(slot: int, function: int) -> ctypes.c_uint64:
+    """The entry of the linkage table that leads, or will once it is bound, to a function of the library."""
+    entry = ctypes.c_uint64.from_address(slot)
+    jump = entry.value - JUMP_SIZE
+    if entry.value != function and not (
+        ctypes.string_at(jump, len(JUMP_THROUGH)) == JUMP_THROUGH and target(jump, JUMP_SIZE) == slot
+    ):
+        raise EngineError(f"Unicorn's linkage table is not what Xenolith knows; {library.ADVICE}")
+    return entry
+
+
+def target(address: int, size: int) -> int:
     """Where the instruction's last four bytes, a displacement, point."""
     displacement = ctypes.c_int32.from_address(address + size - 4).value
     return address + size + displacement

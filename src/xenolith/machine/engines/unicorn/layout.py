@@ -32,6 +32,15 @@ TRANSLATOR_CODE: Final = (
     ("tcg_gen_lookup_and_goto_ptr_x86_64", 0x3F, "e8"),  # call tcg_gen_callN
 )
 
+# The linkage table's entries, relative to that of tcg_gen_callN
+SLOT_TRANSLATOR_LOOP: Final = 0xA1C8
+SLOT_LOAD_CODE_BYTE: Final = 0x3238
+OPERATIONS_CODE: Final = ("gen_intermediate_code_x86_64", 0x26, "48 8d 3d")  # lea rdi, [rip + i386_tr_ops]
+OPERATIONS: Final = 7  # functions in that table ...
+TRANSLATE_INSN: Final = 4  # ... of which this translates an instruction
+BLOCK_PC_NEXT: Final = 0x10  # in DisasContextBase, which begins with a pointer to the TranslationBlock
+TB_FLAGS: Final = 0x10  # u32
+
 # --- CPUState, relative to env --------------------------------------------------------------------
 CPU_STATE: Final = -0x8A50  # the start of CPUState
 CPU_CLASS: Final = CPU_STATE + 0x81B0  # pointer to its CPUClass ...
@@ -61,6 +70,7 @@ TR: Final = 352
 GDT: Final = 376
 IDT: Final = 400
 TABLE_SIZE: Final = 24  # of LDT, TR, GDT and IDT each
+UNDEFINED: Final = TR + 4  # u32, padding that QEMU leaves alone: ours, see stubs.LOAD_CODE_BYTE
 CR: Final = 424  # CR0..CR4, u64 each
 EFER: Final = 592
 FPSTT: Final = 604  # u32: top of the x87 stack

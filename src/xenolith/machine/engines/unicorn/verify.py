@@ -51,7 +51,7 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, CpuState, EngineError
-from xenolith.machine.engines.unicorn import exit_check, layout, library, xsave
+from xenolith.machine.engines.unicorn import exit_check, layout, library, vex, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import CR0, CR4, Instance
 from xenolith.machine.engines.unicorn.library import Library
@@ -94,6 +94,7 @@ Trap = tuple[int, int, int, int]  # vector, error code, address, RIP - CODE_VA
 def verify(lib: Library) -> None:
     """Raises EngineError unless every probe agrees."""
     exit_check.install(lib)
+    vex.install(lib)
     _expect("the state's address", _state_address(lib), True)
     memory = MachineMemory(FRAMES)
     instance = Instance(lib, memory)
@@ -256,6 +257,8 @@ def _traps(guest: Guest) -> None:
     expect("89 04 25 00 00 50 00", VECTOR_PF, 6, unmapped)
     expect("8b 04 25 00 20 40 00", VECTOR_PF, 5, GDT_VA)  # a supervisor page
     expect("0f 0b", VECTOR_UD)
+    expect("c5 e9 fe cb", VECTOR_UD)  # vpaddd xmm1, xmm2, xmm3
+    expect("c4 e3 69 0f cb 04", VECTOR_UD)  # vpalignr xmm1, xmm2, xmm3, 4
     expect("f4", VECTOR_GP)  # hlt
     expect("fa", VECTOR_GP)  # cli
     expect("e4 60", VECTOR_GP)  # in al, 0x60
