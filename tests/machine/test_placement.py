@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from xenolith.machine.engines.placement import HANDLER_NS, LEAST_PATIENCE, MOST_PATIENCE, MOVES_NS, Placement
 
 EXIT_NS = 45_000
