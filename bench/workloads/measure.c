@@ -51,7 +51,7 @@ static double median(double *values, int count)
 
 void measure(const struct row *row, double budget)
 {
-    double begin, per_operation[MOST_BATCHES];
+    double started, begin, per_operation[MOST_BATCHES];
     double batch_seconds = budget / BATCHES_IN_BUDGET;
     long count = row->at_least ? row->at_least : 1, operations = 0;
     int batches = 0;
@@ -61,6 +61,7 @@ void measure(const struct row *row, double budget)
 
     /* Warm-up: once for the page faults of a first time, then to find how many operations fill a batch. Wall-clock
      * time decides, because a row may spend much of it on work that it leaves out of the result. */
+    started = now();
     row->run(row, count);
     begin = now();
     for (;;) {
@@ -79,6 +80,6 @@ void measure(const struct row *row, double budget)
 
     double seconds = median(per_operation, batches);
     double value = row->kind == LATENCY ? seconds * row->scale : row->scale / seconds;
-    printf("@row %s %.6g %s %ld %.3f\n", row->name, value, row->unit, operations, now() - begin);
+    printf("@row %s %.6g %s %ld %.3f\n", row->name, value, row->unit, operations, now() - started);
     fflush(stdout);
 }
