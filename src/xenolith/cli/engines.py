@@ -34,4 +34,4 @@ def _found(name: str) -> str:
         return f"refused: {error}"
     finally:
         memory.close()
-    return f"works: {choice.reason.removesuffix(', as asked for').replace(', as asked for:', ':')}"
+    return f"works: {choice.title}{choice.kind and ': '}{choice.kind}"

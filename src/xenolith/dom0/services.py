@@ -15,7 +15,6 @@ import uuid as uuids
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Final, Self
 
 from xenolith.abi.errno import ESRCH
@@ -204,9 +203,7 @@ class Dom0:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- on the event thread -----------------------------------------------------------------------------

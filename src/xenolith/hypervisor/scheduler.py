@@ -366,13 +366,12 @@ class Scheduler:
 
         cpu, before = context.cpu, context.loaded
         context.loaded = None
-        if before is not None:
+        if before is None:
+            cpu.load(vcpu.state)
+        else:
             before.regs = before.state.regs
             before.cpu = None
-        if before is not None:
             cpu.swap(before.state, vcpu.state)
-        else:
-            cpu.load(vcpu.state)
         vcpu.cpu = cpu
         vcpu.regs = regs = cpu.regs
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have

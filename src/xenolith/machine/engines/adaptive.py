@@ -59,8 +59,7 @@ from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
 
-BOTH_HAVE: Final = 3  # XSAVE components: x87 and SSE
-XSTATE_BV: Final = 512  # in an XSAVE image
+BOTH_HAVE: Final = extended.X87 | extended.SSE
 _CR3: Final = layout.CR // 8 + 3
 _CR4: Final = layout.CR // 8 + 4
 _MASK32: Final = 0xFFFF_FFFF
@@ -189,9 +188,7 @@ class AdaptiveCpu:
             return
         self._store_from_unicorn(state)
 
-    def swap(self, old: CpuState, new: CpuState) -> None:
-        self.store(old)
-        self.load(new)
+    swap = Cpu.swap
 
     def set_segment(self, segment: int, selector: int) -> None:
         self._active.set_segment(segment, selector)
@@ -340,7 +337,7 @@ class AdaptiveCpu:
         else:
             if not extended.restore(image, xcr0, requested, self._components, area):
                 return False
-            image[XSTATE_BV] |= BOTH_HAVE  # what is in its initial state has been written too
+            image[extended.HEADER] |= BOTH_HAVE  # what is in its initial state has been written too
             self._unicorn.load_extended(image)
         regs[RIP] = instruction.next_ip
         return True
@@ -352,9 +349,9 @@ class AdaptiveCpu:
     def _extended_image(self) -> bytearray:
         """The extended state of a vCPU on Unicorn: the image of all, with what Unicorn has brought up to date."""
         image = self._state.xsave
-        wide = int.from_bytes(image[XSTATE_BV : XSTATE_BV + 8], "little") & ~BOTH_HAVE
+        wide = int.from_bytes(image[extended.HEADER : extended.HEADER + 8], "little") & ~BOTH_HAVE
         self._unicorn.store_extended(image)
-        image[XSTATE_BV : XSTATE_BV + 8] = (wide | BOTH_HAVE).to_bytes(8, "little")
+        image[extended.HEADER : extended.HEADER + 8] = (wide | BOTH_HAVE).to_bytes(8, "little")
         return image
 
     # --- where to run -------------------------------------------------------------------------------------

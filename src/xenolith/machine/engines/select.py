@@ -22,11 +22,18 @@ ENGINES: Final = ("auto", "unicorn", "kvm", "adaptive")
 
 
 class Choice(NamedTuple):
-    """An engine, what makes it for a domain, and why it was taken (a line for people)."""
+    """An engine and what makes it for a domain; for people, what it is, why it was taken, and its kind on this host."""
 
     name: str
     factory: Callable[[MachineMemory], Engine]
-    reason: str
+    title: str
+    why: str
+    kind: str = ""
+
+    @property
+    def reason(self) -> str:
+        """What was taken and why, in a line."""
+        return f"{self.title}, {self.why}{self.kind and ': '}{self.kind}"
 
 
 def choose(name: str = "auto") -> Choice:
@@ -38,29 +45,24 @@ def choose(name: str = "auto") -> Choice:
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name!r}; the engines are {', '.join(ENGINES)}")
     if name == "unicorn":
-        return _chosen(name, _unicorn(), "Unicorn, as asked for", logging.INFO)
+        return _chosen(Choice(name, _unicorn(), "Unicorn", "as asked for"), logging.INFO)
     try:
         traits = _host_traits()
     except EngineError as error:
         if name != "auto":
             raise EngineError(f"the {name} engine cannot run here: {error}") from error
-        return _chosen("unicorn", _unicorn(), f"Unicorn, because KVM cannot be used: {error}", logging.WARNING)
-    kind = traits.kind
+        choice = Choice("unicorn", _unicorn(), "Unicorn", f"because KVM cannot be used: {error}")
+        return _chosen(choice, logging.WARNING)
     why = "which works here" if name == "auto" else "as asked for"
     if name == "adaptive" or (name == "auto" and traits.exit_cost_ns > DEAR_EXIT_NS):
-        reason = f"KVM and Unicorn in turns, {why}: {kind}, {traits.exit_cost_ns / 1000:.0f} us a trap"
-        return _chosen("adaptive", _adaptive, reason, logging.INFO)
-    return _chosen("kvm", _kvm, f"KVM, {why}: {kind}", logging.INFO)
+        kind = f"{traits.kind}, {traits.exit_cost_ns / 1000:.0f} us a trap"
+        return _chosen(Choice("adaptive", _adaptive, "KVM and Unicorn in turns", why, kind), logging.INFO)
+    return _chosen(Choice("kvm", _kvm, "KVM", why, traits.kind), logging.INFO)
 
 
-def _chosen(name: str, factory: Callable[[MachineMemory], Engine], reason: str, level: int) -> Choice:
-    _log.log(level, "engine: %s", reason)
-    return Choice(name, factory, reason)
-
-
-def kvm_kind() -> str:
-    """What kind of KVM this host has. Raises EngineError with the reason where there is none that works."""
-    return _host_traits().kind
+def _chosen(choice: Choice, level: int) -> Choice:
+    _log.log(level, "engine: %s", choice.reason)
+    return choice
 
 
 def _host_traits() -> HostTraits:
@@ -72,9 +74,8 @@ def _host_traits() -> HostTraits:
 def _kvm(memory: MachineMemory) -> Engine:
     """KVM, with Unicorn at its side where this host's KVM gets some states of a guest wrong."""
     from xenolith.machine.engines.kvm.engine import KvmEngine
-    from xenolith.machine.engines.kvm.host import host_traits
 
-    if host_traits().is_exact:
+    if _host_traits().is_exact:
         return KvmEngine(memory)
     from xenolith.machine.engines.adaptive import POLICY_KVM, AdaptiveEngine
 

@@ -39,10 +39,8 @@ JUMP_SIZE: Final = 6
 @functools.cache
 def install(lib: Library) -> CodePage:
     """Do it, once per process. Raises EngineError when the library's code is not what layout.py says."""
-    for symbol, offset, code in layout.TRANSLATOR_CODE:
-        expected = bytes.fromhex(code)
-        if ctypes.string_at(lib.address(symbol) + offset, len(expected)) != expected:
-            raise EngineError(f"Unicorn's code at {symbol} + {offset:#x} is not what Xenolith knows; {library.ADVICE}")
+    for place in layout.TRANSLATOR_CODE:
+        known_code(lib, *place)
     slot = gen_call_slot(lib)
     addresses = {name: lib.address(symbol) for name, symbol in FUNCTIONS.items()}
     entry = linkage_entry(slot, addresses["gen_call"])
@@ -51,6 +49,14 @@ def install(lib: Library) -> CodePage:
     page.seal()
     entry.value = stub
     return page  # which must live as long as the process
+
+
+def known_code(lib: Library, symbol: str, offset: int, code: str) -> int:
+    """The address behind a symbol. Raises EngineError unless this code (in hexadecimal) lies there."""
+    address, expected = lib.address(symbol) + offset, bytes.fromhex(code)
+    if ctypes.string_at(address, len(expected)) != expected:
+        raise EngineError(f"Unicorn's code at {symbol} + {offset:#x} is not what Xenolith knows; {library.ADVICE}")
+    return address
 
 
 @functools.cache

@@ -13,10 +13,9 @@ import ctypes
 import functools
 from typing import Final
 
-from xenolith.machine.engines.protocol import EngineError
-from xenolith.machine.engines.unicorn import layout, library, stubs
+from xenolith.machine.engines.unicorn import layout, stubs
 from xenolith.machine.engines.unicorn.code_page import CodePage
-from xenolith.machine.engines.unicorn.exit_check import gen_call_slot, linkage_entry, target
+from xenolith.machine.engines.unicorn.exit_check import gen_call_slot, known_code, linkage_entry, target
 from xenolith.machine.engines.unicorn.library import Library
 
 TRANSLATOR_LOOP: Final = "translator_loop_x86_64"
@@ -27,10 +26,7 @@ LEA_SIZE: Final = 7
 @functools.cache
 def install(lib: Library) -> tuple[CodePage, ctypes.Array[ctypes.c_uint64]]:
     """Do it, once per process. Raises EngineError when the library's code is not what layout.py says."""
-    symbol, offset, code = layout.OPERATIONS_CODE
-    lea = lib.address(symbol) + offset
-    if ctypes.string_at(lea, len(bytes.fromhex(code))) != bytes.fromhex(code):
-        raise EngineError(f"Unicorn's code at {symbol} + {offset:#x} is not what Xenolith knows; {library.ADVICE}")
+    lea = known_code(lib, *layout.OPERATIONS_CODE)
     table = ctypes.c_uint64 * layout.OPERATIONS
     operations = table(*table.from_address(target(lea, LEA_SIZE)))
     slot = gen_call_slot(lib)
