@@ -49,7 +49,7 @@ from xenolith.machine.engines.protocol import EngineError
 
 CTRL_RIGHT_BRACKET: Final = b"\x1d"
 END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
-PANIC_LINES: Final = 60  # what Linux prints of a panic is some forty
+PANIC_LINES: Final = 100  # what Linux prints of a panic is forty to eighty
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

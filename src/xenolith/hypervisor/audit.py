@@ -28,6 +28,7 @@ from xenolith.hypervisor.frames import (
 )
 
 if TYPE_CHECKING:
+    from xenolith.hypervisor.domain import Domain
     from xenolith.hypervisor.hypervisor import Hypervisor
 
 FRAME: Final = 0x000F_FFFF_FFFF_F000
@@ -50,9 +51,7 @@ class _Recount:
             self.types[mfn] += 1
             found = self.frames.type_info[mfn] & TYPE_MASK
             if found != kind:
-                self.problems.append(
-                    f"used as {TYPE_NAMES[kind >> TYPE_SHIFT]}: {self.frames.describe(mfn)}"
-                )
+                self.problems.append(f"used as {TYPE_NAMES[kind >> TYPE_SHIFT]}: {self.frames.describe(mfn)}")
 
 
 def check(hypervisor: Hypervisor) -> list[str]:
@@ -108,7 +107,7 @@ def _check_upper(hypervisor: Hypervisor, recount: _Recount, mfn: int, kind: int)
         entry = int(table[slot])
         target = (entry & FRAME) >> 12
         if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
-            if domain is None or entry & ~0x60 != domain.xen_l4_entries[slot - XEN_FIRST_SLOT] & ~0x60:
+            if domain is None or not any(entry & ~0x60 == right & ~0x60 for right in _xen_entries(domain, slot)):
                 recount.problems.append(f"Xen's slot {slot} of L4 {mfn:#x} holds {entry:#x}")
             continue
         if target == mfn and not entry & PTE_RW:
@@ -118,6 +117,12 @@ def _check_upper(hypervisor: Hypervisor, recount: _Recount, mfn: int, kind: int)
         below = kind - (1 << TYPE_SHIFT)
         linear = frames.type_info[target] & TYPE_MASK == kind and not entry & PTE_RW
         recount.refer(target, kind if linear else below)
+
+
+def _xen_entries(domain: Domain, slot: int) -> list[int]:
+    """What may be in this slot of Xen's in an L4 table."""
+    views = [view[slot] for view in domain.engine_views if slot in view]
+    return views or [domain.xen_l4_entries[slot - XEN_FIRST_SLOT]]
 
 
 def _compare(hypervisor: Hypervisor, recount: _Recount) -> None:

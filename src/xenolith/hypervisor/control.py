@@ -191,6 +191,8 @@ class Control:
         entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
         for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
             entries[slot - layout.XEN_FIRST_SLOT] = entry
+        if engine.kernel_l4_entries is not None:
+            domain.engine_views = engine.l4_entries, engine.kernel_l4_entries
         domain.executable_mapped = engine.executable_mapped
         domain.caches_tables = engine.caches_tables
         domain.entry_changed = engine.entry_changed
@@ -326,9 +328,7 @@ class Control:
             mfns = domain.memory.allocate(count)
         except OutOfMemory as error:
             free = domain.memory.free_frames
-            raise DomainCreateError(
-                f"the machine has {free >> 8} MiB free, the domain wants {count >> 8}"
-            ) from error
+            raise DomainCreateError(f"the machine has {free >> 8} MiB free, the domain wants {count >> 8}") from error
         domain.frames.assign(mfns, domid)
         hypervisor.m2p_words[mfns] = np.arange(count, dtype=np.uint64)
         domain.total_pages += count
@@ -465,7 +465,7 @@ def set_initial_cr3(domain: Domain, vcpu_id: int, kernel_mfn: int, user_mfn: int
         if result:
             paging.put_page_and_type(domain, kernel_mfn)
             return result
-    vcpu.kernel_l4, vcpu.user_l4 = kernel_mfn, user_mfn
+    paging.set_bases(vcpu, kernel_mfn, user_mfn)
     vcpu.state.l4_mfn, vcpu.state.user = kernel_mfn, False
     return 0
 

@@ -157,6 +157,8 @@ class Domain:
         self.shared_info_mfn = 0
         self.shared_info = 0  # machine address in bytes
         self.xen_l4_entries: list[int] = [0] * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)
+        # What the engine wants mapped in tables of guest-user and of guest-kernel mode, where that differs.
+        self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
         self.xen_frames: list[int] = []  # MFNs of Xen's frames that serve this domain alone
         self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
         self.flush_epoch = 1  # complete TLB flushes so far, see frames.py

@@ -275,6 +275,7 @@ def new_base(vcpu: Vcpu, mfn: int) -> int:
     if domain.ldt_in_use:
         descriptors.unload_ldt(vcpu)
     if mfn != vcpu.kernel_l4:
+        paging.choose_view(domain, mfn, True)
         old, vcpu.kernel_l4 = vcpu.kernel_l4, mfn
         paging.drop_base(domain, old)
     if domain.ldt_in_use:
@@ -292,6 +293,7 @@ def _new_user_base(vcpu: Vcpu, _: int, mfn: int, __: int) -> int:
         result = paging.get_page_and_type(domain, mfn, paging.TYPE_L4)
         if result:
             return result
+        paging.choose_view(domain, mfn, False)
     old, vcpu.user_l4 = vcpu.user_l4, mfn
     paging.drop_base(domain, old)
     vcpu.base_changed = True

@@ -50,7 +50,7 @@ from xenolith.hypervisor.frames import (
 )
 
 if TYPE_CHECKING:
-    from xenolith.hypervisor.domain import Domain
+    from xenolith.hypervisor.domain import Domain, Vcpu
 
 FRAME: Final = 0x000F_FFFF_FFFF_F000
 ADJUSTABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_AVAIL | PTE_AVAIL_HIGH | PTE_NX
@@ -245,6 +245,18 @@ def _devalidate_l1(domain: Domain, mfn: int) -> None:
         free_frames(domain, np.unique(unused).tolist())
     if domain.entry_changed is not None:
         domain.entry_changed(mfn << 9, PTE_P, 0)
+
+
+def choose_view(domain: Domain, l4_mfn: int, kernel_mode: bool) -> None:
+    """Map the engine's part of an L4 table as it wants it where the table serves this mode. The caller flushes."""
+    q = domain.memory.q
+    for slot, entry in domain.engine_views[kernel_mode].items():
+        index = l4_mfn << 9 | slot
+        old = q[index]
+        if (old ^ entry) & ~(PTE_A | PTE_D):
+            q[index] = entry
+            if domain.entry_changed is not None:
+                domain.entry_changed(index, old, entry)
 
 
 def _validate_upper(domain: Domain, mfn: int, kind: int) -> int:
@@ -470,6 +482,14 @@ def unpin(domain: Domain, mfn: int) -> int:
         put_page_and_type(domain, mfn)
     put_page(domain, mfn)
     return 0 if pinned else -EINVAL
+
+
+def set_bases(vcpu: Vcpu, kernel_l4: int, user_l4: int) -> None:
+    """Make these, of which the references are held, the tables of a vCPU that has none (0: no user table)."""
+    choose_view(vcpu.domain, kernel_l4, True)
+    if user_l4:
+        choose_view(vcpu.domain, user_l4, False)
+    vcpu.kernel_l4, vcpu.user_l4 = kernel_l4, user_l4
 
 
 def drop_base(domain: Domain, old: int) -> None:

@@ -158,7 +158,7 @@ def _load_base_pointers(vcpu: Vcpu, kernel_mfn: int, user_mfn: int) -> int:
     if user_mfn and paging.get_page_and_type(domain, user_mfn, TYPE_L4):
         paging.drop_base(domain, kernel_mfn)
         return -EINVAL
-    vcpu.kernel_l4, vcpu.user_l4 = kernel_mfn, user_mfn
+    paging.set_bases(vcpu, kernel_mfn, user_mfn)
     return 0
 
 

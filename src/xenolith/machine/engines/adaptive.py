@@ -53,7 +53,7 @@ from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.placement import Placement
-from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, TrapHandler
+from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, GuestModes, TrapHandler
 from xenolith.machine.engines.unicorn import layout, paging, segments
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
@@ -113,6 +113,7 @@ class AdaptiveEngine(Engine):
         self.unicorn = UnicornEngine(memory)
         self.xcr0_mask = self.kvm.xcr0_mask
         self.l4_entries = {**self.unicorn.l4_entries, **self.kvm.l4_entries}
+        self.kernel_l4_entries = self.kvm.kernel_l4_entries
         self.caches_tables = self.kvm.caches_tables
         self.entry_changed = self.kvm.entry_changed
         self._cpu = AdaptiveCpu(self, policy)
@@ -189,6 +190,9 @@ class AdaptiveCpu:
         self._store_from_unicorn(state)
 
     swap = Cpu.swap
+
+    def follow(self, modes: GuestModes) -> None:
+        self._kvm.follow(modes)
 
     def set_segment(self, segment: int, selector: int) -> None:
         self._active.set_segment(segment, selector)

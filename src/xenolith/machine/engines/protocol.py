@@ -64,6 +64,23 @@ class CpuState:
     ldt_limit: int = 0  # 0: no LDT
 
 
+class GuestModes(Protocol):
+    """What a Cpu must know of a vCPU, and changes, to switch its modes by itself: see hypervisor.domain.Vcpu."""
+
+    kernel_mode: bool
+    kernel_l4: int
+    user_l4: int
+    kernel_sp: int
+    kernel_ss: int
+    other_gs_base: int
+    syscall_callback: int
+    syscall_masks_events: bool
+    nmi_masked: bool
+    compatibility: bool
+    info: int
+    flat_selectors: set[tuple[int, int]]
+
+
 class Cpu(Protocol):
     """An execution context.  All but `kick` is called by the thread that runs it."""
 
@@ -85,6 +102,9 @@ class Cpu(Protocol):
         """
         self.store(old)
         self.load(new)
+
+    def follow(self, modes: GuestModes) -> None:
+        """This vCPU is the one loaded: a Cpu may switch its modes without a trap, in place of the hypervisor."""
 
     def run(self, on_trap: TrapHandler) -> None:
         """Execute until `on_trap` returns False or the Cpu is kicked."""
@@ -144,6 +164,7 @@ class Engine(Protocol):
     cpus_shared: bool  # True: all vCPUs run on one Cpu, one at a time
     xcr0_mask: int  # XSAVE components that guest code can really use
     l4_entries: dict[int, int]  # L4 slot -> entry: what the engine needs mapped in every address space
+    kernel_l4_entries: dict[int, int] | None = None  # the same in those that a vCPU uses in guest-kernel mode
     caches_tables: bool = False  # it caches page tables, not only translations: see `entry_changed`
     executable_mapped: Callable[[int], None] | None = None  # Cpu.executable_mapped for all Cpus; None: not of interest
     entry_changed: Callable[[int, int, int], None] | None = None

@@ -4,17 +4,22 @@ A guest runs at CPL 3, and the virtual processor delivers its traps as any x86-6
 IDT, to CPL 0, on the stack that the TSS names (Intel SDM vol. 3, ch. 6 and 7).  There each trap finds three bytes,
 `out vector, al` and `hlt`: the OUT makes KVM return to Python, which reads the frame from the stack.
 
-    +0x0000 IDT              32 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault
+    +0x0000 IDT              32 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault [view]
     +0x1000 trap stubs       `out vector, al; hlt` for each
     +0x2000 GDT              CPL-0 code and data for the stubs, the flat CPL-3 pair
     +0x3000 syscall page     where LSTAR points; the only page that CPL 3 can reach (it may execute it)
     +0x4000 entry stubs      what runs at CPL 0 before a guest is entered, see EntryStubs
-    +0x10000 + n * 0x4000    TSS with I/O bitmap, trap stack and entry list of vCPU n, each on its own page
+    +0x5000 gates            of the fast path, see fast_path [view]
+    +0x10000 + n * 0x8000    TSS with I/O bitmap, trap stack and entry list of vCPU n, each on its own page; then
+                             the fast path's: code [view], data and vcpu_info
     +0x40000000              on hosts that shadow page tables: all machine memory (supervisor, never executable)
 
-Everything but the syscall page is for CPL 0 alone.  The alias of machine memory is used by the entry stubs only, and
-is left out on hosts whose processor walks the guest's tables itself: there CPL 0 and CPL 3 share the
-processor's speculation, and nothing needs it.
+Everything but the syscall page and the fast path's is for CPL 0 alone.  The alias of machine memory is used by the
+entry stubs only, and is left out on hosts whose processor walks the guest's tables itself: there CPL 0 and CPL 3
+share the processor's speculation, and nothing needs it.
+
+Where there is a fast path, the area has two views, by which L4 entry maps it: pages marked [view] differ, and the
+fast path's data and vcpu_info are in the guest kernel's view alone.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from xenolith.abi.x86 import (
     PTE_PSE,
     PTE_RW,
     PTE_US,
+    VECTOR_BP,
 )
 from xenolith.machine.memory import MachineMemory
 
@@ -46,8 +52,10 @@ TRAP_STUBS: Final = AREA + 0x1000
 GDT: Final = AREA + 0x2000
 SYSCALL_PAGE: Final = AREA + 0x3000
 ENTRY_STUBS: Final = AREA + 0x4000
+GATES: Final = AREA + 0x5000
 PER_CPU: Final = AREA + 0x1_0000
-PER_CPU_SIZE: Final = 0x4000
+PER_CPU_SIZE: Final = 0x8000
+CPU_STACK, CPU_LIST, CPU_CODE, CPU_DATA, CPU_INFO = (page * PAGE_SIZE for page in range(1, 6))  # after the TSS
 ALIAS: Final = AREA + 0x4000_0000
 MAX_CPUS: Final = (0x20_0000 - 0x1_0000) // PER_CPU_SIZE
 
@@ -74,6 +82,8 @@ GDT_LIMIT: Final = (USER_CODE64 | 7) & 0xFF
 IDT_LIMIT: Final = TRAP_VECTORS * 16 - 1
 _INTERRUPT_GATE: Final = 0x8E
 _GATES_FOR_CPL3: Final = (3, 4)
+GATE_SPACING: Final = 0x100  # from the user's gate to the kernel's, in their page
+USER_VIEW, KERNEL_VIEW = 0, 1
 
 # --- TSS -------------------------------------------------------------------------------------------
 _TSS_RSP0: Final = 4
@@ -83,10 +93,13 @@ _IO_BITMAP_PORTS: Final = 256
 TSS_LIMIT: Final = _TSS_SIZE + _IO_BITMAP_PORTS // 8  # one byte of ones after the bitmap
 
 LIST_WORDS: Final = PAGE_SIZE // 8
+# The last words of the list are the gates': RIP behind the vCPU's own INT3s, and the tables to go to.
+GATE_IN_RIP, GATE_OUT_RIP, KERNEL_CR3, USER_CR3 = range(LIST_WORDS - 4, LIST_WORDS)
 FRAME_WORDS: Final = 6  # of a trap, from the top of the stack down: SS RSP RFLAGS CS RIP error code
 
 _TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
 _SUPERVISOR: Final = PTE_P | PTE_A | PTE_D
+_KERNEL_DATA: Final = _SUPERVISOR | PTE_US | PTE_RW | PTE_NX
 _STUB_SIZE: Final = 4
 _HLT: Final = b"\xf4"
 
@@ -135,13 +148,22 @@ class EntryStubs:
 
 
 class CpuPages:
-    """One vCPU's pages of the area: where its trap frames appear and its entry lists go."""
+    """One vCPU's pages of the area: where its trap frames appear, its entry lists go, and its fast path works.
 
-    def __init__(self, memory: MachineMemory, number: int, mfns: list[int]) -> None:
-        tss_mfn, stack_mfn, list_mfn = mfns
+    `mfns`: of the TSS, the stack and the list; with a fast path, also of its code in the user's and in the kernel's
+    view, and of its data.
+    """
+
+    def __init__(
+        self, memory: MachineMemory, number: int, mfns: list[int], info_entry: memoryview, info_table: int
+    ) -> None:
+        tss_mfn, stack_mfn, list_mfn, *fast_path = mfns
         self.tss_va = PER_CPU + number * PER_CPU_SIZE
-        self.list_va = self.tss_va + 0x2000
-        stack_top = self.tss_va + 0x1000 + PAGE_SIZE
+        self.list_va = self.tss_va + CPU_LIST
+        self.code_va = self.tss_va + CPU_CODE
+        self._info_entry = info_entry
+        self.info_table = info_table  # MFN of the table it is in
+        stack_top = self.tss_va + CPU_STACK + PAGE_SIZE
         end = (stack_mfn + 1) * ENTRIES
         self.frame = memory.q[end - FRAME_WORDS : end]  # error code, RIP, CS, RFLAGS, RSP, SS
         self.list = memory.q[list_mfn * ENTRIES : (list_mfn + 1) * ENTRIES]
@@ -150,6 +172,15 @@ class CpuPages:
         pack_into("<Q", tss, _TSS_RSP0, stack_top)
         pack_into("<H", tss, _TSS_IO_BITMAP, _TSS_SIZE)
         self._syscall_bits = tss[_TSS_SIZE + PORT_SYSCALL // 8 :]
+        if fast_path:
+            user_code, kernel_code, data = fast_path
+            self.user_code, self.kernel_code = memory.page(user_code), memory.page(kernel_code)
+            self.data = memory.q[data * ENTRIES : (data + 1) * ENTRIES]
+
+    def map_info(self, mfn: int) -> bool:
+        """Map the frame with its vcpu_info for the fast path. True: another was mapped before."""
+        before, self._info_entry[0] = self._info_entry[0], mfn << PAGE_SHIFT | _KERNEL_DATA
+        return before != 0
 
     def allow_syscall_port(self) -> None:
         """Let CPL 3 execute the OUT of the syscall page: on hosts where SYSCALL does not change the CPL."""
@@ -157,32 +188,47 @@ class CpuPages:
 
 
 class HypervisorArea:
-    """The area of one domain: its frames, the L4 entry that maps it, and what is on it.
+    """The area of one domain: its frames, the L4 entries that map it, and what is on it.
 
-    `alias`: whether machine memory is mapped for the entry stubs.
+    `alias`: whether machine memory is mapped for the entry stubs.  `gates`: the page of gates in the user's and in the
+    kernel's view, where there is a fast path.
     """
 
-    def __init__(self, memory: MachineMemory, alias: bool) -> None:
+    def __init__(self, memory: MachineMemory, alias: bool, gates: tuple[bytes, bytes] | None = None) -> None:
         self._memory = memory
         self.stubs = EntryStubs()
-        shared = 5
-        tables = 3
+        self.has_views = gates is not None
+        shared = 4
+        views = 2 if gates else 1
         alias_tables = -(-memory.size >> L2_SHIFT + 9) if alias else 0
-        self._frames = memory.allocate(tables + shared + alias_tables)
-        mfns = [int(mfn) for mfn in self._frames]
-        l3, l2, l1 = mfns[:tables]
-        idt, traps, gdt, syscall, entry = mfns[tables : tables + shared]
-        memory.q[l3 << 9] = l2 << PAGE_SHIFT | _TABLE
-        memory.q[l2 << 9] = l1 << PAGE_SHIFT | _TABLE
-        self._l1 = memory.q[l1 << 9 : l1 + 1 << 9]
-        self._map(IDT, idt, _SUPERVISOR | PTE_NX)
-        self._map(TRAP_STUBS, traps, _SUPERVISOR)
-        self._map(GDT, gdt, _SUPERVISOR | PTE_RW | PTE_NX)  # the processor sets descriptors' accessed bits
-        self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | PTE_US)
-        self._map(ENTRY_STUBS, entry, _SUPERVISOR)
-        if alias:
-            self._map_alias(l3, mfns[tables + shared :])
-        self._write_idt(memory.page(idt))
+        self._frames = memory.allocate(shared + alias_tables + views * 4 + (2 if gates else 0))
+        mfns = iter(int(mfn) for mfn in self._frames)
+        traps, gdt, syscall, entry = (next(mfns) for _ in range(shared))
+        aliases = [next(mfns) for _ in range(alias_tables)]
+        self._l1s: list[memoryview] = []  # of the user's view and of the kernel's
+        l4_entries = []
+        for view in range(views):
+            l3, l2, l1, idt = (next(mfns) for _ in range(4))
+            memory.q[l3 << 9] = l2 << PAGE_SHIFT | _TABLE
+            memory.q[l2 << 9] = l1 << PAGE_SHIFT | _TABLE
+            self._l1s.append(memory.q[l1 << 9 : l1 + 1 << 9])
+            self._kernel_l1 = l1
+            self._map(IDT, idt, _SUPERVISOR | PTE_NX, view)
+            if not gates:
+                self._write_idt(memory.page(idt), None)
+            else:
+                page = next(mfns)
+                self._map(GATES, page, _SUPERVISOR, view)
+                memory.page(page)[:] = gates[view]
+                self._write_idt(memory.page(idt), GATES + view * GATE_SPACING)
+            if alias:
+                self._map_alias(l3, aliases)
+            l4_entries.append(l3 << PAGE_SHIFT | _TABLE)
+        for view in range(views):
+            self._map(TRAP_STUBS, traps, _SUPERVISOR, view)
+            self._map(GDT, gdt, _SUPERVISOR | PTE_RW | PTE_NX, view)  # the processor sets descriptors' accessed bits
+            self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | PTE_US, view)
+            self._map(ENTRY_STUBS, entry, _SUPERVISOR, view)
         for vector in range(TRAP_VECTORS):
             memory.page(traps)[vector * _STUB_SIZE :][:3] = bytes((0xE6, vector)) + _HLT
         for selector, descriptor in _DESCRIPTORS.items():
@@ -191,26 +237,35 @@ class HypervisorArea:
         code = out + bytes((0xE6, PORT_SYSCALL32)) + _HLT + _TAKE_SELECTORS + out
         memory.page(syscall)[: len(code)] = code
         memory.page(entry)[: len(self.stubs.code)] = self.stubs.code
-        self.l4_entry = l3 << PAGE_SHIFT | _TABLE
+        self.l4_entry = l4_entries[USER_VIEW]
+        self.kernel_l4_entry = l4_entries[-1]
 
     SYSCALL32_STUB: Final = SYSCALL_PAGE + 3
     TAKE_SELECTORS: Final = SYSCALL_PAGE + 6
 
     def cpu_pages(self, number: int) -> CpuPages:
         """Set up the pages of vCPU `number`; call once for each."""
-        frames = self._memory.allocate(3)
+        frames = self._memory.allocate(6 if self.has_views else 3)
         self._frames = np.concatenate((self._frames, frames))
         mfns = [int(mfn) for mfn in frames]
-        for page, mfn in enumerate(mfns):
-            self._map(PER_CPU + number * PER_CPU_SIZE + page * PAGE_SIZE, mfn, _SUPERVISOR | PTE_RW | PTE_NX)
-        return CpuPages(self._memory, number, mfns)
+        start = PER_CPU + number * PER_CPU_SIZE
+        for page, mfn in enumerate(mfns[:3]):
+            for view in range(len(self._l1s)):
+                self._map(start + page * PAGE_SIZE, mfn, _SUPERVISOR | PTE_RW | PTE_NX, view)
+        if self.has_views:
+            user_code, kernel_code, data = mfns[3:]
+            self._map(start + CPU_CODE, user_code, _SUPERVISOR | PTE_US, USER_VIEW)
+            self._map(start + CPU_CODE, kernel_code, _SUPERVISOR | PTE_US, KERNEL_VIEW)
+            self._map(start + CPU_DATA, data, _KERNEL_DATA, KERNEL_VIEW)
+        index = start + CPU_INFO - AREA >> PAGE_SHIFT
+        return CpuPages(self._memory, number, mfns, self._l1s[-1][index : index + 1], self._kernel_l1)
 
     def release(self) -> None:
         """Give the frames back. Nothing may map them any more."""
         self._memory.free_many(self._frames)
 
-    def _map(self, va: int, mfn: int, flags: int) -> None:
-        self._l1[va - AREA >> PAGE_SHIFT] = mfn << PAGE_SHIFT | flags
+    def _map(self, va: int, mfn: int, flags: int, view: int) -> None:
+        self._l1s[view][va - AREA >> PAGE_SHIFT] = mfn << PAGE_SHIFT | flags
 
     def _map_alias(self, l3: int, l2s: list[int]) -> None:
         q = self._memory.q
@@ -221,9 +276,10 @@ class HypervisorArea:
                 if address < self._memory.size:
                     q[(l2 << 9) + slot] = address | _SUPERVISOR | PTE_RW | PTE_NX | PTE_PSE
 
-    def _write_idt(self, page: memoryview) -> None:
+    def _write_idt(self, page: memoryview, gate: int | None) -> None:
+        """All vectors lead to their stubs, but #BP to this gate of the fast path if there is one."""
         for vector in range(TRAP_VECTORS):
-            handler = TRAP_STUBS + vector * _STUB_SIZE
+            handler = gate if gate and vector == VECTOR_BP else TRAP_STUBS + vector * _STUB_SIZE
             kind = _INTERRUPT_GATE | (3 << 5 if vector in _GATES_FOR_CPL3 else 0)
-            gate = pack("<HHBBHII", handler & 0xFFFF, CODE0, 0, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
-            page[vector * 16 : vector * 16 + 16] = gate
+            entry = pack("<HHBBHII", handler & 0xFFFF, CODE0, 0, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
+            page[vector * 16 : vector * 16 + 16] = entry

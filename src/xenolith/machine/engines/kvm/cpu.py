@@ -74,7 +74,16 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.kvm import api, area, segment_loads
 from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, EngineError, TrapHandler, register_file
+from xenolith.machine.engines.kvm.fast_path import FastPath
+from xenolith.machine.engines.protocol import (
+    TRAP_SYSCALL,
+    Cpu,
+    CpuState,
+    EngineError,
+    GuestModes,
+    TrapHandler,
+    register_file,
+)
 from xenolith.machine.engines.unicorn import paging, segments
 from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
 from xenolith.machine.engines.unicorn.segments import Segment
@@ -136,6 +145,8 @@ _MASK64: Final = (1 << 64) - 1
 _WITH_ERROR_CODE: Final = VECTORS_WITH_ERROR_CODE
 EFLAGS_OF: Final = 1 << 11
 _DIRECTION_IN: Final = 0
+LOOK_AGAIN: Final = 0.0005  # s
+_BREAKPOINTS: Final = (b"\xcc", b"\x03", b"\x04", b"\xce")  # last bytes of INT3, INT 3, INT 4, INTO
 _IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 _XSTATE_BV: Final = 512  # in an XSAVE image
 
@@ -181,6 +192,11 @@ class KvmCpu(Cpu):
         self._masked_for = 0  # the thread whose signal mask KVM_RUN uses
         if engine.traits.syscall_cpl == 3:
             self._pages.allow_syscall_port()
+        self._fast_path: FastPath | None = None
+        self._syscall_page = area.SYSCALL_PAGE
+        if engine.area.has_views:
+            self._fast_path = FastPath(engine.memory, self._pages, self.regs, engine.has_view, self._info_moved)
+            self._syscall_page = self._pages.code_va
         self._set_up()
 
     # --- registers outside of `run` ------------------------------------------------------------------
@@ -288,6 +304,36 @@ class KvmCpu(Cpu):
     def executable_mapped(self, mfn: int) -> None:
         """Nothing, likewise."""
 
+    # --- the fast path --------------------------------------------------------------------------------
+
+    def follow(self, modes: GuestModes | None) -> None:
+        if self._fast_path is not None:
+            self._fast_path.follow(modes)
+
+    def _info_moved(self) -> None:
+        """An entry of the area changed: have KVM drop all it knows of its table."""
+        self._engine.changed_tables.add(self._pages.info_table)
+        self._flush = True
+
+    def _leave_fast_path(self, stopped_in_it: bool) -> bool:
+        """The guest has stopped, its registers are in the register file: take over what the fast path did.
+
+        `stopped_in_it`: it was in its code.  True: the stop counts as a system call.
+        """
+        fast_path, run_q = self._fast_path, self._run_q
+        assert fast_path is not None
+        l4_mfn = run_q[_RUN_CR3] >> PAGE_SHIFT
+        syscall = False
+        if stopped_in_it:
+            l4_mfn, syscall = fast_path.roll_back(l4_mfn)
+            self.regs[RFLAGS] = self.regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+            run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
+        kernel_mode = fast_path.leave(l4_mfn)
+        if kernel_mode is not None:
+            self.l4_mfn = l4_mfn
+            self._user = not kernel_mode
+        return syscall
+
     # --- running ------------------------------------------------------------------------------------
 
     def run(self, on_trap: TrapHandler) -> None:
@@ -306,10 +352,13 @@ class KvmCpu(Cpu):
         run, run_q, run_d, run_h = self._run, self._run_q, self._run_d, self._run_h
         frame = self._pages.frame
         engine = self._engine
+        fast_path, syscall_page = self._fast_path, self._syscall_page
         fd = self._fd
         unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
         unpack_selectors = _SELECTORS.unpack_from
         while True:
+            if fast_path is not None:
+                fast_path.enter()
             by_stubs = (self._flush or engine.rewriting) and self._prepare_entry()
             rip = regs[RIP]
             if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
@@ -349,21 +398,30 @@ class KvmCpu(Cpu):
                 self._selectors_changed()
             vector = run_h[_RUN_PORT]
             if vector < area.TRAP_VECTORS:
-                error_code, regs[RIP], selector, regs[RFLAGS], rsp, _ = frame
+                error_code, rip, selector, regs[RFLAGS], rsp, _ = frame
+                regs[RIP] = rip
                 pack_first(file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
-                if vector == VECTOR_PF:
+                if fast_path is not None and self._leave_fast_path(rip & _PAGE == syscall_page):
+                    more = on_trap(TRAP_SYSCALL, 0, 0)
+                elif vector == VECTOR_PF:
                     more = on_trap(VECTOR_PF, error_code, run_q[_RUN_CR2])
                 else:
                     more = self._exception(on_trap, vector, error_code, selector)
             else:
                 pack_first(file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
-                if vector == area.PORT_SYSCALL and run_q[_RUN_RIP] & _PAGE == area.SYSCALL_PAGE:
+                if vector == area.PORT_SYSCALL and run_q[_RUN_RIP] & _PAGE == syscall_page:
                     if self._cs is not _FLAT_CODE:
                         self._code_segment_changed(area.USER_CODE64)
-                    regs[RIP] = rcx
-                    regs[RFLAGS] = run_q[_RUN_R8 + 3] & _ENTRY_FLAGS | _ALWAYS_SET
+                    if fast_path is None:
+                        regs[RIP] = rcx
+                        regs[RFLAGS] = run_q[_RUN_R8 + 3] & _ENTRY_FLAGS | _ALWAYS_SET
+                    else:
+                        regs[RIP] = run_q[_RUN_RIP]
+                        self._leave_fast_path(True)
                     more = on_trap(TRAP_SYSCALL, 0, 0)
                 else:
+                    if fast_path is not None:
+                        self._leave_fast_path(False)
                     more = self._other_port(on_trap, vector)
             if not more:
                 return
@@ -579,26 +637,63 @@ class KvmCpu(Cpu):
                 raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
             while signal.sigtimedwait((KICK_SIGNAL,), 0):
                 pass
-            in_stub = self._run[_RUN_CPL] & 3 == 0 or run_q[_RUN_RIP] & -0x1000 == area.SYSCALL_PAGE
-            if not in_stub and not self._exception_queued():
-                self._read_registers()
+            if self._fast_path is not None and self._interrupted_in_fast_path():
                 return True
+            in_stub = self._run[_RUN_CPL] & 3 == 0 or run_q[_RUN_RIP] & _PAGE in (area.SYSCALL_PAGE, self._syscall_page)
+            queued = in_stub or self._exception_queued()
+            if queued is False:
+                self._read_registers()
+                if self._fast_path is not None:
+                    self._leave_fast_path(False)
+                return True
+            if queued is None:
+                threading.Timer(LOOK_AGAIN, self._interrupt).start()
             run_q[_RUN_DIRTY] = 0
             if not run_ioctl(self._fd, api.KVM_RUN, 0):
                 if self._run_d[_RUN_EXIT_REASON] == api.KVM_EXIT_IO:
                     return False
                 self._unexpected_exit()
 
-    def _exception_queued(self) -> bool:
-        """Whether KVM holds an exception that it has not delivered.
+    def _interrupted_in_fast_path(self) -> bool:
+        """If it was: it is as if it had been interrupted before its SYSCALL, or behind its return."""
+        fast_path, run, run_q, regs = self._fast_path, self._run, self._run_q, self.regs
+        assert fast_path is not None
+        rip = run_q[_RUN_RIP]
+        if run[_RUN_CPL] & 3 == 0:
+            if rip & _PAGE != area.GATES:
+                return False
+            self._read_general_registers()
+            l4_mfn = fast_path.finish_gate(rip)
+            if l4_mfn is None:
+                return False
+            regs[RFLAGS] = regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+            run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
+        elif rip & _PAGE != self._syscall_page:
+            return False
+        else:
+            self._forget_vector()  # an INT3 that is queued counts as not executed
+            self._read_registers()
+        if self._leave_fast_path(regs[RIP] & _PAGE == self._syscall_page):
+            regs[RIP] = regs[RIP] - 2 & _MASK64
+        return True
+
+    def _exception_queued(self) -> bool | None:
+        """Whether KVM holds an exception that it has not delivered; None: it may.
 
         It does not own up to a queued #BP or #OF (api.rst: they are expected to happen again, which they do not, with
-        RIP after the instruction), but the number is there; `_forget_vector` takes it away after each delivery.
+        RIP after the instruction), but the number is there; `_forget_vector` takes it away after each delivery.  A
+        gate of the fast path leaves it, too; then only the next interruption can tell.
         """
         events = bytearray(api.VCPU_EVENTS_SIZE)
         ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
         queued = events[api.EVENTS_EXCEPTION_INJECTED] or events[api.EVENTS_EXCEPTION_PENDING]
-        return bool(queued) or events[api.EVENTS_EXCEPTION_VECTOR] in (VECTOR_BP, VECTOR_OF)
+        if queued or events[api.EVENTS_EXCEPTION_VECTOR] not in (VECTOR_BP, VECTOR_OF):
+            return bool(queued)
+        if self._fast_path is None:
+            return True
+        rip, l4_mfn = self._run_q[_RUN_RIP], self._run_q[_RUN_CR3] >> PAGE_SHIFT
+        before = paging.read(self._memory, l4_mfn, rip - 1 & _MASK64, 1)
+        return None if before is None or before in _BREAKPOINTS else False
 
     def _forget_vector(self) -> None:
         """Clear KVM's memory of the last exception's number."""
@@ -609,6 +704,12 @@ class KvmCpu(Cpu):
 
     def _read_registers(self) -> None:
         """Everything from kvm_run to the register file, where guest code itself was interrupted."""
+        self._read_general_registers()
+        selector = unpack_from("<H", self._run, api.RUN_SREGS + api.SREGS_CS + 12)[0]
+        if selector != self._hardware_cs:
+            self._code_segment_changed(selector)
+
+    def _read_general_registers(self) -> None:
         regs, run, run_q = self.regs, self._run, self._run_q
         rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp = _FIRST.unpack_from(run, _RUN_FIRST)
         _FIRST.pack_into(self._file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
@@ -618,9 +719,6 @@ class KvmCpu(Cpu):
         regs[GS_BASE] = run_q[_RUN_GS_BASE]
         if _SELECTORS.unpack_from(run, _RUN_SELECTORS) != self._selectors:
             self._selectors_changed()
-        selector = unpack_from("<H", run, api.RUN_SREGS + api.SREGS_CS + 12)[0]
-        if selector != self._hardware_cs:
-            self._code_segment_changed(selector)
 
     def _unexpected_exit(self) -> None:
         """An exit that no stub asked for: EngineError, or guest code that KVM cannot emulate, which counts as #UD."""
@@ -754,7 +852,7 @@ class KvmCpu(Cpu):
         flags_cleared = EFLAGS_TF | EFLAGS_IF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
         entries = (
             (MSR_STAR, area.CODE0 << 32 | area.USER_CODE32 << 48),
-            (_MSR_LSTAR, area.SYSCALL_PAGE),
+            (_MSR_LSTAR, self._syscall_page),
             (_MSR_CSTAR, area.HypervisorArea.SYSCALL32_STUB),
             (_MSR_SFMASK, flags_cleared),
         )
@@ -785,6 +883,9 @@ class KvmCpu(Cpu):
         if self._kicked:
             return
         self._kicked = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
         with self._kick_lock:
             if self._running_thread is not None:
                 signal.pthread_kill(self._running_thread, KICK_SIGNAL)

@@ -34,6 +34,7 @@ from xenolith.machine.engines.kvm import api, area
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.cpuid import native_cpuid
+from xenolith.machine.engines.kvm.fast_path import gate_pages
 from xenolith.machine.engines.kvm.traits import HostTraits
 from xenolith.machine.engines.protocol import Engine, EngineError
 from xenolith.machine.memory import MachineMemory
@@ -46,12 +47,18 @@ CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf)
 
 
 class KvmEngine(Engine):
-    """A domain's virtual machine. `traits`: how this host's KVM behaves; found out once where not given."""
+    """A domain's virtual machine.
+
+    `traits`: how this host's KVM behaves; found out once where not given.  `fast_path`: use it where the host allows
+    (see fast_path); the environment variable XENOLITH_FAST_PATH=off turns it off, for comparison.
+    """
 
     name = "kvm"
     cpus_shared = False
 
-    def __init__(self, memory: MachineMemory, traits: HostTraits | None = None) -> None:
+    def __init__(self, memory: MachineMemory, traits: HostTraits | None = None, fast_path: bool | None = None) -> None:
+        if fast_path is None:
+            fast_path = os.environ.get("XENOLITH_FAST_PATH") != "off"
         if traits is None:
             from xenolith.machine.engines.kvm.host import host_traits
 
@@ -73,8 +80,11 @@ class KvmEngine(Engine):
         except OSError as error:
             self.close()
             raise EngineError(f"/dev/kvm cannot make a virtual machine: {error.strerror}") from error
-        self.area = area.HypervisorArea(memory, alias=traits.shadows_page_tables)
+        gates = gate_pages() if traits.has_fast_path and fast_path else None
+        self.area = area.HypervisorArea(memory, alias=traits.shadows_page_tables, gates=gates)
         self.l4_entries = {area.SLOT: self.area.l4_entry}
+        if gates:
+            self.kernel_l4_entries = {area.SLOT: self.area.kernel_l4_entry}
 
     def _open_vm(self) -> None:
         if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SYNC_REGS) & api.KVM_SYNC_X86_SREGS:
@@ -171,6 +181,11 @@ class KvmEngine(Engine):
             self.changed_tables.add(index >> 9)
         elif old & ~new & _MAY_NOT_LOSE or new & ~old & _MAY_NOT_GAIN:
             self.changed_entries.add(index)
+
+    def has_view(self, l4_mfn: int, view: int) -> bool:
+        """Whether this L4 table maps the area in the view of the guest's user (0) or kernel (1)."""
+        entry = self.area.kernel_l4_entry if view else self.area.l4_entry
+        return not (int(self.memory.q[l4_mfn << 9 | area.SLOT]) ^ entry) & ~(PTE_A | PTE_D)
 
     def close(self) -> None:
         for cpu in self.cpus.values():

@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 from xenolith.abi.layout import FLAT_RING3_CS32, FLAT_RING3_CS64, FLAT_RING3_DS32, FLAT_RING3_SS32, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     DS,
+    FS_BASE,
+    GS_BASE,
     PAGE_SHIFT,
     PTE_P,
     PTE_RW,
@@ -133,6 +135,7 @@ def host_traits() -> HostTraits:
             cpuid_is_native=native,
             xcr0=xcr0,
             xcr0_settable=xcr0_settable,
+            writes_bases=_writes_bases(machine),
             exit_cost_ns=_exit_cost_ns(machine),
         )
     finally:
@@ -246,6 +249,16 @@ def _exit_cost_ns(machine: ProbeMachine) -> int:
     machine.cpu.regs[RIP] = _CODE
     machine.cpu.run(on_trap)
     return sorted(after - before for before, after in itertools.pairwise(times))[50]
+
+
+def _writes_bases(machine: ProbeMachine) -> bool:
+    """Whether WRFSBASE and WRGSBASE work, and KVM tells what they wrote."""
+    regs = machine.cpu.regs
+    code = "f3 48 0f ae d7 48 ff c7 f3 48 0f ae df 0f 0b"  # wrfsbase rdi; inc rdi; wrgsbase rdi
+    trap = machine.execute(code, rdi=_DATA)
+    written = trap.vector == VECTOR_UD and (regs[FS_BASE], regs[GS_BASE]) == (_DATA, _DATA + 1)
+    regs[FS_BASE] = regs[GS_BASE] = 0
+    return written
 
 
 def _cpuid_is_native(machine: ProbeMachine) -> bool:

@@ -18,6 +18,7 @@ class HostTraits:
     cpuid_is_native: bool  # guest code sees the processor's CPUID, whatever KVM was told
     xcr0: int  # the XSAVE components that guest code can use
     xcr0_settable: bool
+    writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
@@ -26,6 +27,11 @@ class HostTraits:
         return (
             self.traps_task_switched and self.has_breakpoints and self.keeps_selectors and self.runs_compatibility_code
         )
+
+    @property
+    def has_fast_path(self) -> bool:
+        """Whether the fast path works here: it is for hosts with dear exits (see fast_path)."""
+        return self.shadows_page_tables and self.syscall_cpl == 3 and self.writes_bases
 
     @property
     def kind(self) -> str:
@@ -47,6 +53,7 @@ CAUTIOUS = HostTraits(
     cpuid_is_native=False,
     xcr0=3,
     xcr0_settable=False,
+    writes_bases=False,
     exit_cost_ns=0,
 )
 """Traits to find out the real ones with: every cure is on."""

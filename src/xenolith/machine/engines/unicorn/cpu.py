@@ -40,6 +40,7 @@ from xenolith.machine.engines.protocol import (
     TRAP_SYSENTER,
     CpuState,
     EngineError,
+    GuestModes,
     TrapHandler,
 )
 from xenolith.machine.engines.unicorn import layout, library, paging, segments, stubs, xsave
@@ -215,6 +216,9 @@ class UnicornCpu:
         """Nothing: Unicorn has no more than x87 and SSE, and their bits are always set."""
 
     # --- running ------------------------------------------------------------------------------------
+
+    def follow(self, modes: GuestModes) -> None:
+        """Nothing: every change of mode is the hypervisor's."""
 
     def run(self, on_trap: TrapHandler) -> None:
         """Execute until `on_trap` returns False or the Cpu is kicked.
