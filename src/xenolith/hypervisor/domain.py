@@ -23,6 +23,10 @@ from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.time import Timer, VcpuTimers
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 
+# Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values; more in traps.py.
+COUNT_SYSCALL_BOUNCE: Final = 40
+COUNT_SYSCALL_UNTRAPPED: Final = 44
+
 if TYPE_CHECKING:
     from xenolith.hypervisor.events import EventChannels
     from xenolith.hypervisor.grants import GrantTable
@@ -105,9 +109,20 @@ class Vcpu:
         self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
         self.share = 0  # weighted ns of CPU time, see scheduler.py
         self.timers = VcpuTimers(self)
+        self.set_timer = self.timers.set_singleshot
+        self.timer_from = 0  # see GuestModes
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
         self.virq_port = [0] * 24
+
+    @property
+    def syscalls(self) -> int:
+        """System calls of its domain's programs so far."""
+        return self.domain.trap_counts[COUNT_SYSCALL_BOUNCE] + self.domain.trap_counts[COUNT_SYSCALL_UNTRAPPED]
+
+    def count_syscalls(self, count: int) -> None:
+        """So many more were carried out without a trap."""
+        self.domain.trap_counts[COUNT_SYSCALL_UNTRAPPED] += count
 
     def restart_hypercall(self, number: int, *arguments: int) -> int:
         """Let the guest make this hypercall again with these arguments, so that nothing else has to wait for it.

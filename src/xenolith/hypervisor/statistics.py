@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import hypercalls, x86
 from xenolith.hypervisor import traps
+from xenolith.hypervisor.domain import COUNT_SYSCALL_BOUNCE, COUNT_SYSCALL_UNTRAPPED
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ TRAP_NAMES: Final = {
     TRAP_SYSCALL: "syscall",
     TRAP_SYSENTER: "sysenter",
     TRAP_CPUID: "cpuid",
-    traps.COUNT_SYSCALL_BOUNCE: "system call of a program",
+    COUNT_SYSCALL_BOUNCE: "system call of a program",
+    COUNT_SYSCALL_UNTRAPPED: "system call without a trap",
     traps.COUNT_UPCALL: "event upcall",
     traps.COUNT_PAGE_TABLE_WRITE: "page table write",
     traps.COUNT_PRIVILEGED: "privileged instruction",

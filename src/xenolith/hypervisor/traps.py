@@ -76,6 +76,7 @@ from xenolith.abi.x86 import (
     is_canonical,
 )
 from xenolith.hypervisor import descriptors, emulate, events, writable_pagetables
+from xenolith.hypervisor.domain import COUNT_SYSCALL_BOUNCE
 from xenolith.hypervisor.guest_memory import READ, WRITE, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.scheduler import domain_crash
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, Cpu, TrapHandler
@@ -99,8 +100,7 @@ _frame_with_error = Struct("<8Q").pack
 _failsafe_frame = Struct("<11Q").pack
 _unpack_iret = layout.IRET_FRAME.unpack_from
 
-# Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
-COUNT_SYSCALL_BOUNCE: Final = 40
+# Indices into Domain.trap_counts, as in domain.py.
 COUNT_UPCALL: Final = 41
 COUNT_PAGE_TABLE_WRITE: Final = 42
 COUNT_PRIVILEGED: Final = 43

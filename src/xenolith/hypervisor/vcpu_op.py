@@ -352,7 +352,6 @@ def _set_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
     """A time that has passed raises the event at once, with VCPU_SSHOTTMR_future too (observed on Xen 4.17)."""
     if vcpu is not caller:
         return -EINVAL
-    hypervisor = vcpu.domain.hypervisor
     if arg & 0xFFF <= PAGE_SIZE - _SINGLESHOT.size and not arg & 7:
         address = translate(vcpu, arg, READ)
         if address < 0:
@@ -363,7 +362,7 @@ def _set_singleshot_timer(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
         if data is None:
             return -EFAULT
         timeout = _SINGLESHOT.unpack(data)[0]
-    hypervisor.timers.set(vcpu.timers.singleshot, timeout)
+    vcpu.timers.set_singleshot(timeout)
     return 0
 
 

@@ -54,6 +54,9 @@ class Modes:
     kernel_l4: int
     user_l4: int
     info: int
+    vcpu_id: int = 0
+    timer_from: int = 0
+    timers: list[int] = field(default_factory=list)
     kernel_mode: bool = False
     kernel_sp: int = KERNEL_SP
     kernel_ss: int = 0
@@ -63,6 +66,14 @@ class Modes:
     nmi_masked: bool = False
     compatibility: bool = False
     flat_selectors: set[tuple[int, int]] = field(default_factory=lambda: {FLAT})
+
+    syscalls: int = 0
+
+    def count_syscalls(self, count: int) -> None:
+        self.syscalls += count
+
+    def set_timer(self, deadline: int) -> None:
+        self.timers.append(deadline)
 
 
 class Guest:
@@ -146,7 +157,7 @@ def test_a_system_call_and_its_return_take_no_trap(guest: Guest) -> None:
     regs = guest.cpu.regs
     regs[RBX], regs[R8], rsp = 0x1111_2222_3333_4444, 0x5555_6666_7777_8888, regs[RSP]
     assert guest.run(loop(1000)) == [VECTOR_UD]
-    assert guest.machine.word() == 1000
+    assert guest.machine.word() == guest.modes.syscalls == 1000
     assert (regs[RBX], regs[R8], regs[RSP], regs[RAX]) == (0x1111_2222_3333_4444, 0x5555_6666_7777_8888, rsp, 0x77)
     assert (regs[RCX], regs[GS_BASE], guest.modes.other_gs_base) == (CODE + 15, USER_GS, KERNEL_GS)
     assert not guest.modes.kernel_mode
@@ -221,6 +232,44 @@ def test_a_segment_base_that_is_no_address_goes_to_python(guest: Guest, which: i
     assert guest.cpu.regs[RIP] == KERNEL + 7
 
 
+SET_TIMER = (
+    "bf 08 00 00 00 31 f6 ba 00 20 60 00 b8 18 00 00 00 0f 05"  # vcpu_op(set_singleshot_timer, 0, DATA + 0x2000)
+)
+
+
+def set_timer(guest: Guest, deadline: int, flags: int = 0) -> None:
+    guest.machine.set_word(deadline, 0, 2)
+    guest.machine.set_word(flags, 1, 2)
+
+
+def test_a_timer_that_the_hypervisor_looks_for_anyway_takes_no_trap(guest: Guest) -> None:
+    guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
+    guest.modes.timer_from = 1000
+    set_timer(guest, 1000)
+    guest.cpu.regs[RBX] = 0x77
+    assert guest.run("0f 05") == [VECTOR_UD]
+    assert guest.modes.timers == [1000]
+    assert (guest.cpu.regs[RAX], guest.cpu.regs[RCX]) == (0, KERNEL + 19)
+
+
+@pytest.mark.parametrize("why", ["earlier", "nobody looks", "flags", "another vCPU", "another command", "no memory"])
+def test_any_other_timer_goes_to_python(guest: Guest, why: str) -> None:
+    code = SET_TIMER
+    guest.modes.timer_from = 0 if why == "nobody looks" else 1000
+    set_timer(guest, 999 if why == "earlier" else 2000, flags=why == "flags")
+    if why == "another vCPU":
+        guest.modes.vcpu_id = 1
+    elif why == "another command":
+        code = code.replace("bf 08", "bf 09")
+    elif why == "no memory":
+        code = code.replace("ba 00 20 60", "ba 00 20 99")
+    guest.machine.write_code(code + "0f 0b", KERNEL - CODE)
+    assert guest.run("0f 05") == [TRAP_SYSCALL]
+    regs = guest.cpu.regs
+    assert (regs[RAX], regs[RCX], regs[RIP]) == (24, KERNEL + 19, KERNEL + 19)
+    assert guest.modes.timers == []
+
+
 def offsets(first: str, last: str) -> list[int]:
     code = fast_path.kernel_code(0)
     starts = [int(each.ip) for each in Decoder(64, code.code, ip=0)]
@@ -268,8 +317,22 @@ def test_an_entry_onto_a_stack_that_is_not_there_becomes_the_system_call(guest: 
     assert not guest.modes.kernel_mode
 
 
-def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: Guest) -> None:
+HYPERCALLS = (
+    "48 ff 04 25 00 00 60 00 51 41 53"  # inc qword [counter]; push rcx; push r11
+    "57 56 52 50 be 00 c0 60 00 b8 03 00 00 00 0f 05"  # push rdi, rsi, rdx, rax; stack_switch(_, KERNEL_SP)
+    "bf 01 00 00 00 be 00 01 60 00 b8 19 00 00 00 0f 05"  # set_segment_base(GS_USER, USER_GS)
+    + SET_TIMER
+    + "58 5a 5e 5f 41 5b 59"  # pop rax, rdx, rsi, rdi, r11, rcx
+    + SYSCALL_ENTRY[24:]  # behind the counter
+)
+
+
+@pytest.mark.parametrize("entry", [SYSCALL_ENTRY, HYPERCALLS], ids=["system calls", "hypercalls"])
+def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: Guest, entry: str) -> None:
     rounds = 20_000
+    guest.machine.write_code(entry, KERNEL - CODE)
+    guest.modes.timer_from = 1000
+    set_timer(guest, 1234)
     regs = guest.cpu.regs
     regs[RBX] = regs[R8] = 0
     # again: inc rbx; syscall; inc r8; dec r12; jnz again; ud2

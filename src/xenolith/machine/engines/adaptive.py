@@ -160,6 +160,7 @@ class AdaptiveCpu:
         self._leave = False
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
+        self._modes: GuestModes | None = None
         self.moves = 0
         self.policy = policy
         self._placement = Placement(engine.kvm.traits.exit_cost_ns)
@@ -192,6 +193,7 @@ class AdaptiveCpu:
     swap = Cpu.swap
 
     def follow(self, modes: GuestModes) -> None:
+        self._modes = modes
         self._kvm.follow(modes)
 
     def set_segment(self, segment: int, selector: int) -> None:
@@ -448,8 +450,9 @@ class AdaptiveCpu:
         traps = self._traps
         if traps < WINDOW and elapsed < QUIET_NS:
             return here
+        syscalls = self._count_syscalls() - self._syscalls
         self._start_window()
-        if not self._placement.spent(self.running_on, traps, elapsed):
+        if not self._placement.spent(self.running_on, traps, elapsed, syscalls):
             return here
         if here is self._unicorn:
             return self._kvm
@@ -458,7 +461,12 @@ class AdaptiveCpu:
 
     def _start_window(self) -> None:
         self._traps = 0
+        self._syscalls = self._count_syscalls()
         self._window_start = time.thread_time_ns()
+
+    def _count_syscalls(self) -> int:
+        """Those that the fast path does, or would do if the vCPU were on KVM."""
+        return self._modes.syscalls if self._modes is not None and self._engine.kvm.traits.has_fast_path else 0
 
     # --- moving -------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Final
 
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
 HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
+SYSCALL_NS: Final = 25_000  # what a system call and the return from it cost more on KVM, by its fast path
 DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably better
 SPARSE: Final = 8  # likewise: KVM certainly is
 CURIOSITY: Final = 16  # in between, this part of the time counts as lost, so that Unicorn is tried sometimes
@@ -33,9 +34,16 @@ class Placement:
         self._regret = 0
         self._lost = 0  # over the whole stay; less than 0: it was worth it
 
-    def spent(self, engine: str, traps: int, elapsed_ns: int) -> bool:
-        """Account for CPU time on the engine where the vCPU is, with that many traps. True: it should move."""
-        lost = self._lost_on_kvm(traps, elapsed_ns) if engine == "kvm" else self._lost_on_unicorn(traps, elapsed_ns)
+    def spent(self, engine: str, traps: int, elapsed_ns: int, syscalls: int = 0) -> bool:
+        """Account for CPU time on the engine where the vCPU is, with that many traps. True: it should move.
+
+        `syscalls`: how many system calls there were, which KVM's fast path carries out without a trap, on Unicorn with
+        two.  0 without a fast path.
+        """
+        if engine == "kvm":
+            lost = self._lost_on_kvm(traps, syscalls, elapsed_ns)
+        else:
+            lost = self._lost_on_unicorn(traps, syscalls, elapsed_ns)
         self._lost += lost
         self._regret = max(self._regret + lost, 0)
         return self._regret >= self.patience[engine]
@@ -51,14 +59,16 @@ class Placement:
                 self.patience[engine] = LEAST_PATIENCE
         self._regret = self._lost = 0
 
-    def _lost_on_unicorn(self, traps: int, elapsed_ns: int) -> int:
+    def _lost_on_unicorn(self, traps: int, syscalls: int, elapsed_ns: int) -> int:
         code = max(elapsed_ns - traps * HANDLER_NS, 0)
-        return code - code // SLOWDOWN - traps * self._exit_cost
+        exits = max(traps - 2 * syscalls, 0)
+        return code - code // SLOWDOWN - exits * self._exit_cost - syscalls * SYSCALL_NS
 
-    def _lost_on_kvm(self, traps: int, elapsed_ns: int) -> int:
-        least = traps * (self._exit_cost + HANDLER_NS)
+    def _lost_on_kvm(self, traps: int, syscalls: int, elapsed_ns: int) -> int:
+        switching = traps * self._exit_cost + syscalls * SYSCALL_NS
+        least = switching + (traps + 2 * syscalls) * HANDLER_NS
         if elapsed_ns < DENSE * least:
-            return traps * self._exit_cost
+            return switching
         if elapsed_ns < SPARSE * least:
             return elapsed_ns // CURIOSITY
-        return traps * self._exit_cost - (SLOWDOWN - 1) * (elapsed_ns - least)
+        return switching - (SLOWDOWN - 1) * (elapsed_ns - least)

@@ -78,7 +78,19 @@ class GuestModes(Protocol):
     nmi_masked: bool
     compatibility: bool
     info: int
+    vcpu_id: int
+    timer_from: int  # a later singleshot timer may be kept from the hypervisor until then (ns since boot); 0: none
     flat_selectors: set[tuple[int, int]]
+
+    @property
+    def syscalls(self) -> int:
+        """System calls of its programs, so far."""
+
+    def count_syscalls(self, count: int) -> None:
+        """So many more were carried out without a trap."""
+
+    def set_timer(self, deadline: int) -> None:
+        """The guest has set its singleshot timer."""
 
 
 class Cpu(Protocol):

@@ -43,6 +43,7 @@ from xenolith.machine.memory import MachineMemory
 _MAY_NOT_LOSE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_ADDRESS
 _MAY_NOT_GAIN: Final = PTE_NX | PTE_PSE | PTE_PWT | PTE_PCD | PTE_ADDRESS
 _CPUID_ENTRIES: Final = 256
+NULL_SELECTOR_CLEARS_BASE: Final = 1 << 6  # CPUID 80000021.eax
 CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
 
 
@@ -134,9 +135,14 @@ class KvmEngine(Engine):
 
     def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         if self.traits.cpuid_is_native:
-            return native_cpuid(leaf, subleaf)
-        table = self.supported_cpuid
-        return table.get((leaf, subleaf)) or (table.get((leaf, 0)) if leaf != 0xD else None) or (0, 0, 0, 0)
+            answer = native_cpuid(leaf, subleaf)
+        else:
+            table = self.supported_cpuid
+            answer = table.get((leaf, subleaf)) or (table.get((leaf, 0)) if leaf != 0xD else None) or (0, 0, 0, 0)
+        if leaf == 0x8000_0021 and self.traits.null_clears_base:
+            # Hosts that are virtual themselves often hide it; a guest would make two hypercalls more at each switch.
+            return answer[0] | NULL_SELECTOR_CLEARS_BASE, *answer[1:]
+        return answer
 
     def set_cpuid(self, table: CpuidTable) -> None:
         """What CPUID shall tell guest code, where the host can decide that (`traits.cpuid_is_native` is False).

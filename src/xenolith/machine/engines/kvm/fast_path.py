@@ -32,6 +32,7 @@ from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CS,
     EFLAGS_IF,
+    EFLAGS_RF,
     GS_BASE,
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -66,18 +67,22 @@ FIELDS: Final = {
             "user_cs",  # selectors with which an iret to guest-user mode may take the fast path
             "user_ss",
             "hold",  # not 0: irets go to Python
+            "vcpu_id",
+            "timer_from",  # a singleshot timer of this time (ns since boot) or later need not be told of at once
+            "timer",  # such a one; 0: none
             "used",  # bit 0: a field above was changed, bit 1: the mode was
             "rip",  # where to go on in guest-user mode
             "saved_rcx",  # registers as SYSCALL left them
             "saved_r11",
             "saved_rsp",
-            "scratch",
+            "switches",  # system calls not yet counted
         )
     )
 }
 _WORD: Final = {name: offset // 8 for name, offset in FIELDS.items()}
 _NO_SELECTOR: Final = 1 << 16
-_pack_fields = Struct("<8Q").pack_into  # those before `rip`
+_pack_fields = Struct("<11Q").pack_into  # those before `rip`
+_NO_TIMER: Final = (1 << 64) - 1
 
 # --- code ----------------------------------------------------------------------------------------------
 USER_CODE: Final = """
@@ -124,6 +129,7 @@ landing_store:
 landing_stored:
     c6 05 {@@mask} 01           mov byte [vcpu_info.evtchn_upcall_mask], 1
     c6 05 {@used} 03            mov byte [used], 3
+    48 ff 05 {@switches}        inc qword [switches]
     4c 8b 1d {@saved_r11}       mov r11, [saved_r11]
     48 8b 0d {@saved_rcx}       mov rcx, [saved_rcx]
     fc                          cld
@@ -140,6 +146,8 @@ hypercall:
     74 {.stack_switch:1}        je stack_switch
     48 83 f8 19                 cmp rax, HYPERVISOR_set_segment_base
     74 {.segment_base:1}        je segment_base
+    48 83 f8 18                 cmp rax, HYPERVISOR_vcpu_op
+    74 {.vcpu_op:1}             je vcpu_op
 slow:
     e6 {port:1}                 out PORT_SYSCALL, al
     f4                          hlt
@@ -160,18 +168,41 @@ segment_base:
     74 {.fs_base:1}             je fs_base
     83 ff 01                    cmp edi, SEGBASE_GS_USER
     75 {.slow:1}                jne slow
-    48 89 0d {@scratch}         mov [scratch], rcx
+    48 89 0d {@saved_rcx}       mov [saved_rcx], rcx
+gs_check:
     48 89 f1                    mov rcx, rsi
     48 c1 e1 10                 shl rcx, 16
     48 c1 f9 10                 sar rcx, 16
     48 39 f1                    cmp rcx, rsi
-    48 8b 0d {@scratch}         mov rcx, [scratch]
-    75 {.slow:1}                jne slow
+    48 8b 0d {@saved_rcx}       mov rcx, [saved_rcx]
+gs_checked:
+    0f 85 {.slow}               jne slow
     48 89 35 {@other_gs}        mov [other_gs], rsi
-    eb {.done:1}                jmp done
+    e9 {.done}                  jmp done
 fs_base:
     f3 48 0f ae d6              wrfsbase rsi
-    eb {.done:1}                jmp done
+    e9 {.done}                  jmp done
+
+vcpu_op:
+    83 ff 08                    cmp edi, VCPUOP_set_singleshot_timer
+    0f 85 {.slow}               jne slow
+    3b 35 {@vcpu_id}            cmp esi, [vcpu_id]
+    0f 85 {.slow}               jne slow
+    83 7a 08 00                 cmp dword [rdx+0x8], 0
+    0f 85 {.slow}               jne slow
+    48 89 0d {@saved_rcx}       mov [saved_rcx], rcx
+timer_check:
+    48 8b 0a                    mov rcx, [rdx]
+    48 3b 0d {@timer_from}      cmp rcx, [timer_from]
+    72 {.timer_slow:1}          jb timer_slow
+    48 89 0d {@timer}           mov [timer], rcx
+    48 8b 0d {@saved_rcx}       mov rcx, [saved_rcx]
+timer_checked:
+    e9 {.done}                  jmp done
+timer_slow:
+    48 8b 0d {@saved_rcx}       mov rcx, [saved_rcx]
+timer_restored:
+    e9 {.slow}                  jmp slow
 
 iret:
     48 89 0d {@saved_rcx}       mov [saved_rcx], rcx
@@ -189,7 +220,7 @@ iret_saved:
     0f 85 {.iret_slow}          jne iret_slow
     4c 8b 5c 24 30              mov r11, [rsp+0x30]
     41 81 f3 00 02 00 00        xor r11d, IF
-    41 f7 c3 {not_user_flags}   test r11d, OTHER_FLAGS | IF
+    41 f7 c3 {not_user_flags}   test r11d, OTHER_FLAGS & ~RF | IF
     0f 85 {.iret_slow}          jne iret_slow
     80 3d {@hold} 00            cmp byte [hold], 0
     0f 85 {.iret_slow}          jne iret_slow
@@ -315,7 +346,8 @@ _CONSTANTS: Final = {
     "cs": FLAT_RING3_CS64,
     "user_flags": _USER_FLAGS,
     "other_flags": ~_USER_FLAGS,
-    "not_user_flags": ~_USER_FLAGS | EFLAGS_IF,
+    # A fault leaves RF set, for instruction breakpoints, which there are none of where the fast path is used.
+    "not_user_flags": ~(_USER_FLAGS | EFLAGS_RF) | EFLAGS_IF,
 }
 _USER: Final = Code(USER_CODE, **_CONSTANTS)
 DATA_DISTANCE: Final = area.CPU_DATA - area.CPU_CODE
@@ -328,6 +360,7 @@ def kernel_code(info_offset: int) -> Code:
 
 
 _AT: Final = kernel_code(0).labels
+_WITHOUT_RCX: Final = (("gs_check", "gs_checked"), ("timer_check", "timer_checked"), ("timer_slow", "timer_restored"))
 assert _AT["landing"] == _USER.labels["gate"] + 1
 
 
@@ -428,6 +461,9 @@ class FastPath:
             self._pair[0] if known else _NO_SELECTOR,
             self._pair[1],
             modes.nmi_masked,
+            modes.vcpu_id,
+            modes.timer_from or _NO_TIMER,
+            0,
             0,
         )
 
@@ -442,6 +478,12 @@ class FastPath:
             return None
         modes.kernel_sp, modes.kernel_ss = data[_WORD["kernel_sp"]], data[_WORD["kernel_ss"]] & 0xFFFF
         modes.other_gs_base = _canonical(data[_WORD["other_gs"]])
+        syscalls = data[_WORD["switches"]]
+        if syscalls:
+            data[_WORD["switches"]] = 0
+            modes.count_syscalls(syscalls & 0xFFFF_FFFF)
+        if data[_WORD["timer"]]:
+            modes.set_timer(data[_WORD["timer"]])
         modes.kernel_mode = kernel = l4_mfn == self._kernel_l4
         regs = self._regs
         if used & 2 or not kernel:
@@ -481,6 +523,8 @@ class FastPath:
             regs[RAX] = IRET
         elif at == _AT["back"]:
             syscall = False
+        elif any(_AT[first] <= at < _AT[last] for first, last in _WITHOUT_RCX):
+            regs[RCX] = data[_WORD["saved_rcx"]]
         regs[RIP] = regs[RCX]
         regs[RFLAGS] = regs[R11]
         return l4_mfn, syscall

@@ -135,6 +135,7 @@ def host_traits() -> HostTraits:
             cpuid_is_native=native,
             xcr0=xcr0,
             xcr0_settable=xcr0_settable,
+            null_clears_base=_null_clears_base(machine),
             writes_bases=_writes_bases(machine),
             exit_cost_ns=_exit_cost_ns(machine),
         )
@@ -249,6 +250,15 @@ def _exit_cost_ns(machine: ProbeMachine) -> int:
     machine.cpu.regs[RIP] = _CODE
     machine.cpu.run(on_trap)
     return sorted(after - before for before, after in itertools.pairwise(times))[50]
+
+
+def _null_clears_base(machine: ProbeMachine) -> bool:
+    regs = machine.cpu.regs
+    regs[FS_BASE] = regs[GS_BASE] = _DATA
+    machine.execute("31 c0 8e e0 8e e8 0f 0b")  # load FS and GS with 0
+    cleared = regs[FS_BASE] == regs[GS_BASE] == 0
+    regs[FS_BASE] = regs[GS_BASE] = 0
+    return cleared
 
 
 def _writes_bases(machine: ProbeMachine) -> bool:

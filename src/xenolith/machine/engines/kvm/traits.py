@@ -18,6 +18,7 @@ class HostTraits:
     cpuid_is_native: bool  # guest code sees the processor's CPUID, whatever KVM was told
     xcr0: int  # the XSAVE components that guest code can use
     xcr0_settable: bool
+    null_clears_base: bool  # loading a null selector into FS or GS clears its base
     writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
@@ -53,6 +54,7 @@ CAUTIOUS = HostTraits(
     cpuid_is_native=False,
     xcr0=3,
     xcr0_settable=False,
+    null_clears_base=False,
     writes_bases=False,
     exit_cost_ns=0,
 )
