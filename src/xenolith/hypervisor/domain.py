@@ -109,8 +109,8 @@ class Vcpu:
         self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
         self.share = 0  # weighted ns of CPU time, see scheduler.py
         self.timers = VcpuTimers(self)
-        self.set_timer = self.timers.set_singleshot
-        self.timer_from = 0  # see GuestModes
+        self.set_timer_late = self.timers.set_singleshot_late
+        self.timer_look = 0  # see GuestModes
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
         self.virq_port = [0] * 24
@@ -119,6 +119,10 @@ class Vcpu:
     def syscalls(self) -> int:
         """System calls of its domain's programs so far."""
         return self.domain.trap_counts[COUNT_SYSCALL_BOUNCE] + self.domain.trap_counts[COUNT_SYSCALL_UNTRAPPED]
+
+    def until(self, moment: int) -> int:
+        """ns from now until a moment of the hypervisor's clock."""
+        return moment - self.domain.hypervisor.clock.now()
 
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""

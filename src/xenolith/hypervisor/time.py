@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 NS_PER_SECOND: Final = 1_000_000_000
 MILLISECOND: Final = 1_000_000
 DEFAULT_PERIOD: Final = 10 * MILLISECOND
-TIMER_SLOP: Final = 50_000  # ns that a timer may be late (Xen: timer_slop)
 LONGEST_TICK: Final = 20 * MILLISECOND  # interval of a timer whose next time is guessed
-LOOK_LATE: Final = TIMER_SLOP // 2  # how much later than guessed: kernels set a tick a little late
+LOOK_LATE: Final = 25_000  # ns later than guessed: kernels set a tick a little late
 LONGEST_WAIT: Final = 10 * NS_PER_SECOND  # a guest may set a timer for the year 2554; threads cannot wait so long
 COMPACT_ABOVE: Final = 64  # entries of the timer heap below which stale ones do not matter
 
@@ -185,7 +184,6 @@ class VcpuTimers:
         self.singleshot = Timer(self._alarm)
         self._deadline = 0  # of the singleshot timer, as it was last set
         self._interval = 0  # from the one before
-        self._look = Timer(self._look_for_timer)
         self.poll = Timer(lambda: events.post_unblock(vcpu))
         self.period = DEFAULT_PERIOD  # 0: stopped
         self._next_tick = 0
@@ -213,30 +211,31 @@ class VcpuTimers:
 
     def set_singleshot(self, deadline: int) -> None:
         """Raise VIRQ_TIMER at `deadline`. On the vCPU's own thread."""
-        self._interval, self._deadline = deadline - self._deadline, deadline
-        self._vcpu.timer_from = 0
-        self._queue.cancel(self._look)
-        if self._vcpu.kicked and deadline <= self._clock.now():
-            events.send_vcpu_virq(self._vcpu, VIRQ_TIMER)  # it is about to look for events
+        self._note(deadline)
+        self._queue.set(self.singleshot, deadline)
+
+    def set_singleshot_late(self, deadline: int) -> None:
+        """The same for one that the guest set some time ago. Who calls looks for events next."""
+        self._note(deadline)
+        if deadline <= self._clock.now():
+            self._alarm()
         else:
             self._queue.set(self.singleshot, deadline)
+
+    def _note(self, deadline: int) -> None:
+        self._interval, self._deadline = deadline - self._deadline, deadline
+        self._vcpu.timer_look = 0
 
     def _alarm(self) -> None:
         """The singleshot timer is due.
 
         A kernel that ticks will set it again, one interval ahead.  The engine need not stop the vCPU to tell of
-        that: the hypervisor looks by itself then.
+        that, if it looks for it by then.
         """
         vcpu, interval = self._vcpu, self._interval
         if 0 < interval <= LONGEST_TICK and not isinstance(self._clock, VirtualClock):
-            look = self._deadline + interval + LOOK_LATE
-            vcpu.timer_from = look - TIMER_SLOP
-            self._queue.set(self._look, look)
+            vcpu.timer_look = self._deadline + interval + LOOK_LATE
         events.send_vcpu_virq(vcpu, VIRQ_TIMER)
-
-    def _look_for_timer(self) -> None:
-        self._vcpu.timer_from = 0
-        self._vcpu.domain.hypervisor.scheduler.kick(self._vcpu)
 
     def set_period(self, period: int) -> None:
         """Tick every `period` ns from now on; 0: never. The caller holds the domain's lock."""
@@ -270,7 +269,7 @@ class VcpuTimers:
     def stop(self) -> None:
         """Cancel everything; the domain is dying."""
         self.period = self.virtual_deadline = 0
-        for timer in (self.singleshot, self._look, self.poll, self._periodic, self._virtual):
+        for timer in (self.singleshot, self.poll, self._periodic, self._virtual):
             self._queue.cancel(timer)
 
 

@@ -79,7 +79,7 @@ from xenolith.hypervisor import descriptors, emulate, events, writable_pagetable
 from xenolith.hypervisor.domain import COUNT_SYSCALL_BOUNCE
 from xenolith.hypervisor.guest_memory import READ, WRITE, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.scheduler import domain_crash
-from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, Cpu, TrapHandler
+from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYSCALL, TRAP_SYSENTER, Cpu, TrapHandler
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -158,7 +158,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                 emulate.cpuid(vcpu, regs)
                 vcpu.in_guest = vcpu.may_run
                 return vcpu.may_run
-            else:
+            elif vector != TRAP_NOTHING:
                 trap_counts[vector] += 1
                 if vector == VECTOR_PF:
                     page_fault(vcpu, cpu, error_code, address)

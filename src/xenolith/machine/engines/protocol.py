@@ -27,6 +27,7 @@ from xenolith.abi.x86 import REGISTER_WORDS
 
 TRAP_SYSCALL: Final = 32
 TRAP_SYSENTER: Final = 33
+TRAP_NOTHING: Final = 35  # no trap at all: an engine that stopped the vCPU asks for events to be looked for
 TRAP_CPUID: Final = 34  # engines that can intercept CPUID; RIP after it; answer by writing RAX RBX RCX RDX
 
 TrapHandler = Callable[[int, int, int], bool]
@@ -79,7 +80,7 @@ class GuestModes(Protocol):
     compatibility: bool
     info: int
     vcpu_id: int
-    timer_from: int  # a later singleshot timer may be kept from the hypervisor until then (ns since boot); 0: none
+    timer_look: int  # until then (ns since boot) it may keep a singleshot timer of that time to itself; 0: none
     flat_selectors: set[tuple[int, int]]
 
     @property
@@ -89,8 +90,11 @@ class GuestModes(Protocol):
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""
 
-    def set_timer(self, deadline: int) -> None:
-        """The guest has set its singleshot timer."""
+    def set_timer_late(self, deadline: int) -> None:
+        """The guest has set its singleshot timer some time ago. The Cpu makes a TRAP_NOTHING next, or `run` returns."""
+
+    def until(self, moment: int) -> int:
+        """ns from now until then."""
 
 
 class Cpu(Protocol):

@@ -73,9 +73,11 @@ from xenolith.abi.x86 import (
     VECTORS_WITH_ERROR_CODE,
 )
 from xenolith.machine.engines.kvm import api, area, segment_loads
+from xenolith.machine.engines.kvm.alarm import Alarm
 from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
 from xenolith.machine.engines.kvm.fast_path import FastPath
 from xenolith.machine.engines.protocol import (
+    TRAP_NOTHING,
     TRAP_SYSCALL,
     Cpu,
     CpuState,
@@ -195,7 +197,10 @@ class KvmCpu(Cpu):
         self._fast_path: FastPath | None = None
         self._syscall_page = area.SYSCALL_PAGE
         if engine.area.has_views:
-            self._fast_path = FastPath(engine.memory, self._pages, self.regs, engine.has_view, self._info_moved)
+            self._alarm = Alarm(KICK_SIGNAL)
+            self._fast_path = FastPath(
+                engine.memory, self._pages, self.regs, engine.has_view, self._info_moved, self._alarm
+            )
             self._syscall_page = self._pages.code_va
         self._set_up()
 
@@ -383,6 +388,10 @@ class KvmCpu(Cpu):
                     if self._kicked:
                         self._kicked = False
                         return
+                    if fast_path is not None and fast_path.timer_told:
+                        fast_path.timer_told = False
+                        if not on_trap(TRAP_NOTHING, 0, 0):
+                            return
                     continue
             elif run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO:
                 self._unexpected_exit()
@@ -905,6 +914,9 @@ class KvmCpu(Cpu):
             mask = sum(1 << number - 1 for number in blocked)
             ioctl(self._fd, api.KVM_SET_SIGNAL_MASK, bytearray(api.SIGNAL_MASK.pack(8, mask)))
             self._masked_for = thread
+            if self._fast_path is not None:
+                self._alarm.follow_thread()
+                self._fast_path.alarm_is_off()
         with self._kick_lock:
             self._running_thread = thread
 
@@ -916,6 +928,8 @@ class KvmCpu(Cpu):
         self._run.release()
         self._map.close()
         os.close(self._fd)
+        if self._fast_path is not None:
+            self._alarm.close()
 
 
 def _image(segment: Segment, selector: int) -> bytes:

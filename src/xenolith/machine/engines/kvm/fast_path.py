@@ -48,6 +48,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.kvm import area
 
 if TYPE_CHECKING:
+    from xenolith.machine.engines.kvm.alarm import Alarm
     from xenolith.machine.engines.protocol import GuestModes
     from xenolith.machine.memory import MachineMemory
 
@@ -83,6 +84,7 @@ _WORD: Final = {name: offset // 8 for name, offset in FIELDS.items()}
 _NO_SELECTOR: Final = 1 << 16
 _pack_fields = Struct("<11Q").pack_into  # those before `rip`
 _NO_TIMER: Final = (1 << 64) - 1
+TIMER_SLOP: Final = 50_000  # ns by which a timer may be late (Xen: timer_slop)
 
 # --- code ----------------------------------------------------------------------------------------------
 USER_CODE: Final = """
@@ -404,8 +406,10 @@ class FastPath:
         regs: memoryview,
         has_view: Callable[[int, int], bool],
         info_moved: Callable[[], None],
+        alarm: Alarm,
     ) -> None:
         self._memory = memory
+        self._alarm = alarm
         self._info_moved = info_moved  # a present entry of the area changed
         self._has_view = has_view  # whether an L4 maps the area in that view
         self._pages = pages
@@ -418,6 +422,8 @@ class FastPath:
         self._info = -1  # machine address that the code was made for
         self._pair = (0, 0)  # selectors in guest-user mode
         self._kernel_l4 = self._user_l4 = 0
+        self._look = 0  # when the alarm goes off
+        self.timer_told = False  # the hypervisor was told of a timer: it had better look for events
         self.on = False
         pages.user_code[: len(_USER.code)] = _USER.code
         self._make_kernel_code(0)
@@ -429,6 +435,10 @@ class FastPath:
         self._configuration = None
         if modes is None:
             self._turn(False)
+
+    def alarm_is_off(self) -> None:
+        """The alarm goes to another thread now, and has to be set anew."""
+        self._look = 0
 
     def enter(self) -> None:
         """Before the guest runs."""
@@ -450,6 +460,10 @@ class FastPath:
         regs = self._regs
         if not modes.kernel_mode and not modes.compatibility:
             self._pair = regs[CS] & 0xFFFF, regs[SS] & 0xFFFF
+        look = modes.timer_look
+        if look and look != self._look:
+            self._look = look
+            self._alarm.set(max(modes.until(look), 1))
         known = self._pair in modes.flat_selectors
         _pack_fields(
             self._data_bytes,
@@ -462,7 +476,7 @@ class FastPath:
             self._pair[1],
             modes.nmi_masked,
             modes.vcpu_id,
-            modes.timer_from or _NO_TIMER,
+            look - TIMER_SLOP if look else _NO_TIMER,
             0,
             0,
         )
@@ -483,7 +497,8 @@ class FastPath:
             data[_WORD["switches"]] = 0
             modes.count_syscalls(syscalls & 0xFFFF_FFFF)
         if data[_WORD["timer"]]:
-            modes.set_timer(data[_WORD["timer"]])
+            modes.set_timer_late(data[_WORD["timer"]])
+            self.timer_told = True
         modes.kernel_mode = kernel = l4_mfn == self._kernel_l4
         regs = self._regs
         if used & 2 or not kernel:
