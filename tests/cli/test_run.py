@@ -51,6 +51,14 @@ def test_the_environment_chooses_the_engine(engine_name: str) -> None:
     assert f'"engine": "{engine_name}"' in done.stderr
 
 
+@pytest.mark.parametrize(("option", "said"), [("-v", "xenolith: engine: "), ("--verbose", "as asked for"), ("", "")])
+def test_it_tells_the_engine_and_why_when_asked(engine_name: str, option: str, said: str) -> None:
+    arguments = ["--engine", engine_name, "--memory", "32", "--kernel", str(PREBUILT / "hello.elf")]
+    done = xenolith("run", *([option] if option else []), *arguments)
+    assert done.returncode == 0
+    assert said in done.stderr if said else done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [

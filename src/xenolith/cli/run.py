@@ -124,6 +124,7 @@ class CannotRun(click.ClickException):
     metavar="HOST[:GUEST]",
     help="Put a file or directory of the host into the initramfs; may be repeated.",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Say on standard error which engine was chosen, and why.")
 @click.option("--stats", is_flag=True, help="Print trap counts, CPU time and boot time as JSON on standard error.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -134,6 +135,7 @@ def run(
     ramdisk: Path | None,
     cmdline: str,
     files: Sequence[str],
+    verbose: bool,
     stats: bool,
     command: Sequence[str],
 ) -> None:
@@ -142,6 +144,8 @@ def run(
     Without COMMAND its console is on the terminal; Ctrl-] leaves. With COMMAND (after --) the guest runs it, its output
     is printed alone, and its exit status is ours.
     """
+    logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
+    logging.getLogger("xenolith.machine.engines.select").setLevel(logging.INFO if verbose else logging.WARNING)
     nonce = new_nonce()
     make_spec = partial(_spec, kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
     sys.exit(_run(make_spec, memory_mib, vcpus, engine, CommandOutput(nonce) if command else None, stats))
@@ -324,7 +328,6 @@ def _run(
 
     The specification is made here and nowhere kept: a kernel image is 50 MiB.
     """
-    logging.getLogger("xenolith").setLevel(logging.ERROR)  # which engine `auto` took is in --stats, not in our output
     started = time.monotonic()
     notes: SimpleQueue[Note] = SimpleQueue()
     try:
