@@ -33,7 +33,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.kvm import area, fast_path
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.host import host_traits
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, EngineError
+from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
 
 from .bare import CODE, DATA, STACK_TOP, Machine
 from .test_kicks import kicking
@@ -299,6 +299,49 @@ def test_a_fault_anywhere_in_the_entry_becomes_the_system_call(guest: Guest, at:
     assert guest.mask == 0
 
 
+@pytest.mark.parametrize("at", offsets("stack_switch", "back"))
+def test_a_fault_anywhere_in_stack_switch_becomes_the_hypercall(guest: Guest, at: int) -> None:
+    guest.machine.write_code("b8 03 00 00 00 0f 05 0f 0b", KERNEL - CODE)
+    assert guest.run("0f 0b") == [VECTOR_UD]
+    stop_at(guest, at)
+    assert guest.run("0f 05") == [TRAP_SYSCALL]
+    regs = guest.cpu.regs
+    assert guest.modes.kernel_mode
+    assert (regs[RAX], regs[RSP], regs[RIP]) == (3, KERNEL_SP - 56, KERNEL + 7)
+
+
+@pytest.mark.parametrize(("which", "first", "last"), [(0, "fs_base", "vcpu_op"), (1, "gs_check", "fs_base")])
+def test_a_fault_anywhere_in_set_segment_base_becomes_the_hypercall(
+    guest: Guest, which: int, first: str, last: str
+) -> None:
+    guest.machine.write_code("b8 19 00 00 00 0f 05 0f 0b", KERNEL - CODE)
+    for at in offsets(first, last):
+        assert guest.run("0f 0b") == [VECTOR_UD]
+        before = bytes(guest.cpu._pages.kernel_code[at : at + 2])
+        stop_at(guest, at)
+        guest.cpu.regs[RDI], guest.cpu.regs[RSI] = which, DATA
+        assert guest.run("0f 05") == [TRAP_SYSCALL]
+        regs = guest.cpu.regs
+        assert (regs[RAX], regs[RSP], regs[RIP]) == (25, KERNEL_SP - 56, KERNEL + 7)
+        guest.cpu._pages.kernel_code[at : at + 2] = before
+        guest.modes.kernel_mode = False
+        guest.modes.other_gs_base, regs[GS_BASE], regs[RSP] = KERNEL_GS, USER_GS, STACK_TOP
+        guest.machine.memory.b[guest.modes.info + 1] = 0
+        guest.cpu.switch_mode(guest.machine.l4, True)
+
+
+@pytest.mark.parametrize("at", offsets("vcpu_op", "timer_slow"))
+def test_a_fault_anywhere_in_a_timer_becomes_the_hypercall(guest: Guest, at: int) -> None:
+    guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
+    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    set_timer(guest, 1000)
+    assert guest.run("0f 0b") == [VECTOR_UD]
+    stop_at(guest, at)
+    assert guest.run("0f 05") == [TRAP_SYSCALL]
+    regs = guest.cpu.regs
+    assert (regs[RAX], regs[RSP], regs[RIP]) == (24, KERNEL_SP - 56, KERNEL + 19)
+
+
 @pytest.mark.parametrize("at", [at for at in offsets("iret", "iret_slow") if at < fast_path._AT["gate"]])
 def test_a_fault_anywhere_in_an_iret_becomes_the_hypercall(guest: Guest, at: int) -> None:
     assert guest.run("0f 0b") == [VECTOR_UD]
@@ -346,7 +389,8 @@ def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: Guest, entry: str) -
     returns = 0
 
     def on_trap(vector: int, _error_code: int, _address: int) -> bool:
-        traps.append(vector)
+        if vector != TRAP_NOTHING:
+            traps.append(vector)
         return False
 
     try:

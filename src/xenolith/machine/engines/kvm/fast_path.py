@@ -160,6 +160,7 @@ stack_switch:
 done:
     80 0d {@used} 01            or byte [used], 1
     41 53                       push r11
+done_flags:
     9d                          popf
     b8 00 00 00 00              mov eax, 0
 back:
@@ -538,6 +539,8 @@ class FastPath:
             regs[RAX] = IRET
         elif at == _AT["back"]:
             syscall = False
+        elif at == _AT["done_flags"]:
+            regs[RSP] = regs[RSP] + 8 & _MASK64
         elif any(_AT[first] <= at < _AT[last] for first, last in _WITHOUT_RCX):
             regs[RCX] = data[_WORD["saved_rcx"]]
         regs[RIP] = regs[RCX]
