@@ -79,6 +79,7 @@ RUN_VALID_REGS: Final = 288  # u64: what to copy out at every exit
 RUN_DIRTY_REGS: Final = 296  # u64: what to copy in at the next entry
 RUN_REGS: Final = 304  # struct kvm_regs
 RUN_SREGS: Final = 448  # struct kvm_sregs
+RUN_EVENTS: Final = 760  # struct kvm_vcpu_events
 
 # struct kvm_regs, 64-bit words: rax rbx rcx rdx rsi rdi rsp rbp r8..r15 rip rflags
 

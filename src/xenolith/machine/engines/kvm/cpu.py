@@ -141,6 +141,7 @@ _RUN_EXIT_REASON: Final = api.RUN_EXIT_REASON // 4
 _RUN_DIRTY: Final = api.RUN_DIRTY_REGS // 8
 _RUN_PORT: Final = api.RUN_IO_PORT // 2
 
+_RUN_EVENTS: Final = slice(api.RUN_EVENTS, api.RUN_EVENTS + api.VCPU_EVENTS_SIZE)
 _RUN_GUEST: Final = slice(api.RUN_REGS, api.RUN_SREGS + api.SREGS_SIZE)
 _PAGE: Final = -0x1000 & (1 << 64) - 1
 _MASK64: Final = (1 << 64) - 1
@@ -693,8 +694,7 @@ class KvmCpu(Cpu):
         RIP after the instruction), but the number is there; `_forget_vector` takes it away after each delivery.  A
         gate of the fast path leaves it, too; then only the next interruption can tell.
         """
-        events = bytearray(api.VCPU_EVENTS_SIZE)
-        ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
+        events = self._run[_RUN_EVENTS]
         queued = events[api.EVENTS_EXCEPTION_INJECTED] or events[api.EVENTS_EXCEPTION_PENDING]
         if queued or events[api.EVENTS_EXCEPTION_VECTOR] not in (VECTOR_BP, VECTOR_OF):
             return bool(queued)
@@ -856,7 +856,9 @@ class KvmCpu(Cpu):
             raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
         self._run[api.RUN_SREGS : api.RUN_SREGS + api.SREGS_SIZE] = sregs
         self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
-        self._run_q[api.RUN_VALID_REGS // 8] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
+        self._run_q[api.RUN_VALID_REGS // 8] = (
+            api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS | api.KVM_SYNC_X86_EVENTS
+        )
         # STAR: SYSCALL loads CS and SS from bits 47..32; SYSRET is never executed.
         flags_cleared = EFLAGS_TF | EFLAGS_IF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
         entries = (

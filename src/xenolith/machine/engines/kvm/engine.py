@@ -88,7 +88,7 @@ class KvmEngine(Engine):
             self.kernel_l4_entries = {area.SLOT: self.area.kernel_l4_entry}
 
     def _open_vm(self) -> None:
-        if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SYNC_REGS) & api.KVM_SYNC_X86_SREGS:
+        if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SYNC_REGS) & api.KVM_SYNC_X86_EVENTS:
             raise EngineError("this kernel's KVM cannot share registers (KVM_CAP_SYNC_REGS); Linux 4.16 or newer can")
         self.run_size = ioctl(self._device, api.KVM_GET_VCPU_MMAP_SIZE)
         self._vm = ioctl(self._device, api.KVM_CREATE_VM)
