@@ -80,6 +80,7 @@ POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
 WINDOW: Final = 64  # traps after which the policy is asked again
+DECODED: Final = 256  # instructions kept decoded
 QUIET_NS: Final = 2_000_000  # or CPU time
 
 # Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
@@ -160,6 +161,7 @@ class AdaptiveCpu:
         self._leave = False
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
+        self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
         self._modes: GuestModes | None = None
         self.moves = 0
         self.policy = policy
@@ -331,10 +333,11 @@ class AdaptiveCpu:
         saves = mnemonic in extended.SAVES
         if not saves and mnemonic != Mnemonic.XRSTOR64:
             return False
-        image = self._extended_image()
+        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & _MASK64 | regs[RAX] & _MASK32
+        # What an XRSTOR replaces as a whole need not be brought up to date before.
+        image = self._extended_image() if saves or requested & xcr0 & BOTH_HAVE != BOTH_HAVE else self._state.xsave
         va = segment_loads.effective_address(regs, instruction, wide=True)
         area = extended.Area(self._memory, self._l4_mfn, va)
-        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & _MASK64 | regs[RAX] & _MASK32
         if saves:
             if not extended.save(mnemonic, image, xcr0, requested, self._components, area):
                 return False
@@ -404,7 +407,13 @@ class AdaptiveCpu:
     def _instruction(self) -> Instruction:
         """The instruction at RIP."""
         bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
-        return Decoder(bits, self._unicorn_code(15) or b"", ip=self.regs[RIP]).decode()
+        place = bits, self.regs[RIP], self._unicorn_code(15) or b""
+        instruction = self._decoded.get(place)
+        if instruction is None:
+            if len(self._decoded) >= DECODED:
+                self._decoded.clear()
+            instruction = self._decoded[place] = Decoder(bits, place[2], ip=place[1]).decode()
+        return instruction
 
     def _frames_written(self, instruction: Instruction) -> list[int]:
         """Frames with translated code that this instruction, which was just executed on KVM, may have written to."""

@@ -24,6 +24,10 @@ _TOP: Final = 7 << _TOP_SHIFT
 _INITIAL_FCW: Final = 0x37F
 _INITIAL_MXCSR: Final = 0x1F80
 _MXCSR_MASK: Final = 0xFFFF
+_X87: Final = Struct("10s6x" * 8)
+_IMAGE_XMM: Final = Struct("16s" * 16)
+_QEMU_XMM: Final = Struct(f"16s{layout.XMM_STRIDE - 16}x" * 16)  # what follows each is AVX's, which Unicorn has not
+_EMPTY: Final = [bytes(not tags >> i & 1 for i in range(8)) for tags in range(256)]  # by abridged tags: QEMU's
 
 
 def save(env: memoryview, image: bytearray) -> None:
@@ -37,12 +41,9 @@ def save(env: memoryview, image: bytearray) -> None:
     mxcsr = int.from_bytes(env[layout.MXCSR : layout.MXCSR + 4], "little")
     image[:IMAGE_SIZE] = bytes(IMAGE_SIZE)
     _CONTROL.pack_into(image, 0, control, status, tags, 0, fip, fdp, mxcsr, _MXCSR_MASK)
-    for i in range(8):
-        register = layout.FPREGS + 16 * ((top + i) & 7)
-        image[_ST + 16 * i : _ST + 16 * i + 10] = env[register : register + 10]
-    for i in range(16):
-        register = layout.XMM + layout.XMM_STRIDE * i
-        image[_XMM + 16 * i : _XMM + 16 * i + 16] = env[register : register + 16]
+    physical = _X87.unpack_from(env, layout.FPREGS)
+    _X87.pack_into(image, _ST, *physical[top:], *physical[:top])
+    image[_XMM : _XMM + 256] = b"".join(_QEMU_XMM.unpack_from(env, layout.XMM))
     image[_HEADER] = X87 | SSE
 
 
@@ -58,15 +59,11 @@ def restore(image: bytes | bytearray, env: memoryview) -> None:
     env[layout.FPUC : layout.FPUC + 2] = control.to_bytes(2, "little")
     env[layout.FPIP : layout.FPIP + 8] = fip.to_bytes(8, "little")
     env[layout.FPDP : layout.FPDP + 8] = fdp.to_bytes(8, "little")
-    for i in range(8):
-        env[layout.FPTAGS + i] = not tags >> i & 1
-        register = layout.FPREGS + 16 * ((top + i) & 7)
-        value = image[_ST + 16 * i : _ST + 16 * i + 10] if components & X87 else bytes(10)
-        env[register : register + 16] = bytes(value) + bytes(6)
+    env[layout.FPTAGS : layout.FPTAGS + 8] = _EMPTY[tags]
+    stack = _X87.unpack_from(image, _ST) if components & X87 else (b"",) * 8
+    _X87.pack_into(env, layout.FPREGS, *stack[8 - top :], *stack[: 8 - top])
     if not components & SSE:
         mxcsr = _INITIAL_MXCSR
     env[layout.MXCSR : layout.MXCSR + 4] = (mxcsr & _MXCSR_MASK).to_bytes(4, "little")
-    for i in range(16):
-        register = layout.XMM + layout.XMM_STRIDE * i
-        value = image[_XMM + 16 * i : _XMM + 16 * i + 16] if components & SSE else bytes(16)
-        env[register : register + 16] = bytes(value)
+    registers = _IMAGE_XMM.unpack_from(image, _XMM) if components & SSE else (b"",) * 16
+    _QEMU_XMM.pack_into(env, layout.XMM, *registers)
