@@ -56,6 +56,7 @@ class Names(click.ParamType[list[str]]):
     type=click.Path(path_type=Path),
     help="Measure nothing: write docs/evaluation.md from raw results.",
 )
+@click.option("--again", type=click.Path(path_type=Path), help="With --report: raw results of a second run.")
 def main(
     listing: bool,
     quick: bool,
@@ -67,6 +68,7 @@ def main(
     json_path: Path | None,
     shown: Path | None,
     reported: Path | None,
+    again: Path | None,
 ) -> None:
     """Compare Xenolith with native Linux and with what one would use instead."""
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -78,7 +80,7 @@ def main(
         elif shown:
             console.print(tables.terminal(Results.read(shown)))
         elif reported:
-            _report(console, Results.read(reported))
+            _report(console, Results.read(reported), Results.read(again) if again else None)
         else:
             default = catalogue.quick_rows() if quick else catalogue.ROWS
             plan = Plan(
@@ -131,9 +133,9 @@ def _measure(console: Console, plan: Plan, profiling: bool, json_path: Path | No
         raise click.ClickException("nothing could be measured; the reasons are above")
 
 
-def _report(console: Console, results: Results) -> None:
+def _report(console: Console, results: Results, again: Results | None) -> None:
     plots = draw(results, DOCUMENT.parent / "evaluation")
-    DOCUMENT.write_text(render(results, plots, DOCUMENT))
+    DOCUMENT.write_text(render(results, plots, DOCUMENT, again))
     console.print(f"written: {DOCUMENT}" + "".join(f"\n         {plot}" for plot in plots), highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,17 @@ def test_the_document_tells_wins_absences_failures_and_wrong_clocks(results: Res
     assert "Xenolith, kvm: syscall 2.00" in text
     # The paper has 0.46 us in Xen against 0.45 natively; ours is 40 times native here.
     assert "| null system call | ratio | 1.02 | 1.62 | 54.9 | 40.0 | 120 |" in text
+
+
+def test_the_document_tells_which_medians_a_second_run_did_not_confirm(results: Results) -> None:
+    samples = [
+        replace(sample, value=sample.value * factor)
+        for sample, factor in zip(results.samples, (1.0, 1.09, 1.2, 0.95, 0.5, 1.25), strict=True)
+    ]
+    again = replace(results, started="2026-01-02", samples=samples)
+    text = render(results, [], Path("/x/docs/evaluation.md"), again)
+    assert "Measured 2026-01-02" in text
+    assert "Of 6 medians 3 are within a factor of 1.1 of those above, 5 within 1.25, all but these:" in text
+    assert "- SHA-256, User-Mode Linux: 100 and 50.0 MB/s" in text
+    assert text.endswith("MB/s\n")
+    assert "A second run" not in render(results, [], Path("/x/docs/evaluation.md"))
