@@ -656,8 +656,8 @@ class KvmCpu(Cpu):
                 if self._fast_path is not None:
                     self._leave_fast_path(False)
                 return True
-            if queued is None:
-                threading.Timer(LOOK_AGAIN, self._interrupt).start()
+            if queued is None or run_q[_RUN_RIP] & _PAGE == area.ENTRY_STUBS:
+                threading.Timer(LOOK_AGAIN, self._interrupt).start()  # it may go on in guest code without a trap
             run_q[_RUN_DIRTY] = 0
             if not run_ioctl(self._fd, api.KVM_RUN, 0):
                 if self._run_d[_RUN_EXIT_REASON] == api.KVM_EXIT_IO:
