@@ -358,7 +358,7 @@ class Scheduler:
             vcpu.in_guest = False
             self._timers.cancel(context.quantum_timer)
             with domain.lock:
-                self._account(vcpu, start)
+                self._account(context, vcpu, start)
 
     def _switch(self, context: Context, vcpu: Vcpu) -> None:
         """Exchange the vCPU that is loaded on the context's Cpu."""
@@ -382,8 +382,8 @@ class Scheduler:
         if (regs[DS] & 0xFFFF, regs[ES] & 0xFFFF, regs[FS] & 0xFFFF, regs[GS] & 0xFFFF) != (ds, es, fs, gs):
             bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
 
-    def _account(self, vcpu: Vcpu, start: int) -> None:
-        now = self._clock.now()
+    def _account(self, context: Context, vcpu: Vcpu, start: int) -> None:
+        context.slice_start = now = self._clock.now()  # until it is released, nobody may count the time once more
         vcpu.share += (now - start) * DEFAULT_WEIGHT // vcpu.domain.weight
         vcpu.timers.left()
         if vcpu.blocked:
