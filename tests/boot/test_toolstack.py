@@ -67,7 +67,7 @@ def test_gdb_finds_the_kernel_in_a_core(person: Person, debian: str) -> None:
     wait_for_prompt(person, "deb")
     assert person.xl("dump-core", "deb", "core").returncode == 0
     banner = "find /b 0xffffffff81c00000, +0x800000, 'L','i','n','u','x',' ','v','e','r','s','i','o','n'"
-    commands = ["x/2i $rip-2", "x/gx $rsp", banner]
+    commands = ["x/i $rip", "x/gx $rsp", banner]
     words = [word for command in commands for word in ("-ex", command)]
     shown = subprocess.run(
         ["gdb", "-nx", "-batch", *words, "-c", str(person.directory / "core")], capture_output=True, text=True
