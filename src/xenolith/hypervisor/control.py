@@ -193,6 +193,8 @@ class Control:
             entries[slot - layout.XEN_FIRST_SLOT] = entry
         if engine.kernel_l4_entries is not None:
             domain.engine_views = engine.l4_entries, engine.kernel_l4_entries
+            ((domain.view_slot, user_entry),) = engine.l4_entries.items()
+            domain.view_entries[:] = user_entry, engine.kernel_l4_entries[domain.view_slot]
         domain.executable_mapped = engine.executable_mapped
         domain.caches_tables = engine.caches_tables
         domain.entry_changed = engine.entry_changed
@@ -395,7 +397,7 @@ class Control:
             regs[RFLAGS] = EFLAGS_IF | EFLAGS_RESERVED_ONE
             regs[CS], regs[SS] = layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64
             regs[DS] = regs[ES] = layout.FLAT_RING3_SS64
-            vcpu.flat_selectors.add((layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64))
+            vcpu.know_flat(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
             vcpu.kernel_sp = stack
             vcpu.initialised = vcpu.online = True
 

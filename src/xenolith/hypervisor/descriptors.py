@@ -152,7 +152,7 @@ def set_gdt_frames(vcpu: Vcpu, mfns: list[int], entries: int) -> int:
 def destroy_gdt(vcpu: Vcpu) -> None:
     """The vCPU's GDT holds only Xen's own descriptors from here on."""
     old, vcpu.gdt_frames, vcpu.gdt_entries = vcpu.gdt_frames, [], 0
-    vcpu.flat_selectors.clear()
+    vcpu.forget_flat()
     for page, mfn in enumerate(old):
         _map(vcpu, page, vcpu.domain.hypervisor.zero_mfn)
         paging.put_page_and_type(vcpu.domain, mfn)
@@ -172,7 +172,7 @@ def do_update_descriptor(vcpu: Vcpu, address: int, descriptor: int) -> int:
         domain.memory.q[address >> 3] = allowed
         paging.put_page_type(domain, mfn)
         for each in domain.vcpus:
-            each.flat_selectors.clear()
+            each.forget_flat()
     paging.put_page(domain, mfn)
     return -EINVAL if result else 0
 
@@ -213,7 +213,7 @@ def load_ldt(vcpu: Vcpu) -> None:
 def unload_ldt(vcpu: Vcpu) -> None:
     """Release the pages of the vCPU's LDT; its address and size stay."""
     frames, vcpu.ldt_frames = vcpu.ldt_frames, {}
-    vcpu.flat_selectors.clear()
+    vcpu.forget_flat()
     for page, mfn in frames.items():
         _map(vcpu, GDT_PAGES + page, 0)
         paging.put_page_and_type(vcpu.domain, mfn)

@@ -9,19 +9,24 @@ wait, may only call `events.post` and `scheduler.kick`, which take none.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from ctypes import c_bool, c_uint8, c_uint32, c_uint64
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
+from xenolith.hypervisor import ring0
 from xenolith.hypervisor.console_io import EmergencyConsole
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.time import Timer, VcpuTimers
+from xenolith.machine.engines.flat import FLAT_PAIRS, ModeFields
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
+from xenolith.machine.native import Fields
 
 # Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values; more in traps.py.
 COUNT_SYSCALL_BOUNCE: Final = 40
@@ -34,46 +39,58 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.scheduler import Context
 
 MAX_VCPUS: Final = 32
+COUNTERS: Final = 64
 
 
-class Vcpu:
+class VcpuFields(ModeFields):
+    """What of a vCPU native code shares (design decision 4); ModeFields has what engines see, too."""
+
+    event_callback: int
+    flush_requested: bool  # flush the TLB before executing guest code again
+    nmi_pending: bool
+    ldt_entries: int
+
+    _fields_: ClassVar[Fields] = (
+        ("domain_address", c_uint64),
+        ("calls", c_uint64),  # address of the EngineCalls of the Cpu that it is loaded on, 0: its traps are Python's
+        ("event_callback", c_uint64),
+        ("trap_address", c_uint64 * 256),
+        ("trap_flags", c_uint8 * 256),
+        ("ldt_entries", c_uint32),
+        ("flush_requested", c_bool),
+        ("nmi_pending", c_bool),
+    )
+
+
+class Vcpu(VcpuFields):
     """A virtual CPU."""
+
+    __hash__ = object.__hash__
 
     def __init__(self, domain: Domain, vcpu_id: int) -> None:
         self.domain = domain
-        self.vcpu_id: int = vcpu_id
+        self.domain_address = ctypes.addressof(domain)
+        self.vcpu_id = vcpu_id
+        self.address = ctypes.addressof(self)
+        self.native_handler = ring0.handler_address()
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
         self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise
         self.thread = 0  # identity of the thread that runs its Cpu
         self.in_guest = False  # set under the domain's lock; executing guest code, or about to
-        self.flush_requested = False  # flush the TLB before executing guest code again
 
-        # Address space and mode (Xen: arch.guest_table, guest_table_user, TF_kernel_mode).
+        # Address space and mode (Xen: arch.guest_table, guest_table_user, TF_kernel_mode) are in ModeFields.
         self.kernel_mode = True
-        self.kernel_l4 = 0  # MFN; 0: none
-        self.user_l4 = 0  # MFN; 0: none
-        self.other_gs_base: int = 0  # of the mode it is not in: swapped on every mode switch
-        self.compatibility = False  # runs on CS/SS that are not 64-bit flat
         self.flat_selectors: set[tuple[int, int]] = set()  # (CS, SS) pairs known to be 64-bit flat
 
-        # Traps (Xen: arch.pv).
-        self.kernel_sp = 0
-        self.kernel_ss = 0
-        self.trap_address = [0] * 256  # 0: no handler
+        # Traps (Xen: arch.pv). What is not here is in VcpuFields.
         self.trap_selector = [0] * 256
-        self.trap_flags = bytearray(256)
-        self.event_callback = 0
         self.failsafe_callback = 0
-        self.syscall_callback = 0
         self.syscall32_callback = 0
         self.sysenter_callback = 0
         self.failsafe_masks_events = False
-        self.syscall_masks_events = False
         self.syscall32_masks_events = False
         self.sysenter_masks_events = False
-        self.nmi_pending = False
-        self.nmi_masked = False
         self.iopl = 0
         self.task_switched = False  # what the guest set as CR0.TS
         self.debug = [0] * 8
@@ -82,15 +99,13 @@ class Vcpu:
         self.gdt_frames: list[int] = []  # MFNs, each held as segment descriptor page
         self.gdt_entries = 0
         self.ldt_va = 0  # guest linear address, 0: none
-        self.ldt_entries = 0
         self.ldt_frames: dict[int, int] = {}  # page of the LDT -> MFN held as segment descriptor page
         self.base_changed = False  # set by operations that load a base pointer: flush before going on
         self.restarted = False  # the hypercall at hand will be made again by the guest
         self.in_multicall = False
         self.restart_arguments: tuple[int, ...] = ()  # of the multicall's entry at hand
 
-        # Shared with the guest: machine addresses in bytes, 0: none.
-        self.info = 0  # its vcpu_info
+        # Shared with the guest; `info` is the machine address of its vcpu_info.
         self.info_mfn = 0  # held frame after VCPUOP_register_vcpu_info
         self.time_area_va = 0
         self.runstate_area_va = 0
@@ -101,7 +116,6 @@ class Vcpu:
         self.blocked = False
         self.poll_port = 0  # in SCHEDOP_poll: the port it waits for, -1: any
         self.pause_count = 0
-        self.may_run = False  # False makes it leave the engine at the next trap boundary
         self.runstate = RUNSTATE_offline
         self.runstate_since = 0  # ns since boot
         self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
@@ -110,7 +124,6 @@ class Vcpu:
         self.share = 0  # weighted ns of CPU time, see scheduler.py
         self.timers = VcpuTimers(self)
         self.set_timer_late = self.timers.set_singleshot_late
-        self.timer_look = 0  # see GuestModes
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
         self.virq_port = [0] * 24
@@ -118,7 +131,19 @@ class Vcpu:
     @property
     def syscalls(self) -> int:
         """System calls of its domain's programs so far."""
-        return self.domain.trap_counts[COUNT_SYSCALL_BOUNCE] + self.domain.trap_counts[COUNT_SYSCALL_UNTRAPPED]
+        counts = self.domain.trap_counts
+        return int(counts[COUNT_SYSCALL_BOUNCE] + counts[COUNT_SYSCALL_UNTRAPPED])
+
+    def know_flat(self, cs: int, ss: int) -> None:
+        """These selectors are 64-bit flat, until `forget_flat`."""
+        if (cs, ss) not in self.flat_selectors:
+            self.flat_selectors.add((cs, ss))
+            self.flat_pairs[:] = [cs << 16 | ss, *self.flat_pairs[: FLAT_PAIRS - 1]]
+
+    def forget_flat(self) -> None:
+        """Descriptors changed: no selectors are known to be flat."""
+        self.flat_selectors.clear()
+        self.flat_pairs[:] = [0] * FLAT_PAIRS
 
     def until(self, moment: int) -> int:
         """ns from now until a moment of the hypervisor's clock."""
@@ -156,16 +181,97 @@ class Vcpu:
         return f"d{self.domain.domid}v{self.vcpu_id}"
 
 
-class Domain:
+class DomainLock:
+    """The lock of a domain: an RLock, and, against native code that handles a trap, a word which that holds meanwhile.
+
+    Native code never waits: where it finds the word taken it leaves the trap to Python, which does wait, here.
+    `python` is the RLock alone, for handlers of a domain whose traps are all handled on one thread.
+    """
+
+    def __init__(self, domain: Domain) -> None:
+        self.python = threading.RLock()
+        self._depth = 0
+        self._word = ctypes.addressof(domain) + DomainFields.lock_word.offset
+        self._take = ring0.lock_taker()
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take it, or answer False if that would mean to wait and `blocking` is False."""
+        if not self.python.acquire(blocking):
+            return False
+        self._depth += 1
+        if self._depth == 1 and self._take is not None:
+            self._take(self._word)
+        return True
+
+    def release(self) -> None:
+        """Undo one `acquire`."""
+        self._depth -= 1
+        if not self._depth and self._take is not None:
+            c_uint32.from_address(self._word).value = 0
+        self.python.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class DomainFields(ctypes.Structure):
+    """What of a domain native code shares."""
+
+    domid: int
+    flush_epoch: int  # complete TLB flushes so far, modulo 2**32, see frames.py
+    vm_assist: int
+    ldt_in_use: bool
+    caches_tables: bool  # its engine caches page tables, not only translations
+    odd_references: bool
+    """Frames may be referenced in ways that only Python's `paging` knows: by grant mappings, linear page tables, or
+    after their allocation was given up. Never cleared."""
+    python_only: bool
+    """Others map its frames by grant, and count that by Python's lock alone: all traps are Python's. Never cleared."""
+
+    _fields_: ClassVar[Fields] = (
+        ("memory_address", c_uint64),  # where machine memory begins in this process
+        ("m2p_address", c_uint64),  # and the machine-to-physical table
+        ("owner_address", c_uint64),  # and the arrays of the frame table
+        ("type_info_address", c_uint64),
+        ("count_info_address", c_uint64),
+        ("stamp_address", c_uint64),
+        ("machine_frames", c_uint64),
+        ("trap_counts", c_uint64 * COUNTERS),  # by kind, see traps.py
+        ("hypercall_counts", c_uint64 * COUNTERS),
+        ("xen_l4_entries", c_uint64 * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)),
+        ("view_slot", c_uint64),  # of L4 tables, which the engine wants to differ between the modes; 0: none
+        ("view_entries", c_uint64 * 2),  # in tables of guest-user and of guest-kernel mode
+        ("vm_assist", c_uint64),
+        ("flush_epoch", c_uint32),
+        ("domid", c_uint32),
+        ("contexts", c_uint32),  # threads that run its vCPUs
+        ("lock_word", c_uint32),  # see DomainLock
+        ("ldt_in_use", c_bool),
+        ("caches_tables", c_bool),
+        ("odd_references", c_bool),
+        ("python_only", c_bool),
+    )
+
+
+class Domain(DomainFields):
     """A domain."""
+
+    __hash__ = object.__hash__
 
     def __init__(self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int) -> None:
         self.hypervisor = hypervisor
         self.memory = hypervisor.memory
-        self.frames = hypervisor.frames
+        self.frames = frames = hypervisor.frames
         self.domid = domid
         self.engine = engine  # None: dom0, whose code is Python
-        self.lock = threading.RLock()
+        self.memory_address, self.machine_frames = self.memory.address, frames.frames
+        self.m2p_address = hypervisor.m2p_words.ctypes.data
+        self.owner_address, self.stamp_address = frames.owners.ctypes.data, frames.stamps.ctypes.data
+        self.type_info_address, self.count_info_address = frames.type_infos.ctypes.data, frames.count_infos.ctypes.data
+        self.lock = DomainLock(self)
         self.privileged = domid == 0
         self.uuid = bytes(16)
         self.vcpus = [Vcpu(self, vcpu_id) for vcpu_id in range(max_vcpus)]
@@ -175,20 +281,16 @@ class Domain:
         self.total_pages = 0
         self.shared_info_mfn = 0
         self.shared_info = 0  # machine address in bytes
-        self.xen_l4_entries: list[int] = [0] * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)
         # What the engine wants mapped in tables of guest-user and of guest-kernel mode, where that differs.
         self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
         self.xen_frames: list[int] = []  # MFNs of Xen's frames that serve this domain alone
         self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
-        self.flush_epoch = 1  # complete TLB flushes so far, see frames.py
+        self.flush_epoch = 1
         self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries
-        self.ldt_in_use = False
         self.foreign_mapped: Counter[int] = Counter()  # MFNs that dom0 has mapped, each time it did
         self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)
-        self.vm_assist = 0
 
         # What the engine wants to be told of (None: nothing).
-        self.caches_tables = False  # it caches page tables, not only translations
         self.executable_mapped: Callable[[int], None] | None = None  # see Cpu.executable_mapped
         # A present page-table entry changed: word index, old and new value. Entry 0: its whole table is no more.
         self.entry_changed: Callable[[int, int, int], None] | None = None
@@ -208,10 +310,6 @@ class Domain:
         self.watchdogs: list[Timer | None] = [None, None]
         self.emergency_console = EmergencyConsole()
         self.weight = 256  # share of the CPU relative to other domains
-
-        # Accounting: traps by kind, see traps.py.
-        self.trap_counts = [0] * 64
-        self.hypercall_counts = [0] * 64
 
     def references(self) -> Iterator[tuple[int, int | None]]:
         """Every reference to a frame that the domain's own state holds, beyond its page tables and pins.

@@ -32,7 +32,7 @@ from xenolith.abi.hypercalls import (
     XENMEM_set_memory_map,
 )
 from xenolith.hypervisor import paging
-from xenolith.hypervisor.frames import ALLOCATED, PINNED, TYPE_COUNT
+from xenolith.hypervisor.frames import ALLOCATED, EXISTENCE_COUNT, PINNED, TYPE_COUNT
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
 from xenolith.machine.memory import OutOfMemory
 
@@ -157,6 +157,8 @@ def remove_page(domain: Domain, mfn: int) -> bool:
     if allocated:
         frames.count_info[mfn] &= ~ALLOCATED
         paging.put_page(domain, mfn)
+        if frames.count_info[mfn] & EXISTENCE_COUNT > 1:
+            domain.odd_references = True
     paging.put_page(domain, mfn)
     return True
 

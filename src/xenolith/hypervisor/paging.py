@@ -321,6 +321,7 @@ def _get_linear(domain: Domain, entry: int, holder: int, level: int) -> int:
         return -EINVAL
     if linear.get(holder, 0) < 0 or linear.get(mfn, 0) > 0 or not frames.get_page(mfn, domain.domid):
         return -EINVAL
+    domain.odd_references = True
     linear[holder] = linear.get(holder, 0) + 1
     linear[mfn] = linear.get(mfn, 0) - 1
     frames.type_info[mfn] = info + 1
@@ -352,6 +353,8 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
             return -EINVAL
         new = adjust_l1(new)
         target = (new & FRAME) >> 12
+        if source is not None:
+            domain.odd_references = source.python_only = True
         if old & PTE_P and not (old ^ new) & COUNTED:
             q[index] = new
             if domain.entry_changed is not None:

@@ -135,6 +135,7 @@ class Scheduler:
                 context.vcpus.append(vcpu)
                 vcpu.context = context
                 vcpu.runstate_since = self._clock.now()
+            domain.contexts = len(contexts)
         with self._lock:
             self._busy += len(contexts)
         for context in contexts.values():
@@ -371,9 +372,11 @@ class Scheduler:
         else:
             before.regs = before.state.regs
             before.cpu = None
+            before.calls = 0
             cpu.swap(before.state, vcpu.state)
         vcpu.cpu = cpu
         vcpu.regs = regs = cpu.regs
+        vcpu.calls = cpu.calls
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
         cpu.follow(vcpu)
         context.loaded = vcpu

@@ -114,7 +114,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
     """The trap handler of this vCPU while it is loaded on this Cpu."""
     domain = vcpu.domain
     regs = cpu.regs
-    lock = domain.lock
+    lock = domain.lock.python if domain.contexts == 1 else domain.lock
     posted = domain.posted
     h = domain.memory.h
     b = domain.memory.b
@@ -526,7 +526,7 @@ def load_code_stack(vcpu: Vcpu, cpu: Cpu, cs: int, ss: int) -> tuple[int, int] |
     flat = bool(descriptors.lookup(vcpu, cs) & LONG_MODE_CODE)
     vcpu.compatibility = not flat
     if flat:
-        vcpu.flat_selectors.add((cs, ss))
+        vcpu.know_flat(cs, ss)
     return None
 
 

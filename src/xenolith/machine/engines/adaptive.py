@@ -144,6 +144,7 @@ class AdaptiveCpu:
     switch_mode: Callable[[int, bool], None]
     flush_tlb: Callable[[], None]
     flush_page: Callable[[int], None]
+    calls = 0
 
     def __init__(self, engine: AdaptiveEngine, policy: str) -> None:
         self._engine = engine

@@ -82,6 +82,11 @@ class GuestModes(Protocol):
     vcpu_id: int
     timer_look: int  # until then (ns since boot) it may keep a singleshot timer of that time to itself; 0: none
     flat_selectors: set[tuple[int, int]]
+    native_handler: int  # see flat.ModeFields; 0: none
+
+    @property
+    def address(self) -> int:
+        """Of its flat.ModeFields."""
 
     @property
     def syscalls(self) -> int:
@@ -103,6 +108,7 @@ class Cpu(Protocol):
     regs: memoryview  # the register file of the loaded vCPU, live
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]
+    calls: int = 0  # address of its flat.EngineCalls; 0: native code cannot work on it
 
     def load(self, state: CpuState) -> None:
         """Make this state the one that runs."""

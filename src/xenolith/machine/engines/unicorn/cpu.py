@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
@@ -34,6 +35,7 @@ from xenolith.abi.x86 import (
     VECTOR_GP,
     VECTOR_UD,
 )
+from xenolith.machine.engines.flat import EngineCalls
 from xenolith.machine.engines.protocol import (
     TRAP_CPUID,
     TRAP_SYSCALL,
@@ -44,6 +46,8 @@ from xenolith.machine.engines.protocol import (
     TrapHandler,
 )
 from xenolith.machine.engines.unicorn import layout, library, paging, segments, stubs, xsave
+from xenolith.machine.engines.unicorn.deliver import Hook
+from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 
@@ -104,12 +108,30 @@ class UnicornCpu:
             self._load_segment(segment, 0, segments.NULL)
         self._parked: dict[int, tuple[CpuState, bytearray]] = {}  # by id: see `swap`
         self._spare_block = bytearray(layout.VCPU_BLOCK)
+        self._hook = Hook()
+        self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
         self._handler: TrapHandler = _no_handler
         self._failure: BaseException | None = None
         self._kicked = False
         self._inside = False  # a stop is heard now
         self._add_hooks()
         instance.seal()
+        self._calls = EngineCalls(
+            ctypes.addressof(ctypes.c_char.from_buffer(self.regs)),
+            0,
+            *map(
+                _address,
+                (
+                    self.get_rflags,
+                    self.set_rflags,
+                    self.switch_mode,
+                    self.flush_tlb,
+                    self.flush_page,
+                    self.executable_mapped,
+                ),
+            ),
+        )
+        self.calls = ctypes.addressof(self._calls)
 
     # --- a vCPU's state -----------------------------------------------------------------------------
 
@@ -217,8 +239,11 @@ class UnicornCpu:
 
     # --- running ------------------------------------------------------------------------------------
 
-    def follow(self, modes: GuestModes) -> None:
-        """Nothing: every change of mode is the hypervisor's."""
+    def follow(self, modes: GuestModes | None) -> None:
+        """Every change of mode is the hypervisor's, but it may have native code for that."""
+        self._hook.vcpu = 0
+        self._hook.handler = modes.native_handler if modes is not None else 0
+        self._vcpu = modes.address if modes is not None and modes.native_handler else 0
 
     def run(self, on_trap: TrapHandler) -> None:
         """Execute until `on_trap` returns False or the Cpu is kicked.
@@ -234,10 +259,12 @@ class UnicornCpu:
         def entered(vector: int, error_code: int, address: int) -> bool:
             self.regs[RIP] = start
             self._handler = on_trap
+            self._hook.vcpu = self._vcpu
             self._inside = True
             return not self._kicked
 
         self._handler = entered
+        self._hook.vcpu = 0
         error = self._lib.emu_start(self._instance.uc, GATE, 0, 0, 0)
         self._inside = self._kicked = False
         if self._failure is not None:
@@ -307,9 +334,14 @@ class UnicornCpu:
             self.regs[RIP] += prefixes + len(CPUID)
             return deliver(vector, error_code, address)
 
-        hook = self._instance.hook
-        callback = library.TrapCallback(system_call)
-        interrupt_callback = library.TrapCallback(interrupt)
+        hook = partial(self._instance.hook, at=ctypes.addressof(self._hook))
+        callback: Any = library.TrapCallback(system_call)
+        interrupt_callback: Any = library.TrapCallback(interrupt)
+        self._hook.system_call, self._hook.interrupt = _address(callback), _address(interrupt_callback)
+        native = deliver_library()
+        if native is not None:
+            self._python_callbacks = callback, interrupt_callback
+            callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
         invalid_callback = library.TrapCallback(invalid)
         cpuid_callback = library.TrapCallback(cpuid)
         hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
@@ -388,6 +420,10 @@ class UnicornCpu:
             if not code & layout.DESC_B or any(regs[register + SEGMENT_BASE] for register in (ES, SS, DS)):
                 hflags |= layout.HF_ADDSEG
         self._d[_HFLAGS] = hflags
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _no_handler(vector: int, error_code: int, address: int) -> bool:

@@ -95,10 +95,15 @@ class Instance:
         """A Python callable of this machine code, to be called after `seal`."""
         return self._code.function(stubs.encode(listing, **self._addresses), result, *arguments)
 
-    def hook(self, kind: int, listing: stubs.Listing, instruction: int = 0, trap: int = 0, **callbacks: Any) -> None:
-        """Have Unicorn call this machine code, which calls the ctypes `callbacks`, at traps of that kind."""
+    def hook(
+        self, kind: int, listing: stubs.Listing, instruction: int = 0, trap: int = 0, at: int = 0, **callbacks: Any
+    ) -> None:
+        """Have Unicorn call this machine code, which calls the ctypes `callbacks`, at traps of that kind.
+
+        `at`: the address that it calls `hook`.
+        """
         addresses = {name: ctypes.cast(callback, c_void_p).value or 0 for name, callback in callbacks.items()}
-        code = self._code.place(stubs.encode(listing, **self._addresses, **addresses, trap=trap))
+        code = self._code.place(stubs.encode(listing, **self._addresses, **addresses, trap=trap, hook=at))
         self._callbacks += callbacks.values()
         handle = c_void_p()
         everywhere = 1, 0

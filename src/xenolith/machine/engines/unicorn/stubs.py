@@ -241,9 +241,9 @@ EXECUTABLE_MAPPED: Final[Listing] = (
     (0xAF, "c3", "ret"),
 )
 
-# Hook UC_HOOK_INTR(uc, vector, user_data): deliver(vector, error code, address), stop if it returns false.  INT n,
-# except INT3 and INTO, is a #GP at the instruction.  old_exception is reset, else the next page fault would be a double
-# fault.
+# Hook UC_HOOK_INTR(uc, vector, user_data): deliver(vector, error code, address, hook), stop if it returns false.
+# INT n, except INT3 and INTO, is a #GP at the instruction.  old_exception is reset, else the next page fault would be a
+# double fault.
 INTERRUPT: Final[Listing] = (
     (0x00, "49 b8 {env}", "mov r8, env"),
     (0x0A, "41 c7 80 {old_exception} ff ff ff ff", "mov dword [r8+old_exception], 0xffffffff"),
@@ -264,18 +264,19 @@ INTERRUPT: Final[Listing] = (
     (0x52, "8d 34 fd 02 00 00 00", "lea esi, [rdi*8+0x2]"),
     (0x59, "bf 0d 00 00 00", "mov edi, 0xd"),
     (0x5E, "48 83 ec 08", "sub rsp, 0x8"),
-    (0x62, "48 b8 {deliver}", "mov rax, deliver"),
-    (0x6C, "83 ff 22", "cmp edi, 0x22"),
-    (0x6F, "75 0a", "jne 0x7b"),
-    (0x71, "48 b8 {deliver_cpuid}", "mov rax, deliver_cpuid"),
-    (0x7B, "ff d0", "call rax"),
-    (0x7D, "84 c0", "test al, al"),
-    (0x7F, "75 16", "jne 0x97"),
-    (0x81, "48 bf {uc}", "mov rdi, uc"),
-    (0x8B, "48 b8 {emu_stop}", "mov rax, emu_stop"),
-    (0x95, "ff d0", "call rax"),
-    (0x97, "48 83 c4 08", "add rsp, 0x8"),
-    (0x9B, "c3", "ret"),
+    (0x62, "48 b9 {hook}", "mov rcx, hook"),
+    (0x6C, "48 b8 {deliver}", "mov rax, deliver"),
+    (0x76, "83 ff 22", "cmp edi, 0x22"),
+    (0x79, "75 0a", "jne 0x85"),
+    (0x7B, "48 b8 {deliver_cpuid}", "mov rax, deliver_cpuid"),
+    (0x85, "ff d0", "call rax"),
+    (0x87, "84 c0", "test al, al"),
+    (0x89, "75 16", "jne 0xa1"),
+    (0x8B, "48 bf {uc}", "mov rdi, uc"),
+    (0x95, "48 b8 {emu_stop}", "mov rax, emu_stop"),
+    (0x9F, "ff d0", "call rax"),
+    (0xA1, "48 83 c4 08", "add rsp, 0x8"),
+    (0xA5, "c3", "ret"),
 )
 
 # Hook UC_HOOK_INSN_INVALID(uc, user_data) -> true (go on): #UD, or INT 6
@@ -311,17 +312,18 @@ SYSTEM_CALL: Final[Listing] = (
     (0x16, "31 f6", "xor esi, esi"),
     (0x18, "31 d2", "xor edx, edx"),
     (0x1A, "48 83 ec 08", "sub rsp, 0x8"),
-    (0x1E, "48 b8 {deliver}", "mov rax, deliver"),
-    (0x28, "ff d0", "call rax"),
-    (0x2A, "49 b8 {env}", "mov r8, env"),
-    (0x34, "4d 29 a8 {eip}", "sub qword [r8+eip], r13"),
-    (0x3B, "84 c0", "test al, al"),
-    (0x3D, "75 16", "jne 0x55"),
-    (0x3F, "48 bf {uc}", "mov rdi, uc"),
-    (0x49, "48 b8 {emu_stop}", "mov rax, emu_stop"),
-    (0x53, "ff d0", "call rax"),
-    (0x55, "48 83 c4 08", "add rsp, 0x8"),
-    (0x59, "c3", "ret"),
+    (0x1E, "48 b9 {hook}", "mov rcx, hook"),
+    (0x28, "48 b8 {deliver}", "mov rax, deliver"),
+    (0x32, "ff d0", "call rax"),
+    (0x34, "49 b8 {env}", "mov r8, env"),
+    (0x3E, "4d 29 a8 {eip}", "sub qword [r8+eip], r13"),
+    (0x45, "84 c0", "test al, al"),
+    (0x47, "75 16", "jne 0x5f"),
+    (0x49, "48 bf {uc}", "mov rdi, uc"),
+    (0x53, "48 b8 {emu_stop}", "mov rax, emu_stop"),
+    (0x5D, "ff d0", "call rax"),
+    (0x5F, "48 83 c4 08", "add rsp, 0x8"),
+    (0x63, "c3", "ret"),
 )
 
 # Hook for instructions that this Unicorn executes at CPL 3 but which must trap (CPUID, IN, OUT): raise a fault, at the

@@ -1,0 +1,96 @@
+"""Ring 0's commonest traps in native code (ring0.c), where there is a compiler: see machine.native.
+
+The C functions do what the Python ones of the same name do, on the same flat state (domain.VcpuFields, DomainFields,
+the frame table, machine memory), and leave everything rare to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from xenolith.abi import errno, hypercalls, layout, x86
+from xenolith.machine import native
+from xenolith.machine.engines import flat, protocol
+
+_log = logging.getLogger(__name__)
+
+_DOMAIN_POINTERS = {
+    "memory_address": "u8 *{}",
+    "m2p_address": "u64 *{}",
+    "owner_address": "u16 *{}",
+    "type_info_address": "u64 *{}",
+    "count_info_address": "u64 *{}",
+    "stamp_address": "u32 *{}",
+}
+_VCPU_POINTERS = {"domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
+
+
+def _declarations() -> str:
+    from xenolith.hypervisor import domain, frames, traps
+
+    return "".join(
+        (
+            native.define(
+                x86,
+                "RAX RCX RDX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_G "
+                "PTE_AVAIL PTE_AVAIL_HIGH PTE_NX EFLAGS_CF EFLAGS_RESERVED_ONE EFLAGS_TF EFLAGS_IF EFLAGS_DF "
+                "EFLAGS_IOPL EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_AC EFLAGS_STATUS EFLAGS_DEFINED VECTOR_PF "
+                "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN",
+            ),
+            native.define(
+                hypercalls,
+                "DOMID_SELF HYPERVISOR_mmu_update HYPERVISOR_stack_switch HYPERVISOR_multicall HYPERVISOR_iret "
+                "HYPERVISOR_update_va_mapping HYPERVISOR_set_segment_base HYPERVISOR_mmuext_op SEGBASE_FS "
+                "SEGBASE_GS_USER SEGBASE_GS_KERNEL VGCF_in_syscall MMU_MACHPHYS_UPDATE MMU_PT_UPDATE_PRESERVE_AD "
+                "MMU_PT_UPDATE_NO_TRANSLATE MMU_UPDATE_PREEMPTED UVMF_FLUSHTYPE_MASK UVMF_TLB_FLUSH UVMF_INVLPG "
+                "UVMF_ALL MMUEXT_PIN_L1_TABLE MMUEXT_PIN_L4_TABLE MMUEXT_UNPIN_TABLE MMUEXT_NEW_BASEPTR "
+                "MMUEXT_NEW_USER_BASEPTR MMUEXT_TLB_FLUSH_LOCAL MMUEXT_INVLPG_LOCAL MMUEXT_TLB_FLUSH_MULTI "
+                "MMUEXT_INVLPG_MULTI VMASST_TYPE_writable_pagetables",
+            ),
+            native.define(
+                layout,
+                "XEN_FIRST_SLOT XEN_LAST_SLOT HYPERVISOR_VIRT_START HYPERVISOR_VIRT_END FLAT_RING3_CS64 "
+                "FLAT_RING3_SS64 VCPU_INFO_ARCH_CR2 TRAP_INFO_MASK_EVENTS",
+            ),
+            native.define(
+                frames,
+                "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
+            ),
+            native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE"),
+            native.define(protocol, "TRAP_SYSCALL"),
+            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK"),
+            native.define(errno, "EFAULT"),
+            native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
+            native.declare("engine_calls", flat.EngineCalls, flat.CALLS_IN_C),
+            native.declare("vcpu", domain.VcpuFields, _VCPU_POINTERS),
+        )
+    )
+
+
+@functools.cache
+def _library() -> ctypes.PyDLL | None:
+    try:
+        return native.load(Path(__file__).with_name("ring0.c"), _declarations())
+    except native.Missing as missing:
+        _log.info("no native trap handlers: %s", missing)
+        return None
+
+
+def handler_address() -> int:
+    """Of the native trap handler, see ModeFields.native_handler; 0: there is none."""
+    library = _library()
+    return ctypes.cast(library.handle_trap, ctypes.c_void_p).value or 0 if library else 0
+
+
+def lock_taker() -> Callable[[int], None] | None:
+    """A function that takes the lock word at this address; None without native code."""
+    library = _library()
+    if library is None:
+        return None
+    take: Callable[[int], None] = library["take_lock"]
+    take.argtypes, take.restype = (ctypes.c_uint64,), None  # type: ignore[attr-defined]
+    return take

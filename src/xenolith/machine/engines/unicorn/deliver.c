@@ -1,0 +1,24 @@
+/* Between Unicorn's hooks and the trap handlers: a trap goes to the vCPU's native handler first, and to Python if that
+   leaves it.  Called by stubs.INTERRUPT and stubs.SYSTEM_CALL. */
+
+static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
+{
+    if (hook->vcpu) {
+        int answer = hook->handler(hook->vcpu, vector, error_code, address);
+        if (answer == LOOK)
+            return python(TRAP_NOTHING, 0, 0);
+        if (answer != NOT_HANDLED)
+            return answer;
+    }
+    return python(vector, error_code, address);
+}
+
+bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hook)
+{
+    return deliver(vector, error_code, address, hook, hook->interrupt);
+}
+
+bool deliver_system_call(u32 vector, u64 error_code, u64 address, struct hook *hook)
+{
+    return deliver(vector, error_code, address, hook, hook->system_call);
+}

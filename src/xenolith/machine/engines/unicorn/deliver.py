@@ -1,0 +1,50 @@
+"""How a trap finds its handler: the vCPU's native one first where there is native code (deliver.c), else Python's."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_uint64
+from pathlib import Path
+from typing import ClassVar
+
+from xenolith.machine import native
+from xenolith.machine.engines import flat, protocol
+from xenolith.machine.native import Fields
+
+
+class Hook(ctypes.Structure):
+    """What Unicorn's hooks know of the vCPU that runs. All are addresses."""
+
+    handler: int  # its native trap handler, see flat.ModeFields
+    vcpu: int  # 0: Python handles its traps
+    interrupt: int  # Python's handler, of all traps but system calls
+    system_call: int
+
+    _fields_: ClassVar[Fields] = (
+        ("handler", c_uint64),
+        ("vcpu", c_uint64),
+        ("interrupt", c_uint64),
+        ("system_call", c_uint64),
+    )
+
+
+_IN_C = {
+    "handler": "int (*{})(u64 vcpu, u32 vector, u64 error_code, u64 address)",
+    "interrupt": "bool (*{})(u32 vector, u64 error_code, u64 address)",
+    "system_call": "bool (*{})(u32 vector, u64 error_code, u64 address)",
+}
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """deliver.c; None where there is no native code."""
+    declarations = (
+        native.define(flat, "NOT_HANDLED LOOK")
+        + native.define(protocol, "TRAP_NOTHING")
+        + native.declare("hook", Hook, _IN_C)
+    )
+    try:
+        return native.load(Path(__file__).with_name("deliver.c"), declarations)
+    except native.Missing:
+        return None
