@@ -18,7 +18,7 @@ PROGRAM = """
 import sys
 from xenolith.machine.engines import adaptive
 
-TRAPS_BETWEEN_MOVES = 40
+TRAPS_BETWEEN_MOVES = adaptive.NATIVE_WINDOW = 40
 
 class MovedCpu(adaptive.AdaptiveCpu):
     def __init__(self, engine, policy):
@@ -29,7 +29,7 @@ class MovedCpu(adaptive.AdaptiveCpu):
     def run(self, on_trap):
         def moving(vector, error_code, address):
             self.seen += 1
-            if not self.seen % TRAPS_BETWEEN_MOVES:
+            if not self.seen % TRAPS_BETWEEN_MOVES or self._window_is_over():
                 self.request_move("kvm" if self.running_on == "unicorn" else "unicorn")
             return on_trap(vector, error_code, address)
         super().run(moving)

@@ -24,7 +24,7 @@ from xenolith.hypervisor.console_io import EmergencyConsole
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.time import Timer, VcpuTimers
-from xenolith.machine.engines.flat import FLAT_PAIRS, ModeFields
+from xenolith.machine.engines.flat import FLAT_PAIRS, UNLIMITED, ModeFields
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 from xenolith.machine.native import Fields
 
@@ -73,6 +73,7 @@ class Vcpu(VcpuFields):
         self.vcpu_id = vcpu_id
         self.address = ctypes.addressof(self)
         self.native_handler = ring0.handler_address()
+        self.native_budget = UNLIMITED
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
         self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise

@@ -951,11 +951,13 @@ void take_lock(u32 *word)
 int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
     struct domain *d = v->domain_address;
-    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF) || !v->calls || d->python_only || !try_lock(&d->lock_word))
+    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF) || !v->calls || d->python_only || !v->native_budget
+        || !try_lock(&d->lock_word))
         return NOT_HANDLED;
     int answer = NOT_HANDLED;
     if (handle(v, vector, error_code, address)) {
         const u8 *info = (u8 *)words(d) + v->info;
+        v->native_budget--;
         answer = v->may_run ? GO_ON : LEAVE;
         if (info[UPCALL_PENDING] && !info[UPCALL_MASK]) {
             if (bounce(v, v->event_callback, false, 0, true))

@@ -25,8 +25,10 @@ What has to stay exact:
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Final
 
@@ -48,7 +50,10 @@ from xenolith.abi.x86 import (
     VECTOR_NM,
     VECTOR_UD,
 )
+from xenolith.machine import native
 from xenolith.machine.engines import extended
+from xenolith.machine.engines.extended_native import NativeExtended
+from xenolith.machine.engines.flat import UNLIMITED, EngineCalls
 from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
@@ -79,8 +84,10 @@ POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
-WINDOW: Final = 64  # traps after which the policy is asked again
+WINDOW: Final = 64  # traps after which the policy is asked again ...
+NATIVE_WINDOW: Final = 256  # ... or so many that native code handles
 DECODED: Final = 256  # instructions kept decoded
+PATIENT_WINDOWS: Final = 4
 QUIET_NS: Final = 2_000_000  # or CPU time
 
 # Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
@@ -144,7 +151,6 @@ class AdaptiveCpu:
     switch_mode: Callable[[int, bool], None]
     flush_tlb: Callable[[], None]
     flush_page: Callable[[int], None]
-    calls = 0
 
     def __init__(self, engine: AdaptiveEngine, policy: str) -> None:
         self._engine = engine
@@ -156,20 +162,26 @@ class AdaptiveCpu:
         self._task_switched = False
         self._dr7 = 0
         self._gdt = self._ldt = (0, 0)  # linear address and limit
-        self._active: Cpu = self._kvm
-        self._target: Cpu | None = None  # where to go on
+        self._active: UnicornCpu | KvmCpu = self._kvm
+        self._target: UnicornCpu | KvmCpu | None = None  # where to go on
         self._requested: str | None = None
         self._leave = False
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
         self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
         self._modes: GuestModes | None = None
+        self._calls = EngineCalls()  # those of the engine where it is
+        self.calls = 0  # KVM has to be told of entries that change
+        self._native_extended: NativeExtended | None = None
+        with suppress(native.Missing):
+            self._native_extended = NativeExtended(self._unicorn, self._memory, self._components)
         self.moves = 0
         self.policy = policy
         self._placement = Placement(engine.kvm.traits.exit_cost_ns)
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._window_start = 0
+        self._held = 0  # windows for which it has stayed on KVM for its vector registers' sake
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
     @property
@@ -198,6 +210,8 @@ class AdaptiveCpu:
     def follow(self, modes: GuestModes) -> None:
         self._modes = modes
         self._kvm.follow(modes)
+        self._unicorn.follow(modes)
+        self._start_window()
 
     def set_segment(self, segment: int, selector: int) -> None:
         self._active.set_segment(segment, selector)
@@ -220,6 +234,7 @@ class AdaptiveCpu:
 
     def set_xcr0(self, value: int) -> None:
         self._state.xcr0 = value
+        self._prepare_extended()
         if self._active is self._kvm:
             self._kvm.set_xcr0(value)
 
@@ -265,7 +280,7 @@ class AdaptiveCpu:
             if not on_trap(vector, error_code, address):
                 self._leave = True
             self._traps += 1
-            if self._requested is not None or self._traps >= WINDOW or self._only_unicorn_can():
+            if self._requested is not None or self._window_is_over() or self._only_unicorn_can():
                 self._look_around()
             return not self._leave and self._target is None
 
@@ -286,7 +301,7 @@ class AdaptiveCpu:
                 self._leave = True
             self._traps += 1
             self._since_need += 1
-            if self._requested is not None or not self._traps % AFTER_NEED:
+            if self._requested is not None or not self._traps % AFTER_NEED or self._window_is_over():
                 self._look_around()
             return not self._leave and self._target is None
 
@@ -300,6 +315,7 @@ class AdaptiveCpu:
         self._borrow = False
         instruction = self._instruction()
         self._transfer(self._kvm)
+        self._grant(0)
         single_steps = self.get_rflags() & EFLAGS_TF
 
         def stepped(vector: int, error_code: int, address: int) -> bool:
@@ -436,7 +452,7 @@ class AdaptiveCpu:
         requested, self._requested = self._requested, None
         here = self._active
         if not self._engine.may_move:
-            wanted: Cpu = self._kvm
+            wanted: UnicornCpu | KvmCpu = self._kvm
         elif self._only_unicorn_can():
             self._since_need = 0
             wanted = self._unicorn
@@ -453,24 +469,49 @@ class AdaptiveCpu:
             wanted = here
         self._target = wanted if wanted is not here else None
 
-    def _by_measurement(self) -> Cpu:
+    def _by_measurement(self) -> UnicornCpu | KvmCpu:
         """Ask the policy, once a window of traps or of time."""
         here = self._active
         elapsed = time.thread_time_ns() - self._window_start
-        traps = self._traps
-        if traps < WINDOW and elapsed < QUIET_NS:
+        if not self._window_is_over() and elapsed < QUIET_NS:
             return here
+        native_traps = self._native_traps()
+        traps = self._traps + native_traps
         syscalls = self._count_syscalls() - self._syscalls
         self._start_window()
-        if not self._placement.spent(self.running_on, traps, elapsed, syscalls):
+        if not self._placement.spent(self.running_on, traps, elapsed, syscalls, native_traps):
             return here
         if here is self._unicorn:
             return self._kvm
-        # In the middle of a function that uses wide vectors, the rest of it had better run here too.
-        return here if extended.in_use(self._kvm.extended_image(), self._components) else self._unicorn
+        # In the middle of a function that uses wide vectors, the rest of it had better run here too.  But EVEX-encoded
+        # code leaves registers 16 to 31 in use for the rest of its program's life.
+        self._held += 1
+        if self._held <= PATIENT_WINDOWS and extended.in_use(self._kvm.extended_image(), self._components):
+            return here
+        return self._unicorn
+
+    def _grant(self, traps: int) -> None:
+        if self._modes is not None:
+            self._modes.native_budget = traps
+
+    def _native_traps(self) -> int:
+        """Those of this window that Python has not seen."""
+        return self._granted - self._modes.native_budget if self._modes is not None else 0
+
+    def _window_is_over(self) -> bool:
+        """Whether it has had as many traps as it may have."""
+        return self._traps >= WINDOW or (self._granted > 0 and self._native_traps() == self._granted)
 
     def _start_window(self) -> None:
+        """Native code may handle so many traps until the policy is asked again.
+
+        None on Unicorn where the policy is to leave it after some traps.
+        """
         self._traps = 0
+        self._granted = NATIVE_WINDOW
+        if self.policy == POLICY_KVM:
+            self._granted = UNLIMITED if self._active is self._kvm else 0
+        self._grant(self._granted)
         self._syscalls = self._count_syscalls()
         self._window_start = time.thread_time_ns()
 
@@ -485,6 +526,7 @@ class AdaptiveCpu:
         target, self._target = self._target, None
         assert target is not None
         self._placement.left(self.running_on)
+        self._held = 0
         if target is self._kvm:
             self._check_code()
         self._transfer(target)
@@ -492,7 +534,7 @@ class AdaptiveCpu:
             self._check_code()
         self.moves += 1
 
-    def _transfer(self, target: Cpu) -> None:
+    def _transfer(self, target: UnicornCpu | KvmCpu) -> None:
         """Store the state from one engine and load it into the other."""
         self._target = None
         state = self._state
@@ -519,6 +561,7 @@ class AdaptiveCpu:
             check(mfn)
 
     def _prepare_active(self) -> None:
+        self._prepare_extended()
         if self._active is self._unicorn:
             self._unicorn.flush_tlb()
             if self._engine.xcr0_mask & ~BOTH_HAVE:
@@ -527,9 +570,20 @@ class AdaptiveCpu:
         else:
             self._kvm.flush_tlb()
 
-    def _go_to(self, target: Cpu) -> None:
+    def _prepare_extended(self) -> None:
+        """Have native code execute XSAVE and its kin while the vCPU is on Unicorn."""
+        native_extended = self._native_extended
+        if native_extended is not None:
+            if self._active is self._unicorn and self._engine.xcr0_mask & ~BOTH_HAVE:
+                native_extended.use(self._state.xsave, self._state.xcr0)
+            else:
+                native_extended.rest()
+
+    def _go_to(self, target: UnicornCpu | KvmCpu) -> None:
         """Make an engine the one that all calls go to."""
         self._active = target
+        if target.calls:
+            ctypes.memmove(ctypes.addressof(self._calls), target.calls, ctypes.sizeof(EngineCalls))
         self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page

@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 from xenolith.machine.native import Fields
 
 FLAT_PAIRS: Final = 8
+UNLIMITED: Final = (1 << 64) - 1
 
 # What the native trap handler of a vCPU answers, see ModeFields.native_handler.
 LEAVE: Final = 0  # handled: leave the guest
@@ -43,6 +44,7 @@ class ModeFields(ctypes.Structure):
     To be called in place of the Python handler, on the same thread, with or without Python's lock; it answers LEAVE,
     GO_ON, NOT_HANDLED or LOOK.
     """
+    native_budget: int  # traps that it may still handle; then they are Python's, until there is a new one
 
     _fields_: ClassVar[Fields] = (
         ("kernel_l4", c_uint64),
@@ -55,6 +57,7 @@ class ModeFields(ctypes.Structure):
         ("timer_look", c_uint64),
         ("untrapped_syscalls", c_uint64),
         ("native_handler", c_uint64),
+        ("native_budget", c_uint64),
         ("flat_pairs", c_uint32 * FLAT_PAIRS),  # cs << 16 | ss of selectors known to be 64-bit flat, 0: none
         ("vcpu_id", c_uint32),
         ("kernel_mode", c_bool),

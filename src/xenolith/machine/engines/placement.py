@@ -16,6 +16,7 @@ from typing import Final
 
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
 HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
+NATIVE_NS: Final = 700  # that of native code
 SYSCALL_NS: Final = 25_000  # what a system call and the return from it cost more on KVM, by its fast path
 DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably better
 SPARSE: Final = 8  # likewise: KVM certainly is
@@ -34,16 +35,17 @@ class Placement:
         self._regret = 0
         self._lost = 0  # over the whole stay; less than 0: it was worth it
 
-    def spent(self, engine: str, traps: int, elapsed_ns: int, syscalls: int = 0) -> bool:
+    def spent(self, engine: str, traps: int, elapsed_ns: int, syscalls: int = 0, native: int = 0) -> bool:
         """Account for CPU time on the engine where the vCPU is, with that many traps. True: it should move.
 
         `syscalls`: how many system calls there were, which KVM's fast path carries out without a trap, on Unicorn with
-        two.  0 without a fast path.
+        two.  0 without a fast path.  `native`: how many of the traps native code has handled.
         """
+        handlers = native * NATIVE_NS + (traps - native) * HANDLER_NS
         if engine == "kvm":
-            lost = self._lost_on_kvm(traps, syscalls, elapsed_ns)
+            lost = self._lost_on_kvm(traps, syscalls, elapsed_ns, handlers)
         else:
-            lost = self._lost_on_unicorn(traps, syscalls, elapsed_ns)
+            lost = self._lost_on_unicorn(traps, syscalls, elapsed_ns, handlers)
         self._lost += lost
         self._regret = max(self._regret + lost, 0)
         return self._regret >= self.patience[engine]
@@ -59,14 +61,14 @@ class Placement:
                 self.patience[engine] = LEAST_PATIENCE
         self._regret = self._lost = 0
 
-    def _lost_on_unicorn(self, traps: int, syscalls: int, elapsed_ns: int) -> int:
-        code = max(elapsed_ns - traps * HANDLER_NS, 0)
+    def _lost_on_unicorn(self, traps: int, syscalls: int, elapsed_ns: int, handlers_ns: int) -> int:
+        code = max(elapsed_ns - handlers_ns, 0)
         exits = max(traps - 2 * syscalls, 0)
         return code - code // SLOWDOWN - exits * self._exit_cost - syscalls * SYSCALL_NS
 
-    def _lost_on_kvm(self, traps: int, syscalls: int, elapsed_ns: int) -> int:
+    def _lost_on_kvm(self, traps: int, syscalls: int, elapsed_ns: int, handlers_ns: int) -> int:
         switching = traps * self._exit_cost + syscalls * SYSCALL_NS
-        least = switching + (traps + 2 * syscalls) * HANDLER_NS
+        least = switching + handlers_ns
         if elapsed_ns < DENSE * least:
             return switching
         if elapsed_ns < SPARSE * least:

@@ -83,6 +83,7 @@ class GuestModes(Protocol):
     timer_look: int  # until then (ns since boot) it may keep a singleshot timer of that time to itself; 0: none
     flat_selectors: set[tuple[int, int]]
     native_handler: int  # see flat.ModeFields; 0: none
+    native_budget: int
 
     @property
     def address(self) -> int:

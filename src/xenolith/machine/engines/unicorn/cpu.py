@@ -279,6 +279,24 @@ class UnicornCpu:
         if self._inside:
             self._lib.emu_stop(self._instance.uc)
 
+    def carry_out_extended(self, extended: int, carry_out: int) -> None:
+        """Call this function with this argument at undefined opcodes; it tells whether that was an instruction of its."""
+        self._hook.extended, self._hook.carry_out = extended, carry_out
+
+    @property
+    def extended_calls(self) -> dict[str, Any]:
+        """Functions for that: what QEMU derives from FCW and MXCSR, and `code_written`."""
+        return {
+            "update_fp_status": self._lib.update_fp_status,
+            "update_mxcsr_status": self._lib.update_mxcsr_status,
+            "code_written": self.code_written,
+        }
+
+    @property
+    def env(self) -> int:
+        """Address of CPUX86State."""
+        return self._instance.env
+
     def frames_with_code(self) -> list[int]:
         """MFNs of the frames of which there may be translated blocks."""
         return self._instance.frames_with_code()
@@ -337,13 +355,14 @@ class UnicornCpu:
         hook = partial(self._instance.hook, at=ctypes.addressof(self._hook))
         callback: Any = library.TrapCallback(system_call)
         interrupt_callback: Any = library.TrapCallback(interrupt)
-        self._hook.system_call, self._hook.interrupt = _address(callback), _address(interrupt_callback)
+        invalid_callback: Any = library.TrapCallback(invalid)
+        cpuid_callback = library.TrapCallback(cpuid)
+        self._python_callbacks = callback, interrupt_callback, invalid_callback
+        self._hook.system_call, self._hook.interrupt, self._hook.invalid = map(_address, self._python_callbacks)
         native = deliver_library()
         if native is not None:
-            self._python_callbacks = callback, interrupt_callback
             callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
-        invalid_callback = library.TrapCallback(invalid)
-        cpuid_callback = library.TrapCallback(cpuid)
+            invalid_callback = native.deliver_invalid
         hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
         hook(library.UC_HOOK_INSN_INVALID, stubs.INVALID, deliver_invalid=invalid_callback)
         for instruction, trap in (

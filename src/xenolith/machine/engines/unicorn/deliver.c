@@ -1,5 +1,5 @@
 /* Between Unicorn's hooks and the trap handlers: a trap goes to the vCPU's native handler first, and to Python if that
-   leaves it.  Called by stubs.INTERRUPT and stubs.SYSTEM_CALL. */
+   leaves it.  Called by stubs.INTERRUPT, INVALID and SYSTEM_CALL. */
 
 static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
 {
@@ -16,6 +16,14 @@ static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, 
 bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
     return deliver(vector, error_code, address, hook, hook->interrupt);
+}
+
+/* An undefined opcode may be one that is carried out here: see extended.c. */
+bool deliver_invalid(u32 vector, u64 error_code, u64 address, struct hook *hook)
+{
+    if (hook->extended && vector == VECTOR_UD && hook->carry_out(hook->extended))
+        return true;
+    return hook->invalid(vector, error_code, address);
 }
 
 bool deliver_system_call(u32 vector, u64 error_code, u64 address, struct hook *hook)

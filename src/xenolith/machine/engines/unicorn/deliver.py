@@ -8,6 +8,7 @@ from ctypes import c_uint64
 from pathlib import Path
 from typing import ClassVar
 
+from xenolith.abi import x86
 from xenolith.machine import native
 from xenolith.machine.engines import flat, protocol
 from xenolith.machine.native import Fields
@@ -20,12 +21,18 @@ class Hook(ctypes.Structure):
     vcpu: int  # 0: Python handles its traps
     interrupt: int  # Python's handler, of all traps but system calls
     system_call: int
+    invalid: int
+    extended: int  # what `carry_out` needs to execute XSAVE and its kin; 0: they are undefined
+    carry_out: int
 
     _fields_: ClassVar[Fields] = (
         ("handler", c_uint64),
         ("vcpu", c_uint64),
         ("interrupt", c_uint64),
         ("system_call", c_uint64),
+        ("invalid", c_uint64),
+        ("extended", c_uint64),
+        ("carry_out", c_uint64),
     )
 
 
@@ -33,6 +40,8 @@ _IN_C = {
     "handler": "int (*{})(u64 vcpu, u32 vector, u64 error_code, u64 address)",
     "interrupt": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "system_call": "bool (*{})(u32 vector, u64 error_code, u64 address)",
+    "invalid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
+    "carry_out": "bool (*{})(u64 extended)",
 }
 
 
@@ -42,6 +51,7 @@ def library() -> ctypes.PyDLL | None:
     declarations = (
         native.define(flat, "NOT_HANDLED LOOK")
         + native.define(protocol, "TRAP_NOTHING")
+        + native.define(x86, "VECTOR_UD")
         + native.declare("hook", Hook, _IN_C)
     )
     try:

@@ -1,0 +1,315 @@
+/* XSAVE64, XSAVEOPT64, XSAVEC64 and XRSTOR64 on Unicorn, as extended.py has them, which is the reference: false, with
+   nothing changed, leaves an instruction to that.  x87 and SSE state is QEMU's own, in `env`; the other components are
+   in `image`, in the standard format. */
+
+#define X87 1
+#define SSE 2
+#define AVX 4
+#define HEADER 512
+#define EXTENDED 576
+#define ST 32
+#define XMM_PLACE 160
+#define COMPACTED (1ull << 63)
+#define MXCSR_DEFINED 0xffff
+#define MASK_FRAME 0x000ffffffffff000ull
+#define LOADABLE (PTE_P | PTE_US | PTE_A)
+#define STORABLE (LOADABLE | PTE_RW)
+
+struct area { /* the memory operand, in the frames that it lies in */
+    u8 *pages[4];
+    u64 frames[4];
+    unsigned offset, size, count;
+};
+
+static u64 load(const u8 *at)
+{
+    u64 value;
+    __builtin_memcpy(&value, at, 8);
+    return value;
+}
+
+static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
+{
+    u64 table = load(x->env + CR + 24) & MASK_FRAME, entry = 0;
+    if (va + (1ull << 47) >= 1ull << 48)
+        return 0;
+    for (int shift = 39; shift >= 12; shift -= 9) {
+        if (table >= x->memory_size)
+            return 0;
+        entry = ((volatile u64 *)(x->memory + table))[va >> shift & 511];
+        if ((entry & needed) != needed || (shift != 12 && shift != 39 && entry & PTE_PSE))
+            return 0;
+        table = entry & MASK_FRAME;
+    }
+    return table < x->memory_size && (entry & needed_of_leaf) == needed_of_leaf ? table : 0;
+}
+
+/* Frames of the first `size` bytes at `va`, which code at CPL 3 could read (and write) without a change to its tables. */
+static bool find(struct extended *x, struct area *area, u64 va, unsigned size, bool writable)
+{
+    area->offset = va & 0xfff;
+    area->size = size;
+    area->count = 0;
+    if (va & 63 || area->offset + size > sizeof area->pages / sizeof *area->pages * 0x1000)
+        return false;
+    for (u64 page = va & ~0xfffull; page < va + size; page += 0x1000) {
+        u64 frame = walk(x, page, writable ? STORABLE : LOADABLE, writable ? PTE_D : 0);
+        if (!frame)
+            return false;
+        area->frames[area->count] = frame >> 12;
+        area->pages[area->count++] = x->memory + frame;
+    }
+    return true;
+}
+
+static void copy(struct area *area, unsigned at, void *data, unsigned size, bool out)
+{
+    u8 *bytes = data;
+    while (size) {
+        unsigned place = area->offset + at, here = 0x1000 - (place & 0xfff);
+        u8 *page = area->pages[place >> 12] + (place & 0xfff);
+        if (here > size)
+            here = size;
+        if (out)
+            __builtin_memcpy(page, bytes, here);
+        else
+            __builtin_memcpy(bytes, page, here);
+        at += here;
+        bytes += here;
+        size -= here;
+    }
+}
+
+static void put(struct area *area, unsigned at, const void *data, unsigned size)
+{
+    copy(area, at, (void *)data, size, true);
+}
+
+static void get(struct area *area, unsigned at, void *data, unsigned size)
+{
+    copy(area, at, data, size, false);
+}
+
+/* Where a component lies in an image that holds those of `present`; *end grows to behind it. */
+static unsigned place(struct extended *x, unsigned i, bool compacted, unsigned *end)
+{
+    unsigned start = x->start[i];
+    if (compacted)
+        start = x->aligned[i] ? (*end + 63) & ~63u : *end;
+    if (start + x->size[i] > *end)
+        *end = start + x->size[i];
+    return start;
+}
+
+static unsigned end_of(struct extended *x, u64 present, bool compacted)
+{
+    unsigned end = EXTENDED;
+    for (unsigned i = 0; i < x->components; i++)
+        if (present >> x->number[i] & 1)
+            place(x, i, compacted, &end);
+    return end;
+}
+
+/* --- x87 and SSE, between QEMU's form and an image's first 416 bytes: unicorn/xsave.py ---------------- */
+
+static void store_legacy(struct extended *x, u8 *image)
+{
+    u8 *env = x->env;
+    unsigned top = env[FPSTT] & 7, tags = 0;
+    u16 status, control;
+    __builtin_memcpy(&status, env + FPUS, 2);
+    __builtin_memcpy(&control, env + FPUC, 2);
+    status = (status & ~(7 << 11)) | top << 11;
+    for (unsigned i = 0; i < 8; i++)
+        tags |= (unsigned)!env[FPTAGS + i] << i;
+    __builtin_memset(image, 0, 416);
+    __builtin_memcpy(image, &control, 2);
+    __builtin_memcpy(image + 2, &status, 2);
+    image[4] = tags;
+    __builtin_memcpy(image + 8, env + FPIP, 8);
+    __builtin_memcpy(image + 16, env + FPDP, 8);
+    __builtin_memcpy(image + 24, env + MXCSR, 4);
+    image[28] = image[29] = 0xff; /* MXCSR_MASK */
+    for (unsigned i = 0; i < 8; i++)
+        __builtin_memcpy(image + ST + 16 * i, env + FPREGS + 16 * ((top + i) & 7), 10);
+    for (unsigned i = 0; i < 16; i++)
+        __builtin_memcpy(image + XMM_PLACE + 16 * i, env + XMM + XMM_STRIDE * i, 16);
+}
+
+static void load_x87(struct extended *x, const u8 *image)
+{
+    static const u8 initial[EXTENDED] = {0x7f, 0x03};
+    u8 *env = x->env;
+    u16 status;
+    if (!image)
+        image = initial;
+    __builtin_memcpy(&status, image + 2, 2);
+    u32 top = status >> 11 & 7;
+    status &= ~(7 << 11);
+    __builtin_memcpy(env + FPSTT, &top, 4);
+    __builtin_memcpy(env + FPUS, &status, 2);
+    __builtin_memcpy(env + FPUC, image, 2);
+    __builtin_memcpy(env + FPIP, image + 8, 8);
+    __builtin_memcpy(env + FPDP, image + 16, 8);
+    for (unsigned i = 0; i < 8; i++) {
+        u8 *physical = env + FPREGS + 16 * ((top + i) & 7);
+        env[FPTAGS + i] = !(image[4] >> i & 1);
+        __builtin_memset(physical, 0, 16);
+        __builtin_memcpy(physical, image + ST + 16 * i, 10);
+    }
+}
+
+static void load_sse(struct extended *x, const u8 *image)
+{
+    for (unsigned i = 0; i < 16; i++) {
+        u8 *xmm = x->env + XMM + XMM_STRIDE * i;
+        __builtin_memset(xmm, 0, XMM_STRIDE);
+        if (image)
+            __builtin_memcpy(xmm, image + XMM_PLACE + 16 * i, 16);
+    }
+}
+
+/* --- the instructions --------------------------------------------------------------------------------- */
+
+static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
+{
+    u64 used = (load(x->image + HEADER) & ~(u64)(X87 | SSE)) | X87 | SSE, stored = compacted ? requested & used : requested;
+    unsigned end = EXTENDED;
+    struct area area;
+    u8 legacy[416];
+    u64 header[2];
+    if (!find(x, &area, va, end_of(x, requested, compacted), true))
+        return false;
+    store_legacy(x, legacy);
+    if (stored & X87) {
+        put(&area, 0, legacy, 24);
+        put(&area, ST, legacy + ST, 128);
+    }
+    if (stored & SSE)
+        put(&area, XMM_PLACE, legacy + XMM_PLACE, 256);
+    if (requested & (compacted ? SSE : SSE | AVX))
+        put(&area, 24, legacy + 24, 8);
+    for (unsigned i = 0; i < x->components; i++) {
+        static const u8 zeros[64];
+        u64 bit = 1ull << x->number[i];
+        if (!(requested & bit))
+            continue;
+        unsigned start = place(x, i, compacted, &end);
+        if (!(stored & bit))
+            continue;
+        if (used & bit)
+            put(&area, start, x->image + x->start[i], x->size[i]);
+        else
+            for (unsigned done = 0; done < x->size[i]; done += 64)
+                put(&area, start + done, zeros, x->size[i] - done < 64 ? x->size[i] - done : 64);
+    }
+    get(&area, HEADER, header, 16);
+    if (compacted) {
+        header[0] = stored;
+        header[1] = COMPACTED | requested;
+    } else
+        header[0] = (header[0] & ~requested) | (requested & used);
+    put(&area, HEADER, header, 16);
+    for (unsigned i = 0; i < area.count; i++)
+        x->code_written(area.frames[i]);
+    return true;
+}
+
+static bool restore(struct extended *x, u64 va, u64 requested)
+{
+    struct area area;
+    u64 header[8], given, layout, before = load(x->image + HEADER);
+    unsigned end = EXTENDED;
+    u8 legacy[416];
+    u32 mxcsr;
+    if (!find(x, &area, va, EXTENDED, false))
+        return false;
+    get(&area, HEADER, header, 64);
+    given = header[0];
+    layout = header[1] & ~COMPACTED;
+    bool compacted = header[1] & COMPACTED;
+    for (unsigned i = 2; i < 8; i++)
+        if (header[i])
+            return false;
+    if (given & ~(compacted ? layout : x->xcr0) || layout & ~x->xcr0 || (layout && !compacted))
+        return false;
+    u64 present = compacted ? layout : requested;
+    if (!find(x, &area, va, end_of(x, present, compacted), false))
+        return false;
+    for (unsigned i = 0; i < x->components; i++) {
+        u64 bit = 1ull << x->number[i], word;
+        if (!(present & bit))
+            continue;
+        unsigned start = place(x, i, compacted, &end);
+        if (!(requested & given & bit))
+            continue;
+        for (unsigned done = 0; done < x->size[i]; done += 8) {
+            word = 0;
+            get(&area, start + done, &word, x->size[i] - done < 8 ? x->size[i] - done : 8);
+            if (word)
+                return false; /* in the middle of something with wide vectors */
+        }
+    }
+    get(&area, 0, legacy, sizeof legacy);
+    __builtin_memcpy(&mxcsr, legacy + 24, 4);
+    bool loads_mxcsr = compacted ? requested & given & SSE : requested & (SSE | AVX);
+    if (loads_mxcsr && mxcsr & ~MXCSR_DEFINED)
+        return false;
+    if (requested & X87) {
+        load_x87(x, given & X87 ? legacy : NULL);
+        x->update_fp_status(x->env);
+    }
+    if (requested & SSE)
+        load_sse(x, given & SSE ? legacy : NULL);
+    if (loads_mxcsr || requested & SSE) {
+        mxcsr = loads_mxcsr ? mxcsr : 0x1f80;
+        __builtin_memcpy(x->env + MXCSR, &mxcsr, 4);
+        x->update_mxcsr_status(x->env);
+    }
+    before = (before & ~requested) | X87 | SSE;
+    __builtin_memcpy(x->image + HEADER, &before, 8);
+    return true;
+}
+
+/* The instruction at RIP, if it is one of these, in 64-bit code, with an operand that is a register's address, plain or
+   with a displacement. */
+bool carry_out(struct extended *x)
+{
+    u64 *regs = (u64 *)x->env, rip = regs[RIP];
+    u32 hflags;
+    u8 code[9];
+    __builtin_memcpy(&hflags, x->env + HFLAGS, 4);
+    if (hflags & HF_TS || !(hflags & HF_CS64) || (rip & 0xfff) > 0x1000 - sizeof code)
+        return false;
+    u64 frame = walk(x, rip, PTE_P | PTE_US, 0);
+    if (!frame)
+        return false;
+    __builtin_memcpy(code, x->memory + frame + (rip & 0xfff), sizeof code);
+    u8 operation = code[3] >> 3 & 7, mod = code[3] >> 6, rm = code[3] & 7;
+    if ((code[0] != 0x48 && code[0] != 0x49) || code[1] != 0x0f || mod == 3 || rm == 4 || (mod == 0 && rm == 5))
+        return false;
+    u64 va = regs[rm | (code[0] & 1) << 3];
+    unsigned length = 4;
+    if (mod == 1) {
+        va += (int8_t)code[4];
+        length = 5;
+    } else if (mod == 2) {
+        int32_t displacement;
+        __builtin_memcpy(&displacement, code + 4, 4);
+        va += (i64)displacement;
+        length = 8;
+    }
+    u64 requested = (regs[RDX] << 32 | (regs[RAX] & 0xffffffff)) & x->xcr0;
+    bool done = false;
+    if (code[2] == 0xc7 && operation == 4)
+        done = save(x, va, requested, true);
+    else if (code[2] == 0xae && (operation == 4 || operation == 6))
+        done = save(x, va, requested, false);
+    else if (code[2] == 0xae && operation == 5)
+        done = restore(x, va, requested);
+    if (done) {
+        regs[RIP] = rip + length;
+        x->handled++;
+    }
+    return done;
+}

@@ -1,0 +1,90 @@
+"""The instructions of extended.py in native code (extended.c), where there is a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_uint8, c_uint32, c_uint64
+from pathlib import Path
+from typing import ClassVar, Final
+
+from xenolith.abi import x86
+from xenolith.machine import native
+from xenolith.machine.engines import extended
+from xenolith.machine.engines.unicorn import layout
+from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.memory import MachineMemory
+from xenolith.machine.native import Fields
+
+MOST_COMPONENTS: Final = 16
+
+
+class Extended(ctypes.Structure):
+    """What extended.c works on; `image` is that of the components that Unicorn has not."""
+
+    handled: int  # instructions carried out
+
+    _fields_: ClassVar[Fields] = (
+        ("env", c_uint64),
+        ("image", c_uint64),
+        ("memory", c_uint64),
+        ("memory_size", c_uint64),
+        ("xcr0", c_uint64),
+        ("handled", c_uint64),
+        ("update_fp_status", c_uint64),
+        ("update_mxcsr_status", c_uint64),
+        ("code_written", c_uint64),
+        ("start", c_uint32 * MOST_COMPONENTS),
+        ("size", c_uint32 * MOST_COMPONENTS),
+        ("number", c_uint8 * MOST_COMPONENTS),
+        ("aligned", c_bool * MOST_COMPONENTS),
+        ("components", c_uint32),
+    )
+
+
+_IN_C: Final = {
+    "env": "u8 *{}",
+    "image": "u8 *{}",
+    "memory": "u8 *{}",
+    "update_fp_status": "void (*{})(void *env)",
+    "update_mxcsr_status": "void (*{})(void *env)",
+    "code_written": "void (*{})(u64 mfn)",
+}
+
+
+class NativeExtended:
+    """The extended state of a vCPU on this UnicornCpu. Raises native.Missing."""
+
+    def __init__(self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component]) -> None:
+        declarations = (
+            native.define(x86, "RAX RDX RIP PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_PSE")
+            + native.define(
+                layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE"
+            )
+            + native.declare("extended", Extended, _IN_C)
+        )
+        library = native.load(Path(__file__).with_name("extended.c"), declarations)
+        self._carry_out = ctypes.cast(library.carry_out, ctypes.c_void_p).value or 0
+        self._cpu = cpu
+        self._image: object = None
+        self.fields = fields = Extended(
+            env=cpu.env,
+            memory=memory.address,
+            memory_size=memory.size,
+            components=len(components),
+            **{name: ctypes.cast(function, ctypes.c_void_p).value for name, function in cpu.extended_calls.items()},
+        )
+        for place, component in enumerate(components):
+            fields.start[place], fields.size[place] = component.start, component.size
+            fields.number[place], fields.aligned[place] = component.number, component.aligned
+
+    def use(self, image: bytearray, xcr0: int) -> None:
+        """Carry out the vCPU's instructions, with the other components in this image, until `use` or `rest`."""
+        self._image = ctypes.c_char.from_buffer(image)
+        self.fields.image = ctypes.addressof(ctypes.c_char.from_buffer(image))
+        self.fields.xcr0 = xcr0
+        self._cpu.carry_out_extended(ctypes.addressof(self.fields), self._carry_out)
+
+    def rest(self) -> None:
+        """Carry out none."""
+        self._cpu.carry_out_extended(0, 0)
+        self._image = None
