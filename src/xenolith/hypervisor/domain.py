@@ -49,6 +49,13 @@ class VcpuFields(ModeFields):
     flush_requested: bool  # flush the TLB before executing guest code again
     nmi_pending: bool
     ldt_entries: int
+    # Native code has done the first part of a batch, and left the rest in the registers: `batch` has what was in the
+    # first two.  If a multicall's entry was begun, `call` has its number and arguments as they are now.  If the batch
+    # is to say how many requests it has done, `batch_done` are.
+    begun: bool
+    batch_begun: bool
+    batch_done: int
+    call_begun: bool
 
     _fields_: ClassVar[Fields] = (
         ("domain_address", c_uint64),
@@ -57,8 +64,14 @@ class VcpuFields(ModeFields):
         ("trap_address", c_uint64 * 256),
         ("trap_flags", c_uint8 * 256),
         ("ldt_entries", c_uint32),
+        ("batch", c_uint64 * 2),
+        ("batch_done", c_uint32),
+        ("call", c_uint64 * 7),
         ("flush_requested", c_bool),
         ("nmi_pending", c_bool),
+        ("begun", c_bool),
+        ("batch_begun", c_bool),
+        ("call_begun", c_bool),
     )
 
 
@@ -248,6 +261,7 @@ class DomainFields(ctypes.Structure):
         ("vm_assist", c_uint64),
         ("flush_epoch", c_uint32),
         ("domid", c_uint32),
+        ("vcpu_count", c_uint32),
         ("contexts", c_uint32),  # threads that run its vCPUs
         ("lock_word", c_uint32),  # see DomainLock
         ("ldt_in_use", c_bool),
@@ -275,6 +289,7 @@ class Domain(DomainFields):
         self.lock = DomainLock(self)
         self.privileged = domid == 0
         self.uuid = bytes(16)
+        self.vcpu_count = max_vcpus
         self.vcpus = [Vcpu(self, vcpu_id) for vcpu_id in range(max_vcpus)]
 
         # Memory. Every frame it owns is in the frame table with its domid; these are the totals.

@@ -73,6 +73,9 @@ def frame_owner(vcpu: Vcpu, foreign: int) -> Domain | int:
 
 def _done_before(vcpu: Vcpu, count: int, done_va: int) -> int | None:
     """How many requests a batch that goes on has done, as it noted for the guest; None where that cannot be read."""
+    if vcpu.batch_begun:  # by native code
+        vcpu.batch_begun = False
+        return vcpu.batch_done
     if not count & MMU_UPDATE_PREEMPTED or not done_va:
         return 0
     data = copy_from_guest(vcpu, done_va, 4)

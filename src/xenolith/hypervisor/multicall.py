@@ -50,7 +50,11 @@ def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
         if index and (vcpu.kicked or not vcpu.may_run):
             return _restart(vcpu, va, nr_calls - index)
         address = -1
-        if va & 7 or va & 0xFFF > 0x1000 - ENTRY:
+        if vcpu.call_begun:  # by native code
+            vcpu.call_begun = False
+            number, *arguments = vcpu.call
+            address = 0
+        elif va & 7 or va & 0xFFF > 0x1000 - ENTRY:
             data = copy_from_guest(vcpu, va, ENTRY)
             if data is None:
                 return -EFAULT

@@ -387,50 +387,50 @@ static bool update(struct vcpu *v, u64 pointer, u64 value)
 
 /* --- hypercalls -------------------------------------------------------------------------------------- */
 
-/* Where a batch's count of requests done goes: a machine address, 0 for nowhere; false: Python has to see. */
-static bool done_place(struct vcpu *v, u64 done_va, u64 count, u64 *place, u32 *before)
+/* How many requests of a batch that goes on were done before. False: Python has to see. */
+static bool done_before(struct vcpu *v, u64 done_va, u64 count, u32 *before)
 {
-    *place = *before = 0;
-    if (!done_va)
-        return true;
-    *place = translate(v, done_va, 4, WRITE);
-    if (*place == NOWHERE)
+    u64 place = done_va ? translate(v, done_va, 4, WRITE) : 0;
+    *before = 0;
+    if (place == NOWHERE)
         return false;
-    if (count & MMU_UPDATE_PREEMPTED)
-        __builtin_memcpy(before, (u8 *)words(v->domain_address) + *place, 4);
+    if (done_va && count & MMU_UPDATE_PREEMPTED)
+        __builtin_memcpy(before, (u8 *)words(v->domain_address) + place, 4);
     return true;
 }
 
 /* After `processed` of `count` requests: the result, or SLOW with the rest left to Python in the arguments. */
-static i64 batch_done(struct vcpu *v, u64 *a, u64 processed, u64 count, u64 size, u64 place, u32 before)
+static i64 batch_done(struct vcpu *v, u64 *a, u64 processed, u64 count, u64 size, u32 before)
 {
     u32 done = before + (u32)processed;
-    if (!processed && count)
+    if (processed < count) {
+        if (processed) {
+            a[0] += processed * size;
+            a[1] = count - processed;
+            v->batch_begun = a[2] != 0;
+            v->batch_done = done;
+        }
         return SLOW;
-    if (place) /* requests may have changed what is mapped there */
-        place = translate(v, a[2], 4, WRITE);
-    if (place && place != NOWHERE)
+    }
+    u64 place = a[2] ? translate(v, a[2], 4, WRITE) : NOWHERE; /* requests may have changed what is mapped there */
+    if (place != NOWHERE)
         __builtin_memcpy((u8 *)words(v->domain_address) + place, &done, 4);
-    if (processed == count)
-        return 0;
-    a[0] += processed * size;
-    a[1] = (count - processed) | MMU_UPDATE_PREEMPTED;
-    return SLOW;
+    return 0;
 }
 
 static i64 do_mmu_update(struct vcpu *v, u64 *a)
 {
     const u8 *memory = (u8 *)words(v->domain_address);
-    u64 count = a[1] & 0xffffffff & ~MMU_UPDATE_PREEMPTED, place, i;
+    u64 count = a[1] & 0xffffffff & ~MMU_UPDATE_PREEMPTED, i;
     u32 before;
-    if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_place(v, a[2], a[1], &place, &before))
+    if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_before(v, a[2], a[1], &before))
         return SLOW;
     for (i = 0; i < count; i++) {
         u64 va = a[0] + 16 * i, at = va & 7 ? NOWHERE : translate(v, va, 16, READ);
         if (at == NOWHERE || !update(v, load(memory + at), load(memory + at + 8)))
             break;
     }
-    return batch_done(v, a, i, count, 16, place, before);
+    return batch_done(v, a, i, count, 16, before);
 }
 
 /* Whether a flush of these vCPUs (as in update_va_mapping: LOCAL, ALL, or the address of a bitmap) is this one's
@@ -444,7 +444,7 @@ static int flushes_here(struct vcpu *v, bool all, u64 mask_va)
         return -1;
     if (all)
         return 1;
-    u64 at = translate(v, mask_va, 4, READ);
+    u64 at = translate(v, mask_va, (d->vcpu_count + 7) / 8, READ);
     if (at == NOWHERE)
         return -1;
     return ((u8 *)words(d))[at + (v->vcpu_id >> 3)] >> (v->vcpu_id & 7) & 1;
@@ -453,18 +453,20 @@ static int flushes_here(struct vcpu *v, bool all, u64 mask_va)
 static i64 do_update_va_mapping(struct vcpu *v, u64 *a)
 {
     struct domain *d = v->domain_address;
-    u64 va = a[0], flags = a[2], index = l1_entry_index(v, va), target = flags & ~UVMF_FLUSHTYPE_MASK;
-    int here = 0;
-    if (index == NOWHERE)
+    u64 va = a[0], kind = a[2] & UVMF_FLUSHTYPE_MASK, target = a[2] & ~UVMF_FLUSHTYPE_MASK;
+    u64 index = l1_entry_index(v, va);
+    bool flushes = kind == UVMF_TLB_FLUSH || kind == UVMF_INVLPG, all = target == UVMF_ALL;
+    if (index == NOWHERE || (flushes && flushes_here(v, all, target) < 0))
         return SLOW;
     u64 info = d->type_info_address[index >> 9];
     if ((info & TYPE_MASK) != TYPE_L1 || !(info & TYPE_COUNT) || d->owner_address[index >> 9] != d->domid)
         return SLOW;
-    if ((flags & UVMF_FLUSHTYPE_MASK) == UVMF_TLB_FLUSH || (flags & UVMF_FLUSHTYPE_MASK) == UVMF_INVLPG)
-        here = flushes_here(v, target == UVMF_ALL, target);
-    if (here < 0 || !modify_l1(v, index, a[1]))
+    if (!modify_l1(v, index, a[1]))
         return SLOW;
-    if (here && (flags & UVMF_FLUSHTYPE_MASK) == UVMF_TLB_FLUSH)
+    int here = flushes ? flushes_here(v, all, target) : 0;
+    if (here < 0)
+        return -(i64)EFAULT; /* the bitmap was what this mapped */
+    if (here && kind == UVMF_TLB_FLUSH)
         v->calls->flush_tlb(v->calls->context);
     else if (here)
         v->calls->flush_page(va, v->calls->context);
@@ -553,10 +555,10 @@ static bool extended_operation(struct vcpu *v, u32 command, u64 argument1, u64 a
 static i64 do_mmuext_op(struct vcpu *v, u64 *a)
 {
     const u8 *memory = (u8 *)words(v->domain_address);
-    u64 count = a[1] & 0xffffffff & ~MMU_UPDATE_PREEMPTED, place, i;
+    u64 count = a[1] & 0xffffffff & ~MMU_UPDATE_PREEMPTED, i;
     bool base_changed = false;
     u32 before;
-    if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_place(v, a[2], a[1], &place, &before))
+    if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_before(v, a[2], a[1], &before))
         return SLOW;
     for (i = 0; i < count; i++) {
         u64 at = translate(v, a[0] + 24 * i, 24, READ);
@@ -568,7 +570,7 @@ static i64 do_mmuext_op(struct vcpu *v, u64 *a)
         v->calls->switch_mode(v->kernel_l4, false, v->calls->context);
         v->calls->flush_tlb(v->calls->context);
     }
-    return batch_done(v, a, i, count, 24, place, before);
+    return batch_done(v, a, i, count, 24, before);
 }
 
 static i64 do_set_segment_base(struct vcpu *v, u64 *a)
@@ -625,22 +627,23 @@ static i64 do_multicall(struct vcpu *v, u64 *a)
 {
     struct domain *d = v->domain_address;
     u8 *memory = (u8 *)words(d);
-    u64 calls = a[1] & 0xffffffff, done;
-    if (!calls || calls > BATCH)
+    u64 calls = a[1] & 0xffffffff, end = a[0] + 64 * calls, done;
+    if (!calls || calls > BATCH || end < a[0] || (a[0] < HYPERVISOR_VIRT_END && end > HYPERVISOR_VIRT_START))
         return SLOW;
     for (done = 0; done < calls; done++) {
-        u64 va = a[0] + 64 * done, at = va & 7 ? NOWHERE : translate(v, va, 64, WRITE), entry[7];
+        u64 va = a[0] + 64 * done, at = va & 7 ? NOWHERE : translate(v, va, 64, WRITE), entry[7], begun[7];
         if (at == NOWHERE)
             break;
         __builtin_memcpy(entry, memory + at, 8);
         __builtin_memcpy(entry + 1, memory + at + 16, 48);
-        i64 result = hypercall(v, entry[0], entry + 1);
-        u64 after = translate(v, va, 64, WRITE); /* the call may have changed the page tables */
+        __builtin_memcpy(begun, entry, sizeof begun);
+        i64 result = hypercall(v, begun[0], begun + 1);
         if (result == SLOW) {
-            if (after != NOWHERE)
-                __builtin_memcpy(memory + after + 16, entry + 1, 48);
+            v->call_begun = __builtin_memcmp(begun, entry, sizeof begun) != 0;
+            __builtin_memcpy(v->call, begun, sizeof begun);
             break;
         }
+        u64 after = translate(v, va, 64, WRITE); /* the call may have changed the page tables */
         if (after == NOWHERE) {
             d->hypercall_counts[HYPERVISOR_multicall]++;
             return -(i64)EFAULT;
@@ -906,7 +909,10 @@ static bool system_call(struct vcpu *v)
     }
     u64 a[6] = {regs[RDI], regs[RSI], regs[RDX], regs[R10], regs[R8]};
     i64 result = number == HYPERVISOR_multicall ? do_multicall(v, a) : hypercall(v, number, a);
-    if (result == SLOW) { /* what was done already is taken off */
+    if (result == SLOW) { /* what was done already is taken off, until Python has done the rest */
+        v->begun = a[0] != regs[RDI] || a[1] != regs[RSI] || v->call_begun;
+        v->batch[0] = regs[RDI];
+        v->batch[1] = regs[RSI];
         regs[RDI] = a[0];
         regs[RSI] = a[1];
         return false;

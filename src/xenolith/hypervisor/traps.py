@@ -146,6 +146,10 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                             result = function(vcpu, regs[RDI], regs[RSI], regs[RDX], regs[R10], regs[R8])
                         if not vcpu.restarted:
                             regs[RAX] = result & MASK64
+                        if vcpu.begun:
+                            vcpu.begun = vcpu.batch_begun = vcpu.call_begun = False
+                            if not vcpu.restarted:
+                                regs[RDI], regs[RSI] = vcpu.batch
                     else:
                         regs[RAX] = -ENOSYS & MASK64
                 else:

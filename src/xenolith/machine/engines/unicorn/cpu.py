@@ -280,7 +280,7 @@ class UnicornCpu:
             self._lib.emu_stop(self._instance.uc)
 
     def carry_out_extended(self, extended: int, carry_out: int) -> None:
-        """Call this function with this argument at undefined opcodes; it tells whether that was an instruction of its."""
+        """Call this function with this argument at undefined opcodes: it tells whether it executed the instruction."""
         self._hook.extended, self._hook.carry_out = extended, carry_out
 
     @property

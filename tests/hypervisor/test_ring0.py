@@ -1,0 +1,490 @@
+"""Native trap handlers do exactly what the Python ones do.
+
+Two machines are alike in every frame. On one, traps go to the native handler first and to Python's if it leaves them;
+on the other to Python's alone. After each of many random traps both must be the same: registers, modes, memory, the
+frame table, what was counted, and the answer to go on or not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from random import Random
+from struct import pack
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenolith.abi import hypercalls as abi
+from xenolith.abi import layout
+from xenolith.abi.x86 import (
+    EFLAGS_IF,
+    PAGE_SIZE,
+    PTE_A,
+    PTE_D,
+    PTE_G,
+    PTE_NX,
+    PTE_P,
+    PTE_PSE,
+    PTE_RW,
+    PTE_US,
+    R8,
+    R10,
+    RAX,
+    RCX,
+    RDI,
+    RDX,
+    RIP,
+    RSI,
+    RSP,
+    VECTOR_PF,
+)
+from xenolith.hypervisor import audit, paging, ring0
+from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_L4, TYPE_MASK, TYPE_WRITABLE
+from xenolith.hypervisor.guest_memory import copy_to_guest
+from xenolith.hypervisor.traps import trap_handler
+from xenolith.machine import native
+from xenolith.machine.engines.flat import LOOK, NOT_HANDLED, EngineCalls
+from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, Cpu, register_file
+
+from .bare import CALLBACK, DATA, PAGES, STACK, BareMachine
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native code here: {native.missing()}")
+
+SPARE = 20  # frames that the guest owns besides, of which it may make page tables
+TABLE_VA = DATA + 0x10_0000  # its L1 table, read-only
+CODE = DATA
+ARGUMENTS = DATA + 2 * PAGE_SIZE
+USER_STACK = DATA + 5 * PAGE_SIZE
+TRAPS = 120
+
+WORD = ctypes.c_uint64
+_Signatures = {
+    "get_rflags": ctypes.CFUNCTYPE(WORD, WORD),
+    "set_rflags": ctypes.CFUNCTYPE(None, WORD, WORD),
+    "switch_mode": ctypes.CFUNCTYPE(None, WORD, ctypes.c_bool, WORD),
+    "flush_tlb": ctypes.CFUNCTYPE(None, WORD),
+    "flush_page": ctypes.CFUNCTYPE(None, WORD, WORD),
+    "executable_mapped": ctypes.CFUNCTYPE(None, WORD, WORD),
+    "entry_changed": ctypes.CFUNCTYPE(None, WORD, WORD, WORD, WORD),
+}
+
+
+class RecordingCpu(Cpu):
+    """Executes nothing; remembers what ring 0 asked of it, by Python or by native code."""
+
+    def __init__(self) -> None:
+        self.regs = register_file()
+        self.rflags = 0x202
+        self.on = (0, False)
+        self.flushes = 0
+        self.executable: list[int] = []
+        self.changed: list[tuple[int, int, int]] = []
+        self._callbacks = {
+            "get_rflags": lambda _: self.rflags,
+            "set_rflags": lambda value, _: self.set_rflags(value),
+            "switch_mode": lambda l4, user, _: self.switch_mode(l4, user),
+            "flush_tlb": lambda _: self.flush_tlb(),
+            "flush_page": lambda va, _: self.flush_page(va),
+            "executable_mapped": lambda mfn, _: self.executable_mapped(mfn),
+            "entry_changed": lambda *arguments: self.entry_changed(*arguments[:3]),
+        }
+        self._functions = {name: _Signatures[name](function) for name, function in self._callbacks.items()}
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.regs))
+        self._calls = EngineCalls(address, 0, **{n: _address(f) for n, f in self._functions.items()})
+        self.calls = ctypes.addressof(self._calls)
+
+    def get_rflags(self) -> int:  # type: ignore[override]
+        return self.rflags
+
+    def set_rflags(self, value: int) -> None:  # type: ignore[override]
+        self.rflags = value
+
+    def switch_mode(self, l4_mfn: int, user: bool) -> None:
+        self.on = (l4_mfn, user)
+
+    def flush_tlb(self) -> None:
+        self.flushes += 1
+
+    def flush_page(self, va: int) -> None:
+        self.flushes += 1
+
+    def executable_mapped(self, mfn: int) -> None:
+        self.executable.append(mfn)
+
+    def entry_changed(self, index: int, old: int, new: int) -> None:
+        self.changed.append((index, old, new))
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+class Subject:
+    """A machine with one domain of one vCPU, whose traps are handled natively or not."""
+
+    def __init__(self, natively: bool, caches_tables: bool) -> None:
+        self.machine = BareMachine()
+        self.domain = domain = self.machine.domain()
+        self.vcpu = vcpu = domain.vcpus[0]
+        self.cpu = cpu = RecordingCpu()
+        domain.caches_tables, domain.contexts = caches_tables, 1
+        domain.executable_mapped, domain.entry_changed = cpu.executable_mapped, cpu.entry_changed
+        domain.vm_assist = 1 << abi.VMASST_TYPE_writable_pagetables
+        cpu.regs[:] = vcpu.state.regs
+        vcpu.cpu, vcpu.regs = cpu, cpu.regs
+        self.natively = natively
+        vcpu.calls = cpu.calls if natively else 0
+        vcpu.may_run = True
+        self.handled = 0
+        self.l4 = vcpu.kernel_l4
+        self.l1 = self.entry_index(DATA) >> 9
+        domain.max_pages += SPARE
+        self.spare = [int(mfn) for mfn in self.machine.control.populate(domain.domid, SPARE)]
+        assert paging.modify_l1(domain, self.entry_index(TABLE_VA), self.l1 << 12 | PTE_P | PTE_US) == 0
+        self.user_l4 = self.spare[0]
+        domain.memory.table(self.user_l4)[:] = domain.memory.table(self.l4)
+        assert paging.get_page_and_type(domain, self.user_l4, TYPE_L4) == 0
+        vcpu.user_l4 = self.user_l4
+        vcpu.syscall_callback, vcpu.event_callback = CALLBACK + 64, CALLBACK
+        vcpu.kernel_sp = STACK
+        vcpu.trap_address[VECTOR_PF] = CALLBACK + 128
+        self.python = trap_handler(vcpu, cpu)
+        self.native = ring0.handler_address()
+
+    def entry_index(self, va: int) -> int:
+        q, table = self.domain.memory.q, self.vcpu.kernel_l4
+        for shift in (39, 30, 21):
+            table = q[table << 9 | va >> shift & 511] >> 12 & (1 << 40) - 1
+        return table << 9 | va >> 12 & 511
+
+    def trap(self, vector: int, error_code: int = 0, address: int = 0) -> bool:
+        if self.natively:
+            handler = ctypes.PYFUNCTYPE(ctypes.c_int, WORD, ctypes.c_uint32, WORD, WORD)(self.native)
+            answer = handler(self.vcpu.address, vector, error_code, address)
+            if answer == LOOK:
+                return self.python(TRAP_NOTHING, 0, 0)
+            if answer != NOT_HANDLED:
+                self.handled += 1
+                return bool(answer)
+        return self.python(vector, error_code, address)
+
+    def write(self, va: int, data: bytes) -> None:
+        """What guest code stored before it trapped."""
+        here = PAGE_SIZE - va % PAGE_SIZE
+        if len(data) > here:
+            self.write(va + here, data[here:])
+        kernel_mode, self.vcpu.kernel_mode = self.vcpu.kernel_mode, True
+        copy_to_guest(self.vcpu, va, data[:here])
+        self.vcpu.kernel_mode = kernel_mode
+
+    def write_raw(self, mfn: int, slot: int, entry: int) -> None:
+        info = self.domain.frames.type_info[mfn]
+        if not info & TYPE_COUNT or info & TYPE_MASK == TYPE_WRITABLE:
+            self.domain.memory.q[mfn << 9 | slot] = entry
+
+    def state(self) -> dict[str, Any]:
+        vcpu, domain, cpu = self.vcpu, self.domain, self.cpu
+        return {
+            "registers": cpu.regs.tolist(),
+            "rflags": cpu.rflags,
+            "mode": (vcpu.kernel_mode, vcpu.kernel_l4, vcpu.user_l4, vcpu.other_gs_base, cpu.on),
+            "stack": (vcpu.kernel_sp, vcpu.kernel_ss),
+            "counts": (list(domain.trap_counts), list(domain.hypercall_counts)),
+            "shut down": domain.shutdown_reason,
+            "pages": domain.total_pages,
+            "executable": sorted(cpu.executable),
+            "changed": sorted(cpu.changed),
+        }
+
+
+def same(natively: Subject, reference: Subject) -> None:
+    for name, value in reference.state().items():
+        assert natively.state()[name] == value, name
+    ours, theirs = natively.domain.frames, reference.domain.frames
+    np.testing.assert_array_equal(ours.owners, theirs.owners)
+    np.testing.assert_array_equal(ours.count_infos, theirs.count_infos)
+    np.testing.assert_array_equal(ours.type_infos, theirs.type_infos)
+    used = slice(0, 256 << 9)  # all that this machine has handed out
+    np.testing.assert_array_equal(natively.domain.memory.words[used], reference.domain.memory.words[used])
+    assert natively.cpu.flushes >= reference.cpu.flushes
+
+
+class Pair:
+    """Both, and one source of chance for both."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        caches_tables = random.random() < 0.5
+        self.natively, self.reference = (Subject(how, caches_tables) for how in (True, False))
+        self.each = (self.natively, self.reference)
+        r = self.reference
+        self.frames = [*r.spare, r.l4, r.l1, r.entry_index(DATA) >> 9, *(self._frame(n) for n in range(PAGES))]
+
+    def _frame(self, page: int) -> int:
+        entry = self.reference.domain.memory.q[self.reference.entry_index(DATA + page * PAGE_SIZE)]
+        return (entry & paging.FRAME) >> 12
+
+    def tables(self) -> list[int]:
+        infos = self.reference.domain.frames.type_info
+        return [m for m in self.frames if TYPE_L1 <= infos[m] & TYPE_MASK <= TYPE_L4 and infos[m] & TYPE_COUNT]
+
+    def frame(self) -> int:
+        return self.random.choice([*self.frames * 4, 0, 1, 5, 3_000, 1 << 20])
+
+    def entry(self) -> int:
+        random = self.random
+        flags = PTE_P | random.choice((0, PTE_RW, PTE_RW)) | random.choice((0, PTE_US)) | random.choice((0, PTE_NX))
+        flags |= random.choice((0, 0, PTE_A, PTE_A | PTE_D, PTE_G, PTE_PSE * (random.random() < 0.1)))
+        return random.choice((0, self.frame() << 12 | flags, self.frame() << 12 | flags, flags & ~PTE_P))
+
+    def pointer(self) -> int:
+        """Where an update goes: entries of tables most of the time, of few slots, so that they meet."""
+        random = self.random
+        mfn = random.choice(self.tables()) if random.random() < 0.8 else self.frame()
+        slot = random.choice((0, 1, 2, 0x1F0, DATA >> 12 & 511, random.randrange(512)))
+        return mfn << 12 | slot << 3 | random.choice((0, 0, 0, 2, 3, 1, 7))
+
+    def changed_entry(self, pointer: int) -> int:
+        """A new value; often the old one with other permissions, as kernels write them."""
+        old = self.reference.domain.memory.q[pointer >> 3] if 0 < pointer >> 12 < 4096 else 0
+        return old ^ self.random.choice((PTE_RW, PTE_NX, PTE_A, PTE_US)) if self.random.random() < 0.4 else self.entry()
+
+    def arguments(self, data: bytes) -> int:
+        """Where both find these bytes: an address that is sometimes not aligned, mapped, or within a page."""
+        va = ARGUMENTS + self.random.choice((0, 8, 0x800, 0x800, 4, PAGE_SIZE - 24))
+        for subject in self.each:
+            subject.write(va, data)
+        return va if self.random.random() < 0.95 else self.random.choice((0, DATA - 8, layout.HYPERVISOR_VIRT_START))
+
+    def requests(self) -> tuple[int, ...]:
+        """The arguments of an mmu_update."""
+        pointers = [self.pointer() for _ in range(self.random.choice((0, 1, 1, 1, 1, 3, 8)))]
+        data = b"".join(pack("<QQ", pointer, self.changed_entry(pointer)) for pointer in pointers)
+        return self.arguments(data), len(pointers), self.done(), self.foreign()
+
+    def done(self) -> int:
+        return self.random.choice((0, 0, 0, DATA + 3 * PAGE_SIZE, DATA + 3 * PAGE_SIZE - 2, 8))
+
+    def foreign(self) -> int:
+        return self.random.choice((*[abi.DOMID_SELF] * 12, 0, 7, abi.DOMID_XEN))
+
+    def extended(self) -> tuple[int, ...]:
+        """Those of an mmuext_op."""
+        random = self.random
+        commands = (*range(8), abi.MMUEXT_NEW_BASEPTR, abi.MMUEXT_NEW_USER_BASEPTR, 8, 9, 10, 11, 13, 16, 40)
+        operations = [
+            (random.choice(commands), random.choice((self.frame(), self.frame(), DATA)), random.choice((0, DATA + 16)))
+            for _ in range(random.choice((1, 1, 2, 2, 4)))
+        ]
+        data = b"".join(pack("<IIQQ", command, 0, first, second) for command, first, second in operations)
+        return self.arguments(data), len(operations), self.done(), self.foreign()
+
+    def mapping(self) -> tuple[int, ...]:
+        """Those of an update_va_mapping."""
+        random = self.random
+        va = random.choice((DATA + random.randrange(16) * PAGE_SIZE, TABLE_VA, 0, layout.HYPERVISOR_VIRT_START))
+        flags = random.choice((0, 1, 2, 1 | abi.UVMF_ALL, 2 | abi.UVMF_ALL, 3, 2 | DATA + 16, 1 | DATA - 64))
+        return va, self.entry(), flags
+
+    def hypercall(self) -> tuple[int, tuple[int, ...]]:
+        random = self.random
+        number = random.choice(
+            (
+                *[abi.HYPERVISOR_mmu_update] * 5,
+                *[abi.HYPERVISOR_mmuext_op] * 4,
+                *[abi.HYPERVISOR_update_va_mapping] * 3,
+                abi.HYPERVISOR_stack_switch,
+                abi.HYPERVISOR_set_segment_base,
+                abi.HYPERVISOR_xen_version,
+                63,
+                64,
+            )
+        )
+        if number == abi.HYPERVISOR_mmu_update:
+            return number, self.requests()
+        if number == abi.HYPERVISOR_mmuext_op:
+            return number, self.extended()
+        if number == abi.HYPERVISOR_update_va_mapping:
+            return number, self.mapping()
+        if number == abi.HYPERVISOR_stack_switch:
+            return number, (random.choice((0xE02B, 0x1_E02B)), random.choice((STACK, STACK - 8, STACK - 0xFE0, 0x10)))
+        return number, (random.randrange(5), random.choice((0, 0x1234_5000, 1 << 47, -1 << 40 & (1 << 64) - 1)))
+
+    def make_hypercall(self) -> None:
+        number, arguments = self.hypercall()
+        if self.random.random() < 0.25:
+            calls = [(number, arguments), *(self.hypercall() for _ in range(self.random.randrange(3)))]
+            data = b"".join(pack("<Qq6Q", each, 0, *(*given, *[0] * 6)[:6]) for each, given in calls)
+            va = DATA + 4 * PAGE_SIZE + self.random.choice((0, 0, 4, 4032))
+            for subject in self.each:
+                subject.write(va, data)
+            number, arguments = abi.HYPERVISOR_multicall, (va, len(calls))
+        for subject in self.each:
+            regs = subject.cpu.regs
+            regs[RAX] = number
+            for register, value in zip((RDI, RSI, RDX, R10, R8), arguments, strict=False):
+                regs[register] = value
+            regs[RIP] = CODE + 2
+        self.trap(TRAP_SYSCALL)
+
+    def return_from_kernel(self) -> None:
+        random = self.random
+        cs, ss = random.choice(((0xE033, 0xE02B), (0xE033, 0xE02B), (0xE030, 0xE02B), (0x33, 0x2B), (0, 0)))
+        rip = random.choice((CODE, CODE + 64, 1 << 47, -4096 & (1 << 64) - 1))
+        rflags = random.choice((EFLAGS_IF, 2, EFLAGS_IF | 0x8D5, EFLAGS_IF | 1 << 14, EFLAGS_IF | 3 << 12))
+        frame = pack("<9Q", 77, 11, 22, random.choice((0, 0x100)), rip, cs, rflags, USER_STACK, ss)
+        rsp = random.choice((STACK - 128, STACK - 128, STACK - 0x1020, 0x10))
+        for subject in self.each:
+            subject.write(rsp, frame)
+            subject.cpu.regs[RAX], subject.cpu.regs[RSP], subject.cpu.regs[RIP] = abi.HYPERVISOR_iret, rsp, CODE + 2
+        self.trap(TRAP_SYSCALL)
+
+    def return_from_kernel_to_user(self) -> None:
+        frame = pack("<9Q", 77, 11, 22, 0, CODE, 0xE033, EFLAGS_IF, USER_STACK, 0xE02B)
+        for subject in self.each:
+            subject.write(STACK - 128, frame)
+            regs = subject.cpu.regs
+            regs[RAX], regs[RSP], regs[RIP] = abi.HYPERVISOR_iret, STACK - 128, CODE + 2
+        self.trap(TRAP_SYSCALL)
+
+    def system_call(self) -> None:
+        for subject in self.each:
+            subject.cpu.regs[RAX], subject.cpu.regs[RIP], subject.cpu.regs[RSP] = 39, CODE + 2, USER_STACK
+        self.trap(TRAP_SYSCALL)
+
+    def fault(self) -> None:
+        address = self.random.choice((DATA - 8, DATA, TABLE_VA + 8, layout.HYPERVISOR_VIRT_START + 64, 0))
+        self.trap(VECTOR_PF, self.random.choice((0, 2, 4, 5, 6, 7, 15, 20)), address)
+
+    def write_to_table(self) -> None:
+        """A direct write to the L1 table."""
+        random = self.random
+        instruction = random.choice(
+            (
+                "48 89 07",  # mov [rdi], rax
+                "48 89 87 00 00 00 00",
+                "4c 89 44 17 08",  # mov [rdi+rdx+8], r8
+                "48 87 07",  # xchg [rdi], rax
+                "f0 48 0f ba 37 01",  # lock btr qword [rdi], 1
+                "48 0f ba 2f 05",  # bts qword [rdi], 5
+                "f0 48 0f b3 0f",  # lock btr [rdi], rcx
+                "f0 4c 0f b1 07",  # lock cmpxchg [rdi], r8
+                "48 c7 07 00 00 00 00",  # mov qword [rdi], 0
+                "48 c7 05 10 00 00 00 67 00 00 00",  # mov qword [rip+16], 0x67
+                "89 07",  # mov [rdi], eax
+                "48 21 07",  # and [rdi], rax
+                "66 0f d6 07",  # movq [rdi], xmm0
+            )
+        )
+        slot = random.choice((5, DATA >> 12 & 511, 200))
+        old = self.reference.domain.memory.q[self.reference.l1 << 9 | slot]
+        rax = random.choice((old, self.entry(), old ^ PTE_RW))
+        code = CODE + random.choice((0x40, 0x40, PAGE_SIZE - 6))
+        for subject in self.each:
+            subject.write(code, bytes.fromhex(instruction))
+            regs = subject.cpu.regs
+            regs[RIP], regs[RAX], regs[RCX], regs[RDI] = code, rax, 1, TABLE_VA + slot * 8
+            regs[RDX] = -8 & (1 << 64) - 1
+            regs[R8] = old ^ PTE_NX
+        self.trap(VECTOR_PF, 3, TABLE_VA + slot * 8 + random.choice((0, 0, 0, 4)))
+
+    def store(self) -> None:
+        """A guest's own store to a frame of its, mostly to fill what it will pin."""
+        mfn, slot, entry = self.random.choice(self.reference.spare), self.random.choice((0, 1, 5, 300)), self.entry()
+        for subject in self.each:
+            subject.write_raw(mfn, slot, entry)
+
+    def event(self) -> None:
+        for subject in self.each:
+            subject.domain.memory.b[subject.vcpu.info] = 1
+
+    def handle_event(self) -> None:
+        for subject in self.each:
+            subject.domain.memory.b[subject.vcpu.info] = 0
+
+    def step(self) -> None:
+        kernel = self.reference.vcpu.kernel_mode
+        if not kernel and self.random.random() < 0.5:
+            self.system_call()
+            return
+        action = self.random.choice(
+            (
+                *[self.make_hypercall] * 8 * kernel,
+                *[self.write_to_table] * 2,
+                self.return_from_kernel if kernel else self.system_call,
+                self.fault,
+                *[self.store] * 2,
+                self.event,
+                self.handle_event,
+                self.handle_event,
+            )
+        )
+        action()
+
+    def trap(self, vector: int, error_code: int = 0, address: int = 0) -> None:
+        answers = [subject.trap(vector, error_code, address) for subject in self.each]
+        assert answers[0] == answers[1]
+        same(*self.each)
+
+    def close(self) -> None:
+        for subject in self.each:
+            subject.machine.close()
+            subject.machine.hypervisor.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_random_traps_leave_two_machines_the_same(random: Random) -> None:
+    pair = Pair(random)
+    for _ in range(TRAPS):
+        if pair.reference.domain.shut_down:
+            break
+        pair.step()
+    for subject in pair.each:
+        assert audit.check(subject.machine.hypervisor) == [], subject.natively
+    pair.close()
+
+
+def test_most_of_what_a_kernel_does_is_handled_natively() -> None:
+    """Or the test above would compare Python with itself."""
+    pair = Pair(Random(1))
+    subject = pair.natively
+    entry = subject.entry_index(DATA + PAGE_SIZE)
+    old = subject.domain.memory.q[entry]
+    for value in (0, old, old & ~PTE_RW, old):
+        for each in pair.each:
+            each.write(ARGUMENTS, pack("<QQ", entry << 3, value))
+            regs = each.cpu.regs
+            regs[RAX], regs[RDI], regs[RSI], regs[RDX], regs[R10] = 1, ARGUMENTS, 1, 0, abi.DOMID_SELF
+        pair.trap(TRAP_SYSCALL)
+    assert subject.handled == 4
+    pair.return_from_kernel_to_user()
+    pair.system_call()
+    assert subject.handled == 6
+    pair.trap(VECTOR_PF, 0, DATA - 8)
+    assert subject.handled == 7
+    pair.close()
+
+
+def test_native_code_leaves_a_domain_alone_whose_lock_is_taken() -> None:
+    pair = Pair(Random(2))
+    subject = pair.natively
+    subject.write(STACK - 128, bytes(8))
+    with subject.domain.lock:
+        handler = ctypes.PYFUNCTYPE(ctypes.c_int, WORD, ctypes.c_uint32, WORD, WORD)(subject.native)
+        assert handler(subject.vcpu.address, VECTOR_PF, 0, DATA - 8) == NOT_HANDLED
+    assert handler(subject.vcpu.address, VECTOR_PF, 0, DATA - 8) != NOT_HANDLED
+    pair.close()
+
+
+def test_native_code_stops_when_its_budget_is_spent() -> None:
+    pair = Pair(Random(3))
+    subject = pair.natively
+    subject.vcpu.native_budget = 2
+    for _ in range(5):
+        pair.trap(VECTOR_PF, 0, DATA - 8)
+    assert subject.handled == 2
+    pair.close()
