@@ -14,6 +14,8 @@ from .catalogue import CATALOGUE, Guest
 if TYPE_CHECKING:
     from machines import Ending
 
+pytestmark = pytest.mark.usefixtures("handlers")
+
 
 @pytest.mark.parametrize("guest", [pytest.param(guest, id=guest.name) for guest in CATALOGUE])
 def test_guest(guest: Guest, boot_guest: Callable[..., Ending], engine_name: str) -> None:

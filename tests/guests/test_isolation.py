@@ -14,6 +14,7 @@ from .catalogue import CATALOGUE, LONG_RUNS, Guest
 if TYPE_CHECKING:
     from machines import Machine
 
+pytestmark = pytest.mark.usefixtures("handlers")
 BYSTANDER = next(guest for guest in CATALOGUE if guest.name == "hello")
 
 

@@ -374,6 +374,9 @@ class Pair:
                 "f0 4c 0f b1 07",  # lock cmpxchg [rdi], r8
                 "48 c7 07 00 00 00 00",  # mov qword [rdi], 0
                 "48 c7 05 10 00 00 00 67 00 00 00",  # mov qword [rip+16], 0x67
+                "f0 80 27 fd",  # lock and byte [rdi], 0xfd
+                "f0 41 80 27 fd",  # lock and byte [r15], 0xfd
+                "40 80 0f 42",  # or byte [rdi], 0x42
                 "89 07",  # mov [rdi], eax
                 "48 21 07",  # and [rdi], rax
                 "66 0f d6 07",  # movq [rdi], xmm0
@@ -389,7 +392,7 @@ class Pair:
             regs[RIP], regs[RAX], regs[RCX], regs[RDI] = code, rax, 1, TABLE_VA + slot * 8
             regs[RDX] = -8 & (1 << 64) - 1
             regs[R8] = old ^ PTE_NX
-        self.trap(VECTOR_PF, 3, TABLE_VA + slot * 8 + random.choice((0, 0, 0, 4)))
+        self.trap(VECTOR_PF, 3, TABLE_VA + slot * 8 + random.choice((0, 0, 0, 4, 1)))
 
     def store(self) -> None:
         """A guest's own store to a frame of its, mostly to fill what it will pin."""

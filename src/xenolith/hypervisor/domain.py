@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 MAX_VCPUS: Final = 32
 COUNTERS: Final = 64
+CPUID_ANSWERS: Final = 128  # kept for each vCPU; a guest may ask for any number of leaves
 
 
 class VcpuFields(ModeFields):
@@ -49,6 +50,7 @@ class VcpuFields(ModeFields):
     flush_requested: bool  # flush the TLB before executing guest code again
     nmi_pending: bool
     ldt_entries: int
+    cpuid_count: int  # entries of `cpuid_table`: leaf, subleaf, EAX, EBX, ECX, EDX
     # Native code has done the first part of a batch, and left the rest in the registers: `batch` has what was in the
     # first two.  If a multicall's entry was begun, `call` has its number and arguments as they are now.  If the batch
     # is to say how many requests it has done, `batch_done` are.
@@ -64,6 +66,8 @@ class VcpuFields(ModeFields):
         ("trap_address", c_uint64 * 256),
         ("trap_flags", c_uint8 * 256),
         ("ldt_entries", c_uint32),
+        ("cpuid_count", c_uint32),
+        ("cpuid_table", c_uint32 * 6 * CPUID_ANSWERS),
         ("batch", c_uint64 * 2),
         ("batch_done", c_uint32),
         ("call", c_uint64 * 7),
@@ -148,6 +152,18 @@ class Vcpu(VcpuFields):
         counts = self.domain.trap_counts
         return int(counts[COUNT_SYSCALL_BOUNCE] + counts[COUNT_SYSCALL_UNTRAPPED])
 
+    def know_cpuid(self, question: tuple[int, int], answer: tuple[int, int, int, int]) -> None:
+        """CPUID with this leaf and subleaf gives these registers, until `forget_cpuid`."""
+        if self.cpuid_count < CPUID_ANSWERS:
+            self.cpuid_answers[question] = answer
+            self.cpuid_table[self.cpuid_count][:] = *question, *answer
+            self.cpuid_count += 1
+
+    def forget_cpuid(self) -> None:
+        """XCR0 has changed, which CPUID tells."""
+        self.cpuid_answers.clear()
+        self.cpuid_count = 0
+
     def know_flat(self, cs: int, ss: int) -> None:
         """These selectors are 64-bit flat, until `forget_flat`."""
         if (cs, ss) not in self.flat_selectors:
@@ -186,7 +202,7 @@ class Vcpu(VcpuFields):
     def set_xcr0(self, value: int) -> bool:
         """Set XCR0 to a value that the engine can execute."""
         self.state.xcr0 = value
-        self.cpuid_answers.clear()
+        self.forget_cpuid()
         if self.cpu is not None:
             self.cpu.set_xcr0(value)
         return True

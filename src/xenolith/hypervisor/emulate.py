@@ -33,7 +33,6 @@ GUEST_EFER: Final = x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX
 FORCED_PREFIX: Final = b"\x0f\x0bxen"
 PREFIXES: Final = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 INSTRUCTION_LIMIT: Final = 15  # bytes (SDM vol. 2, 2.3.11)
-CPUID_ANSWERS: Final = 128  # kept per vCPU: a program asks some twenty questions as it starts, always the same
 STRING_IO_BATCH: Final = 1024  # repetitions of INS or OUTS in one trap
 NOT_FINISHED: Final = -1  # instead of a length: RIP is as it should be
 
@@ -62,8 +61,7 @@ def cpuid(vcpu: Vcpu, regs: memoryview) -> None:
     answer = vcpu.cpuid_answers.get(question)
     if answer is None:
         answer = cpuid_policy.answer(vcpu, *question)
-        if len(vcpu.cpuid_answers) < CPUID_ANSWERS:
-            vcpu.cpuid_answers[question] = answer
+        vcpu.know_cpuid(question, answer)
     regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
 
 

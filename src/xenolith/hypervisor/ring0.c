@@ -378,8 +378,14 @@ static bool update(struct vcpu *v, u64 pointer, u64 value)
     }
     info = d->type_info_address[mfn];
     kind = info & TYPE_MASK;
-    if (!(info & TYPE_COUNT) || kind < TYPE_L1 || kind > TYPE_L4)
-        return false; /* plain memory, or nothing of the guest's business */
+    if (!(info & TYPE_COUNT) || kind < TYPE_L1 || kind > TYPE_L4) { /* plain memory, such as a table not yet pinned */
+        if (!get_page_type(v, mfn, TYPE_WRITABLE))
+            return false;
+        words(d)[pointer >> 3] = value;
+        put_page_type(v, mfn);
+        executable_mapped(v, mfn);
+        return true;
+    }
     if (command == MMU_PT_UPDATE_PRESERVE_AD)
         value |= words(d)[pointer >> 3] & (PTE_A | PTE_D);
     return kind == TYPE_L1 ? modify_l1(v, pointer >> 3, value) : modify_upper(v, pointer >> 3, value, kind);
@@ -787,20 +793,24 @@ static u64 status_flags(u64 left, u64 right)
         | (result ? 0 : 0x40) | (result >> 63 << 7) | (((left ^ right) & (left ^ result)) >> 63 << 11);
 }
 
-/* The instructions of 64 bits by which kernels write to page tables, all with one memory operand: MOV, XCHG, BTR, BTS,
-   CMPXCHG.  What the address is made of does not matter: it is known. */
-static bool carry_out(struct vcpu *v, u64 index)
+static u64 logic_flags(u8 value)
+{
+    return (__builtin_parity(value) ? 0 : 4) | (value & 0x80) | (value ? 0 : 0x40);
+}
+
+/* The instructions by which kernels write to page tables, all with one memory operand: MOV, XCHG, BTR, BTS, CMPXCHG of 64
+   bits, AND and OR of a byte with an immediate.  What the address is made of does not matter: it is `va`. */
+static bool carry_out(struct vcpu *v, u64 index, u64 va)
 {
     u64 *regs = v->calls->regs, rip = regs[RIP], at = translate(v, rip, 15, READ);
     if (at == NOWHERE)
         return false;
-    u8 code[15], *c = code, rex, opcode, modrm;
+    u8 code[15], *c = code, rex = 0, opcode, modrm;
     __builtin_memcpy(code, (u8 *)words(v->domain_address) + at, 15);
     if (*c == 0xf0)
         c++;
-    rex = *c++;
-    if ((rex & 0xf8) != 0x48)
-        return false;
+    if ((*c & 0xf0) == 0x40)
+        rex = *c++;
     opcode = *c++;
     bool two_bytes = opcode == 0x0f;
     if (two_bytes)
@@ -815,7 +825,16 @@ static bool carry_out(struct vcpu *v, u64 index)
     c += mod == 1 ? 1 : mod == 2 || base == 5 ? 4 : 0;
 
     u64 old = words(v->domain_address)[index], new = old, *result = NULL, flags = 0, changed = 0;
-    if (!two_bytes && (opcode == 0x89 || opcode == 0x87)) {
+    if (!two_bytes && opcode == 0x80 && ((modrm & 0x38) == 0x20 || (modrm & 0x38) == 0x08)) {
+        unsigned shift = (va & 7) * 8;
+        u8 byte = old >> shift, immediate = *c++;
+        byte = (modrm & 0x38) == 0x20 ? byte & immediate : byte | immediate;
+        new = (old & ~(0xffull << shift)) | (u64)byte << shift;
+        changed = EFLAGS_STATUS;
+        flags = logic_flags(byte);
+    } else if (va & 7 || !(rex & 8))
+        return false;
+    else if (!two_bytes && (opcode == 0x89 || opcode == 0x87)) {
         new = regs[reg];
         if (opcode == 0x87)
             result = &regs[reg];
@@ -874,7 +893,7 @@ static bool page_fault(struct vcpu *v, u64 error_code, u64 address)
         && (error_code & (PFEC_WRITE | PFEC_PRESENT | PFEC_RESERVED | PFEC_INSN)) == (PFEC_WRITE | PFEC_PRESENT)) {
         u64 index = table_written(v, address);
         if (index != NOWHERE) {
-            if (address & 7 || !carry_out(v, index))
+            if (!carry_out(v, index, address))
                 return false;
             d->trap_counts[COUNT_PAGE_TABLE_WRITE]++;
             return true;
@@ -921,6 +940,29 @@ static bool system_call(struct vcpu *v)
     return true;
 }
 
+/* CPUID without prefixes, with an answer that Python has given before (emulate.py).  Only registers may change: an engine
+   that intercepts it goes on behind it whatever RIP is. */
+static int cpuid(struct vcpu *v)
+{
+    u64 *regs = v->calls->regs, at = translate(v, regs[RIP], 2, READ);
+    const u8 *code = (u8 *)words(v->domain_address) + at;
+    if (at == NOWHERE || code[0] != 0x0f || code[1] != 0xa2)
+        return NOT_HANDLED;
+    for (u32 i = 0; i < v->cpuid_count; i++) {
+        const u32 *entry = v->cpuid_table[i];
+        if (entry[0] != (u32)regs[RAX] || entry[1] != (u32)regs[RCX])
+            continue;
+        regs[RAX] = entry[2];
+        regs[RBX] = entry[3];
+        regs[RCX] = entry[4];
+        regs[RDX] = entry[5];
+        regs[RIP] += 2;
+        v->domain_address->trap_counts[TRAP_CPUID]++;
+        return v->may_run ? GO_ON : LEAVE;
+    }
+    return NOT_HANDLED;
+}
+
 static bool handle(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
     struct domain *d = v->domain_address;
@@ -957,6 +999,8 @@ void take_lock(u32 *word)
 int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
     struct domain *d = v->domain_address;
+    if (vector == TRAP_CPUID && v->calls && !v->compatibility)
+        return cpuid(v);
     if ((vector != TRAP_SYSCALL && vector != VECTOR_PF) || !v->calls || d->python_only || !v->native_budget
         || !try_lock(&d->lock_word))
         return NOT_HANDLED;

@@ -36,8 +36,8 @@ def _declarations() -> str:
         (
             native.define(
                 x86,
-                "RAX RCX RDX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_G "
-                "PTE_AVAIL PTE_AVAIL_HIGH PTE_NX EFLAGS_CF EFLAGS_RESERVED_ONE EFLAGS_TF EFLAGS_IF EFLAGS_DF "
+                "RAX RCX RDX RBX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D "
+                "PTE_G PTE_AVAIL PTE_AVAIL_HIGH PTE_NX EFLAGS_CF EFLAGS_RESERVED_ONE EFLAGS_TF EFLAGS_IF EFLAGS_DF "
                 "EFLAGS_IOPL EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_AC EFLAGS_STATUS EFLAGS_DEFINED VECTOR_PF "
                 "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN",
             ),
@@ -61,7 +61,7 @@ def _declarations() -> str:
                 "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
             ),
             native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE"),
-            native.define(protocol, "TRAP_SYSCALL"),
+            native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK"),
             native.define(errno, "EFAULT"),
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
@@ -82,7 +82,7 @@ def _library() -> ctypes.PyDLL | None:
 
 def handler_address() -> int:
     """Of the native trap handler, see ModeFields.native_handler; 0: there is none."""
-    library = _library()
+    library = _library() if native.missing() is None else None
     return ctypes.cast(library.handle_trap, ctypes.c_void_p).value or 0 if library else 0
 
 

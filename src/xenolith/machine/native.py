@@ -56,7 +56,7 @@ def declare(name: str, structure: type[ctypes.Structure], pointers: Mapping[str,
         member, kind = field[0], field[1]
         suffix = ""
         while issubclass(kind, ctypes.Array):
-            suffix += f"[{kind._length_}]"
+            suffix += f"[{kind._length_}]"  # the outermost dimension first
             kind = kind._type_
         if pointers and member in pointers:
             lines.append(f"    {pointers[member].format(member)};")

@@ -356,13 +356,14 @@ class UnicornCpu:
         callback: Any = library.TrapCallback(system_call)
         interrupt_callback: Any = library.TrapCallback(interrupt)
         invalid_callback: Any = library.TrapCallback(invalid)
-        cpuid_callback = library.TrapCallback(cpuid)
-        self._python_callbacks = callback, interrupt_callback, invalid_callback
-        self._hook.system_call, self._hook.interrupt, self._hook.invalid = map(_address, self._python_callbacks)
+        cpuid_callback: Any = library.TrapCallback(cpuid)
+        self._python_callbacks = callback, interrupt_callback, invalid_callback, cpuid_callback
+        addresses = map(_address, self._python_callbacks)
+        self._hook.system_call, self._hook.interrupt, self._hook.invalid, self._hook.cpuid = addresses
         native = deliver_library()
         if native is not None:
             callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
-            invalid_callback = native.deliver_invalid
+            invalid_callback, cpuid_callback = native.deliver_invalid, native.deliver_cpuid
         hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
         hook(library.UC_HOOK_INSN_INVALID, stubs.INVALID, deliver_invalid=invalid_callback)
         for instruction, trap in (

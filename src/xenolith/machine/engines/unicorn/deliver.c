@@ -18,6 +18,11 @@ bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hoo
     return deliver(vector, error_code, address, hook, hook->interrupt);
 }
 
+bool deliver_cpuid(u32 vector, u64 error_code, u64 address, struct hook *hook)
+{
+    return deliver(vector, error_code, address, hook, hook->cpuid);
+}
+
 /* An undefined opcode may be one that is carried out here: see extended.c. */
 bool deliver_invalid(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {

@@ -22,6 +22,7 @@ class Hook(ctypes.Structure):
     interrupt: int  # Python's handler, of all traps but system calls
     system_call: int
     invalid: int
+    cpuid: int
     extended: int  # what `carry_out` needs to execute XSAVE and its kin; 0: they are undefined
     carry_out: int
 
@@ -31,6 +32,7 @@ class Hook(ctypes.Structure):
         ("interrupt", c_uint64),
         ("system_call", c_uint64),
         ("invalid", c_uint64),
+        ("cpuid", c_uint64),
         ("extended", c_uint64),
         ("carry_out", c_uint64),
     )
@@ -41,6 +43,7 @@ _IN_C = {
     "interrupt": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "system_call": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "invalid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
+    "cpuid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "carry_out": "bool (*{})(u64 extended)",
 }
 
