@@ -149,8 +149,7 @@ class Vcpu(VcpuFields):
     @property
     def syscalls(self) -> int:
         """System calls of its domain's programs so far."""
-        counts = self.domain.trap_counts
-        return int(counts[COUNT_SYSCALL_BOUNCE] + counts[COUNT_SYSCALL_UNTRAPPED])
+        return int(self.domain.trap_counts[COUNT_SYSCALL_BOUNCE]) + self.untrapped_syscalls
 
     def know_cpuid(self, question: tuple[int, int], answer: tuple[int, int, int, int]) -> None:
         """CPUID with this leaf and subleaf gives these registers, until `forget_cpuid`."""
@@ -181,7 +180,7 @@ class Vcpu(VcpuFields):
 
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""
-        self.domain.trap_counts[COUNT_SYSCALL_UNTRAPPED] += count
+        self.untrapped_syscalls += count
 
     def restart_hypercall(self, number: int, *arguments: int) -> int:
         """Let the guest make this hypercall again with these arguments, so that nothing else has to wait for it.

@@ -74,28 +74,36 @@ def define(module: Any, names: str) -> str:
 def load(source: Path, declarations: str = "") -> ctypes.PyDLL:
     """Compile a C file, unless that was done before, and load it. Raises Missing.
 
-    Its functions are called with Python's lock held.
+    Its functions are called with Python's lock held; for one that runs long, open `build` with ctypes.CDLL.
     """
+    return _load(build(source, declarations))
+
+
+def build(source: Path, declarations: str = "") -> Path:
+    """Compile a C file, unless that was done before: the shared object. Raises Missing."""
     reason = missing()
     if reason is not None:
         raise Missing(reason)
-    text = PRELUDE + declarations + f'#line 1 "{source.name}"\n' + source.read_text()
-    return _load(text, source.stem)
+    return _build(PRELUDE + declarations + f'#line 1 "{source.name}"\n' + source.read_text(), source.stem)
 
 
 @functools.cache
-def _load(text: str, name: str) -> ctypes.PyDLL:
-    compiler = _compiler()
-    assert compiler is not None
-    key = hashlib.sha256("\0".join((text, compiler, *OPTIONS)).encode()).hexdigest()[:32]
-    directory = _cache()
-    path = directory / f"{name}-{key}.so"
-    if not path.exists():
-        _compile(compiler, text, path)
+def _load(path: Path) -> ctypes.PyDLL:
     try:
         return ctypes.PyDLL(str(path))
     except OSError as error:
         raise Missing(f"cannot load {path}: {error}") from error
+
+
+@functools.cache
+def _build(text: str, name: str) -> Path:
+    compiler = _compiler()
+    assert compiler is not None
+    key = hashlib.sha256("\0".join((text, compiler, *OPTIONS)).encode()).hexdigest()[:32]
+    path = _cache() / f"{name}-{key}.so"
+    if not path.exists():
+        _compile(compiler, text, path)
+    return path
 
 
 def _compile(compiler: str, text: str, path: Path) -> None:

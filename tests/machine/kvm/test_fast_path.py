@@ -68,6 +68,9 @@ class Modes:
     flat_selectors: set[tuple[int, int]] = field(default_factory=lambda: {FLAT})
 
     syscalls: int = 0
+    native_handler: int = 0
+    native_budget: int = 0
+    address: int = 0
 
     def count_syscalls(self, count: int) -> None:
         self.syscalls += count

@@ -171,7 +171,7 @@ class AdaptiveCpu:
         self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
         self._modes: GuestModes | None = None
         self._calls = EngineCalls()  # those of the engine where it is
-        self.calls = 0  # KVM has to be told of entries that change
+        self.calls = ctypes.addressof(self._calls) if self._kvm.calls else 0
         self._native_extended: NativeExtended | None = None
         with suppress(native.Missing):
             self._native_extended = NativeExtended(self._unicorn, self._memory, self._components)
@@ -582,8 +582,10 @@ class AdaptiveCpu:
     def _go_to(self, target: UnicornCpu | KvmCpu) -> None:
         """Make an engine the one that all calls go to."""
         self._active = target
-        if target.calls:
-            ctypes.memmove(ctypes.addressof(self._calls), target.calls, ctypes.sizeof(EngineCalls))
+        if self.calls:
+            ctypes.memmove(self.calls, target.calls, ctypes.sizeof(EngineCalls))
+            # KVM has to know of entries that change wherever the vCPU is; Unicorn's functions need no context.
+            self._calls.context, self._calls.entry_changed = self._kvm.entry_changed_call
         self.get_rflags, self.set_rflags = target.get_rflags, target.set_rflags
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page

@@ -41,8 +41,8 @@ class ModeFields(ctypes.Structure):
     native_handler: int
     """Address of `int handler(struct vcpu *, u32 vector, u64 error_code, u64 address)`, 0: none.
 
-    To be called in place of the Python handler, on the same thread, with or without Python's lock, in the same state but
-    for RIP, which is still at the instruction for TRAP_CPUID. It answers LEAVE, GO_ON, NOT_HANDLED or LOOK.
+    To be called in place of the Python handler, on the same thread, with or without Python's lock, in the same state
+    but for RIP, which is still at the instruction for TRAP_CPUID. It answers LEAVE, GO_ON, NOT_HANDLED or LOOK.
     """
     native_budget: int  # traps that it may still handle; then they are Python's, until there is a new one
 
@@ -73,6 +73,10 @@ class EngineCalls(ctypes.Structure):
 
     `executable_mapped` and `entry_changed` are 0 where the engine does not want to know.
     """
+
+    regs: int
+    context: int
+    entry_changed: int
 
     _fields_: ClassVar[Fields] = (
         ("regs", c_uint64),  # address of the register file

@@ -72,10 +72,12 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
 )
-from xenolith.machine.engines.kvm import api, area, segment_loads
+from xenolith.machine.engines.flat import EngineCalls
+from xenolith.machine.engines.kvm import api, area, native_run, segment_loads
 from xenolith.machine.engines.kvm.alarm import Alarm
 from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
-from xenolith.machine.engines.kvm.fast_path import FastPath
+from xenolith.machine.engines.kvm.fast_path import NOTHING, FastPath
+from xenolith.machine.engines.kvm.native_run import KvmFields
 from xenolith.machine.engines.protocol import (
     TRAP_NOTHING,
     TRAP_SYSCALL,
@@ -102,8 +104,8 @@ _MSR_CSTAR: Final = 0xC000_0083
 _MSR_SFMASK: Final = 0xC000_0084
 _FIRST: Final = Struct("<8Q")  # the eight registers whose order differs: see abi.x86 and api.RUN_REGS
 _SELECTORS: Final = Struct("<8xQ16xQ16xQ16xQ")  # of DS ES FS GS: limit, selector, type, present
-_ENTRY_FLAGS: Final = EFLAGS_DEFINED & ~(EFLAGS_IOPL | EFLAGS_VM)
-_ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
+ENTRY_FLAGS: Final = EFLAGS_DEFINED & ~(EFLAGS_IOPL | EFLAGS_VM)
+ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
 _SEGMENT_OFFSETS: Final = {
     ES: api.SREGS_ES,
     CS: api.SREGS_CS,
@@ -180,16 +182,19 @@ class KvmCpu(Cpu):
         self._cs = _FLAT_CODE
         self._ss = _FLAT_STACK
         self._selectors = _SELECTORS.unpack(bytes(_SELECTORS.size))
-        self.l4_mfn = 0
-        self._user = False
+        self._shared = shared = self._share()
+        self._native = native_run.library()
+        self._calls = EngineCalls(regs=shared.regs, context=ctypes.addressof(shared))
+        if self._native is not None:
+            for name, address in self._native.calls.items():
+                setattr(self._calls, name, address)
+        self.calls = ctypes.addressof(self._calls) if self._native is not None else 0
         self._task_switched = False
         self._debug = [0] * 8
         self._xcr0 = 1
         self._gdt = (0, 0)  # linear address and limit
         self._ldt = (0, 0)
-        self._flush = False
         self._interrupted_in_stubs = False
-        self._kicked = False
         self._kick_lock = threading.Lock()
         self._running_thread: int | None = None
         self._masked_for = 0  # the thread whose signal mask KVM_RUN uses
@@ -200,15 +205,55 @@ class KvmCpu(Cpu):
         if engine.area.has_views:
             self._alarm = Alarm(KICK_SIGNAL)
             self._fast_path = FastPath(
-                engine.memory, self._pages, self.regs, engine.has_view, self._info_moved, self._alarm
+                engine.memory, self._pages, self.regs, engine.has_view, self._info_moved, self._alarm, shared
             )
             self._syscall_page = self._pages.code_va
+        shared.syscall_page = self._syscall_page
         self._set_up()
+
+    def _share(self) -> KvmFields:
+        """The state that native code works on, too, and what ring 0 calls of it."""
+        engine, pages, stubs = self._engine, self._pages, self._stubs
+        shared = KvmFields(
+            regs=_address(self.regs),
+            run=_address(self._run),
+            frame=_address(pages.frame),
+            list=_address(pages.list),
+            list_va=pages.list_va,
+            memory=engine.memory.address,
+            changes=ctypes.addressof(engine.changes),
+            info=NOTHING,
+            slot=area.SLOT,
+            alias=area.ALIAS,
+            entries_end=stubs.rewrite_entries(0),
+            tables_end=stubs.rewrite_tables(0),
+            entry_size=stubs.rewrite_entries(0) - stubs.rewrite_entries(1),
+            table_size=stubs.rewrite_tables(0) - stubs.rewrite_tables(1),
+            flush_stub=stubs.flush,
+            go_stub=stubs.go,
+            fd=self._fd,
+            flat=True,
+            shadows=engine.traits.shadows_page_tables,
+        )
+        shared.view_entries[:] = engine.area.l4_entry, engine.area.kernel_l4_entry
+        shared.flat_code[:], shared.flat_stack[:] = _FLAT_CODE, _FLAT_STACK
+        shared.code0[:], shared.data0[:] = _CODE0, _DATA0
+        return shared
+
+    @property
+    def entry_changed_call(self) -> tuple[int, int]:
+        """Context and address of the native function that notes changed entries."""
+        return self._calls.context, self._calls.entry_changed
+
+    @property
+    def l4_mfn(self) -> int:
+        """The page table it is on."""
+        return self._shared.l4_mfn
 
     # --- registers outside of `run` ------------------------------------------------------------------
 
     def _set_rflags(self, value: int) -> None:
-        self.regs[RFLAGS] = value & _ENTRY_FLAGS | _ALWAYS_SET
+        self.regs[RFLAGS] = value & ENTRY_FLAGS | ALWAYS_SET
 
     def load(self, state: CpuState) -> None:
         self.regs[: RIP + 1] = state.regs[: RIP + 1]
@@ -226,13 +271,13 @@ class KvmCpu(Cpu):
         self._debug = list(state.debug)
         self._load_debug()
         self._load_extended(state)
-        self._flush = True
+        self._shared.flush = True
 
     def store(self, state: CpuState) -> None:
         state.regs[: RFLAGS + 1] = self.regs[: RFLAGS + 1]
         state.regs[ES : GS + 3] = self.regs[ES : GS + 3]
         state.l4_mfn = self.l4_mfn
-        state.user = self._user
+        state.user = self._shared.user
         state.task_switched = self._task_switched
         state.gdt_va, state.gdt_limit = self._gdt
         state.ldt_va, state.ldt_limit = self._ldt
@@ -243,15 +288,15 @@ class KvmCpu(Cpu):
         state.xcr0 = self._xcr0
 
     def switch_mode(self, l4_mfn: int, user: bool) -> None:
-        self.l4_mfn = l4_mfn
-        self._user = user
+        self._shared.l4_mfn = l4_mfn
+        self._shared.user = user
         self._run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
 
     def flush_tlb(self) -> None:
-        self._flush = True
+        self._shared.flush = True
 
     def flush_page(self, va: int) -> None:
-        self._flush = True
+        self._shared.flush = True
 
     def set_segment(self, segment: int, selector: int) -> None:
         try:
@@ -268,6 +313,7 @@ class KvmCpu(Cpu):
         else:
             self._cs = _image(code, area.USER_CODE32)
             self._ss = _image(stack, area.USER_DATA)
+        self._shared.flat = self._cs is _FLAT_CODE
         for index, selector, segment in ((CS, cs, code), (SS, ss, stack)):
             self.regs[index] = selector
             self.regs[index + 1] = segment.base
@@ -315,11 +361,15 @@ class KvmCpu(Cpu):
     def follow(self, modes: GuestModes | None) -> None:
         if self._fast_path is not None:
             self._fast_path.follow(modes)
+        handler = modes.native_handler if modes is not None and self._native is not None else 0
+        self._shared.handler = handler
+        # Changes of page tables are noted by whoever makes them: with several threads, only under Python's lock.
+        self._shared.vcpu = modes.address if modes is not None and handler and len(self._engine.cpus) == 1 else 0
 
     def _info_moved(self) -> None:
         """An entry of the area changed: have KVM drop all it knows of its table."""
-        self._engine.changed_tables.add(self._pages.info_table)
-        self._flush = True
+        self._engine.changes.note_table(self._pages.info_table)
+        self._shared.flush = True
 
     def _leave_fast_path(self, stopped_in_it: bool) -> bool:
         """The guest has stopped, its registers are in the register file: take over what the fast path did.
@@ -332,12 +382,12 @@ class KvmCpu(Cpu):
         syscall = False
         if stopped_in_it:
             l4_mfn, syscall = fast_path.roll_back(l4_mfn)
-            self.regs[RFLAGS] = self.regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+            self.regs[RFLAGS] = self.regs[RFLAGS] & ENTRY_FLAGS | ALWAYS_SET
             run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
         kernel_mode = fast_path.leave(l4_mfn)
         if kernel_mode is not None:
-            self.l4_mfn = l4_mfn
-            self._user = not kernel_mode
+            self._shared.l4_mfn = l4_mfn
+            self._shared.user = not kernel_mode
         return syscall
 
     # --- running ------------------------------------------------------------------------------------
@@ -345,8 +395,8 @@ class KvmCpu(Cpu):
     def run(self, on_trap: TrapHandler) -> None:
         self._enter_thread()
         try:
-            if self._kicked:
-                self._kicked = False
+            if self._shared.kicked:
+                self._shared.kicked = False
                 return
             self._loop(on_trap)
         finally:
@@ -359,13 +409,14 @@ class KvmCpu(Cpu):
         frame = self._pages.frame
         engine = self._engine
         fast_path, syscall_page = self._fast_path, self._syscall_page
-        fd = self._fd
+        fd, native, shared = self._fd, self._native, self._shared
+        shared_address = ctypes.addressof(shared)
         unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
         unpack_selectors = _SELECTORS.unpack_from
         while True:
             if fast_path is not None:
                 fast_path.enter()
-            by_stubs = (self._flush or engine.rewriting) and self._prepare_entry()
+            by_stubs = (self._shared.flush or engine.rewriting) and self._prepare_entry()
             rip = regs[RIP]
             if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
                 # No processor can go there; the jump, or the return, faults.
@@ -384,10 +435,24 @@ class KvmCpu(Cpu):
             if by_stubs:
                 self._divert_to_stubs()
             run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
-            if run_ioctl(fd, api.KVM_RUN, 0):
+            status = native.run(shared_address) if native is not None and shared.vcpu else run_ioctl(fd, api.KVM_RUN, 0)
+            if status > native_run.RAN:
+                if status == native_run.TRAPPED:
+                    more = on_trap(shared.vector, shared.error_code, shared.address)
+                elif status == native_run.LOOK_NOW:
+                    more = on_trap(TRAP_NOTHING, 0, 0)
+                else:
+                    more = status == native_run.AGAIN
+                if shared.kicked:
+                    shared.kicked = False
+                    return
+                if not more:
+                    return
+                continue
+            if status:
                 if self._interrupted():
-                    if self._kicked:
-                        self._kicked = False
+                    if self._shared.kicked:
+                        self._shared.kicked = False
                         return
                     if fast_path is not None and fast_path.timer_told:
                         fast_path.timer_told = False
@@ -424,7 +489,7 @@ class KvmCpu(Cpu):
                         self._code_segment_changed(area.USER_CODE64)
                     if fast_path is None:
                         regs[RIP] = rcx
-                        regs[RFLAGS] = run_q[_RUN_R8 + 3] & _ENTRY_FLAGS | _ALWAYS_SET
+                        regs[RFLAGS] = run_q[_RUN_R8 + 3] & ENTRY_FLAGS | ALWAYS_SET
                     else:
                         regs[RIP] = run_q[_RUN_RIP]
                         self._leave_fast_path(True)
@@ -435,8 +500,8 @@ class KvmCpu(Cpu):
                     more = self._other_port(on_trap, vector)
             if not more:
                 return
-            if self._kicked:
-                self._kicked = False
+            if self._shared.kicked:
+                self._shared.kicked = False
                 return
 
     # --- entering by way of the stubs -----------------------------------------------------------------
@@ -445,14 +510,14 @@ class KvmCpu(Cpu):
         """Before an entry with translations to forget. True: go through the stubs, which do it on the way."""
         engine = self._engine
         if not engine.traits.shadows_page_tables:
-            return self._flush
-        self._flush = False  # KVM's shadow follows the tables, but for the entries that are noted
+            return self._shared.flush
+        self._shared.flush = False  # KVM's shadow follows the tables, but for the entries that are noted
         if len(engine.cpus) == 1:
-            return bool(engine.changed_entries or engine.changed_tables)
+            return bool(engine.changes)
         # Another vCPU must not slip into the guest while the rewriting is under way.
         with engine.rewrite_lock:
             engine.rewriting = True
-            while engine.changed_entries or engine.changed_tables:
+            while engine.changes:
                 self._rewrite_apart()
             engine.rewriting = False
         return False
@@ -460,13 +525,13 @@ class KvmCpu(Cpu):
     def _divert_to_stubs(self) -> None:
         """Make the entry that kvm_run holds go through the stubs that forget translations first."""
         run_q, stubs, engine = self._run_q, self._stubs, self._engine
-        while len(engine.changed_entries) > stubs.MOST or len(engine.changed_tables) > stubs.MOST:
+        while engine.changes.entry_count > stubs.MOST or engine.changes.table_count > stubs.MOST:
             saved = bytes(self._run[_RUN_GUEST])
             self._rewrite_apart()
             self._run[_RUN_GUEST] = saved
         pieces = self._take_changes()
-        if self._flush:
-            self._flush = False
+        if self._shared.flush:
+            self._shared.flush = False
             pieces.append((stubs.flush, [run_q[_RUN_CR3]]))
         if not pieces:
             return
@@ -483,10 +548,10 @@ class KvmCpu(Cpu):
         """Take noted changes, as many as a list holds, as stubs and their operands."""
         engine, stubs = self._engine, self._stubs
         pieces = []
-        taken = [engine.changed_tables.pop() for _ in range(min(len(engine.changed_tables), stubs.MOST))]
+        taken = engine.changes.take_tables(stubs.MOST)
         if taken:
             pieces.append((stubs.rewrite_tables(len(taken)), [area.ALIAS + (mfn << PAGE_SHIFT) + 1 for mfn in taken]))
-        taken = [engine.changed_entries.pop() for _ in range(min(len(engine.changed_entries), stubs.MOST))]
+        taken = engine.changes.take_entries(stubs.MOST)
         if taken:
             pieces.append((stubs.rewrite_entries(len(taken)), [area.ALIAS + (index << 3) for index in taken]))
         return pieces
@@ -542,7 +607,7 @@ class KvmCpu(Cpu):
         run_q = self._run_q
         saved = bytes(self._run[_RUN_GUEST])
         run_q[_RUN_RIP] = area.HypervisorArea.TAKE_SELECTORS
-        run_q[_RUN_RFLAGS] = _ALWAYS_SET
+        run_q[_RUN_RFLAGS] = ALWAYS_SET
         self._run[_RUN_CS] = _FLAT_CODE
         self._run[_RUN_SS] = _FLAT_STACK
         self._run_stubs(area.PORT_SYSCALL)
@@ -606,14 +671,14 @@ class KvmCpu(Cpu):
             if port not in (area.PORT_SYSCALL32, area.PORT_SYSCALL):
                 raise EngineError(f"the engine's own code at {rip:#x} wrote to port {port:#x}")
             regs[RIP] = regs[RCX]
-            regs[RFLAGS] = regs[R11] & _ENTRY_FLAGS | _ALWAYS_SET
+            regs[RFLAGS] = regs[R11] & ENTRY_FLAGS | ALWAYS_SET
             return on_trap(TRAP_SYSCALL, 0, 0)
         rax = regs[RAX]
         if self._run[api.RUN_DETAIL] == _DIRECTION_IN:  # the kernel wants to finish the instruction first
             self._finish_io()
         regs[RAX] = rax
         regs[RIP] = self._start_of_io(rip)
-        regs[RFLAGS] = flags & _ENTRY_FLAGS | _ALWAYS_SET
+        regs[RFLAGS] = flags & ENTRY_FLAGS | ALWAYS_SET
         return on_trap(VECTOR_GP, 0, 0)
 
     def _finish_io(self) -> None:
@@ -676,7 +741,7 @@ class KvmCpu(Cpu):
             l4_mfn = fast_path.finish_gate(rip)
             if l4_mfn is None:
                 return False
-            regs[RFLAGS] = regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+            regs[RFLAGS] = regs[RFLAGS] & ENTRY_FLAGS | ALWAYS_SET
             run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
         elif rip & _PAGE != self._syscall_page:
             return False
@@ -723,7 +788,7 @@ class KvmCpu(Cpu):
         rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp = _FIRST.unpack_from(run, _RUN_FIRST)
         _FIRST.pack_into(self._file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
         regs[R8 : RFLAGS + 1] = run_q[_RUN_R8 : _RUN_RFLAGS + 1]
-        regs[RFLAGS] = regs[RFLAGS] & _ENTRY_FLAGS | _ALWAYS_SET
+        regs[RFLAGS] = regs[RFLAGS] & ENTRY_FLAGS | ALWAYS_SET
         regs[FS_BASE] = run_q[_RUN_FS_BASE]
         regs[GS_BASE] = run_q[_RUN_GS_BASE]
         if _SELECTORS.unpack_from(run, _RUN_SELECTORS) != self._selectors:
@@ -790,7 +855,7 @@ class KvmCpu(Cpu):
         image = _image(segment, selector) if selector & ~3 else _NULL_IMAGE
         start = api.RUN_SREGS + _SEGMENT_OFFSETS[index]
         self._run[start : start + len(image)] = image
-        self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+        self._note_selectors()
 
     def _load_code_stack(self, cs: int, ss: int) -> None:
         """For `load`: Xen's flat pair where the saved selectors are no good any more."""
@@ -808,7 +873,11 @@ class KvmCpu(Cpu):
                 self.regs[index] = selector
                 self.regs[index + 1] = base
                 self.regs[index + 2] = limit
+        self._note_selectors()
+
+    def _note_selectors(self) -> None:
         self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+        self._shared.selectors[:] = self._selectors
 
     def _code_segment_changed(self, selector: int) -> None:
         """Guest code loaded CS by itself, by a far jump between the hardware's own 64-bit and 32-bit segments."""
@@ -819,6 +888,7 @@ class KvmCpu(Cpu):
         else:
             self._cs = _image(code, area.USER_CODE32)
             self._ss = _FLAT_STACK
+        self._shared.flat = self._cs is _FLAT_CODE
         self.regs[CS] = selector
         self.regs[CS + 1] = 0
         self.regs[CS + 2] = code.limit | flags << 32
@@ -855,7 +925,7 @@ class KvmCpu(Cpu):
         except OSError as error:
             raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
         self._run[api.RUN_SREGS : api.RUN_SREGS + api.SREGS_SIZE] = sregs
-        self._selectors = _SELECTORS.unpack_from(self._run, _RUN_SELECTORS)
+        self._note_selectors()
         self._run_q[api.RUN_VALID_REGS // 8] = (
             api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS | api.KVM_SYNC_X86_EVENTS
         )
@@ -891,9 +961,9 @@ class KvmCpu(Cpu):
     # --- threads --------------------------------------------------------------------------------------
 
     def kick(self) -> None:
-        if self._kicked:
+        if self._shared.kicked:
             return
-        self._kicked = True
+        self._shared.kicked = True
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -932,6 +1002,10 @@ class KvmCpu(Cpu):
         os.close(self._fd)
         if self._fast_path is not None:
             self._alarm.close()
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _image(segment: Segment, selector: int) -> bytes:

@@ -18,20 +18,10 @@ import threading
 from struct import pack_into, unpack_from
 from typing import Final
 
-from xenolith.abi.x86 import (
-    PTE_A,
-    PTE_ADDRESS,
-    PTE_D,
-    PTE_NX,
-    PTE_P,
-    PTE_PCD,
-    PTE_PSE,
-    PTE_PWT,
-    PTE_RW,
-    PTE_US,
-)
+from xenolith.abi.x86 import PTE_A, PTE_D
 from xenolith.machine.engines.kvm import api, area
 from xenolith.machine.engines.kvm.api import ioctl
+from xenolith.machine.engines.kvm.changes import Changes
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.cpuid import native_cpuid
 from xenolith.machine.engines.kvm.fast_path import gate_pages
@@ -39,9 +29,6 @@ from xenolith.machine.engines.kvm.traits import HostTraits
 from xenolith.machine.engines.protocol import Engine, EngineError
 from xenolith.machine.memory import MachineMemory
 
-# An entry whose other bits change still permits all that it permitted, and maps the same.
-_MAY_NOT_LOSE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_ADDRESS
-_MAY_NOT_GAIN: Final = PTE_NX | PTE_PSE | PTE_PWT | PTE_PCD | PTE_ADDRESS
 _CPUID_ENTRIES: Final = 256
 NULL_SELECTOR_CLEARS_BASE: Final = 1 << 6  # CPUID 80000021.eax
 CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
@@ -68,8 +55,7 @@ class KvmEngine(Engine):
         self.traits = traits
         self.xcr0_mask = traits.xcr0
         self.caches_tables = traits.shadows_page_tables
-        self.changed_entries: set[int] = set()  # word indices of entries that KVM's shadow may still hold as they were
-        self.changed_tables: set[int] = set()  # MFNs of tables of which it may hold anything
+        self.changes = Changes(memory.frames)
         self.rewrite_lock = threading.Lock()
         self.rewriting = False  # a vCPU rewrites changed entries: wait for it
         self.cpus: dict[int, KvmCpu] = {}
@@ -183,10 +169,7 @@ class KvmEngine(Engine):
         It may stay in force until the next flush, as on any processor.  Entry 0 stands for its whole table: report
         it when a frame stops being a page table.
         """
-        if not index & 511:
-            self.changed_tables.add(index >> 9)
-        elif old & ~new & _MAY_NOT_LOSE or new & ~old & _MAY_NOT_GAIN:
-            self.changed_entries.add(index)
+        self.changes.note(index, old, new)
 
     def has_view(self, l4_mfn: int, view: int) -> bool:
         """Whether this L4 table maps the area in the view of the guest's user (0) or kernel (1)."""

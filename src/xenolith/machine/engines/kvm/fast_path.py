@@ -23,6 +23,7 @@ the distance to a label (`:1` of one byte) and `{@name}` that to a field of the 
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
 from struct import Struct
@@ -49,11 +50,13 @@ from xenolith.machine.engines.kvm import area
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.alarm import Alarm
+    from xenolith.machine.engines.kvm.native_run import KvmFields
     from xenolith.machine.engines.protocol import GuestModes
     from xenolith.machine.memory import MachineMemory
 
 IRET: Final = 23  # hypercall number
 _MASK64: Final = (1 << 64) - 1
+NOTHING: Final = (1 << 64) - 1  # no machine address
 _USER_RIP: Final = (1 << 47) - 1
 
 # --- the data page: words that guest-kernel code and Python share ------------------------------------
@@ -81,9 +84,9 @@ FIELDS: Final = {
     )
 }
 _WORD: Final = {name: offset // 8 for name, offset in FIELDS.items()}
-_NO_SELECTOR: Final = 1 << 16
+NO_SELECTOR: Final = 1 << 16
 _pack_fields = Struct("<11Q").pack_into  # those before `rip`
-_NO_TIMER: Final = (1 << 64) - 1
+NO_TIMER: Final = (1 << 64) - 1
 TIMER_SLOP: Final = 50_000  # ns by which a timer may be late (Xen: timer_slop)
 
 # --- code ----------------------------------------------------------------------------------------------
@@ -408,6 +411,7 @@ class FastPath:
         has_view: Callable[[int, int], bool],
         info_moved: Callable[[], None],
         alarm: Alarm,
+        shared: KvmFields,
     ) -> None:
         self._memory = memory
         self._alarm = alarm
@@ -419,13 +423,18 @@ class FastPath:
         self._list = pages.list
         self._regs = regs
         self._modes: GuestModes | None = None
-        self._configuration: tuple[int, int, int, int, bool] | None = None
         self._info = -1  # machine address that the code was made for
-        self._pair = (0, 0)  # selectors in guest-user mode
-        self._kernel_l4 = self._user_l4 = 0
-        self._look = 0  # when the alarm goes off
         self.timer_told = False  # the hypervisor was told of a timer: it had better look for events
-        self.on = False
+        self._shared = shared
+        shared.data = _address(pages.data)
+        shared.kernel_code, shared.user_code = _address(pages.kernel_code), _address(pages.user_code)
+        shared.code_va = code = pages.code_va
+        shared.slow[:] = _USER.labels["slow"], _AT["slow"]
+        shared.landing_slow, shared.iret_slow = _AT["landing_slow"], _AT["iret_slow"]
+        for on in (False, True):
+            shared.kernel_start[on][:] = b"\xe9" + (_AT["hypercall" if on else "slow"] - 5).to_bytes(4, "little")
+            shared.user_start[on][:] = _USER.code[:2] if on else bytes((0xEB, _USER.labels["slow"] - 2))
+        shared.gate_rips[:] = code + _AT["landing"], code + _AT["gate"] + 1
         pages.user_code[: len(_USER.code)] = _USER.code
         self._make_kernel_code(0)
         self._turn(False)
@@ -433,39 +442,43 @@ class FastPath:
     def follow(self, modes: GuestModes | None) -> None:
         """Whose modes to switch; None: nobody's."""
         self._modes = modes
-        self._configuration = None
+        self._shared.info = NOTHING
         if modes is None:
             self._turn(False)
 
     def alarm_is_off(self) -> None:
         """The alarm goes to another thread now, and has to be set anew."""
-        self._look = 0
+        self._shared.look = 0
+
+    @property
+    def on(self) -> bool:
+        """Whether it is in use now."""
+        return self._shared.on
 
     def enter(self) -> None:
         """Before the guest runs."""
         modes = self._modes
         if modes is None:
             return
-        configuration = (
-            modes.kernel_l4,
-            modes.user_l4,
-            modes.syscall_callback,
-            modes.info,
-            modes.syscall_masks_events,
-        )
-        if configuration != self._configuration:
+        shared = self._shared
+        if (
+            modes.kernel_l4 != shared.kernel_l4
+            or modes.user_l4 != shared.user_l4
+            or modes.info != shared.info
+            or modes.syscall_callback != shared.callback
+            or modes.syscall_masks_events != shared.masks_events
+        ):
             self._configure(modes)
-            self._configuration = configuration
-        if not self.on:
+        if not shared.on:
             return
         regs = self._regs
         if not modes.kernel_mode and not modes.compatibility:
-            self._pair = regs[CS] & 0xFFFF, regs[SS] & 0xFFFF
+            shared.pair_cs, shared.pair_ss = regs[CS] & 0xFFFF, regs[SS] & 0xFFFF
         look = modes.timer_look
-        if look and look != self._look:
-            self._look = look
+        if look and look != shared.look:
+            shared.look = look
             self._alarm.set(max(modes.until(look), 1))
-        known = self._pair in modes.flat_selectors
+        known = (shared.pair_cs, shared.pair_ss) in modes.flat_selectors
         _pack_fields(
             self._data_bytes,
             0,
@@ -473,11 +486,11 @@ class FastPath:
             modes.kernel_ss,
             modes.other_gs_base,
             modes.syscall_callback,
-            self._pair[0] if known else _NO_SELECTOR,
-            self._pair[1],
+            shared.pair_cs if known else NO_SELECTOR,
+            shared.pair_ss,
             modes.nmi_masked,
             modes.vcpu_id,
-            look - TIMER_SLOP if look else _NO_TIMER,
+            look - TIMER_SLOP if look else NO_TIMER,
             0,
             0,
         )
@@ -487,9 +500,11 @@ class FastPath:
 
         The mode (True: guest-kernel) if it may have changed.
         """
-        data, modes = self._data, self._modes
+        data, modes, shared = self._data, self._modes, self._shared
         used = data[_WORD["used"]]
-        if modes is None or not self.on or not (used or l4_mfn != (self._user_l4, self._kernel_l4)[modes.kernel_mode]):
+        if modes is None or not shared.on:
+            return None
+        if not used and l4_mfn == (shared.kernel_l4 if modes.kernel_mode else shared.user_l4):
             return None
         modes.kernel_sp, modes.kernel_ss = data[_WORD["kernel_sp"]], data[_WORD["kernel_ss"]] & 0xFFFF
         modes.other_gs_base = _canonical(data[_WORD["other_gs"]])
@@ -500,10 +515,11 @@ class FastPath:
         if data[_WORD["timer"]]:
             modes.set_timer_late(data[_WORD["timer"]])
             self.timer_told = True
-        modes.kernel_mode = kernel = l4_mfn == self._kernel_l4
+        modes.kernel_mode = kernel = l4_mfn == shared.kernel_l4
         regs = self._regs
         if used & 2 or not kernel:
-            regs[CS], regs[SS] = (FLAT_RING3_CS64, FLAT_RING3_SS64) if kernel else self._pair
+            pair = shared.pair_cs, shared.pair_ss
+            regs[CS], regs[SS] = (FLAT_RING3_CS64, FLAT_RING3_SS64) if kernel else pair
         return kernel
 
     def roll_back(self, l4_mfn: int) -> tuple[int, bool]:
@@ -515,7 +531,7 @@ class FastPath:
         regs, data = self._regs, self._data
         at = regs[RIP] - self._pages.code_va
         syscall = True
-        if not self.on or l4_mfn == self._user_l4:
+        if not self.on or l4_mfn == self._shared.user_l4:
             pass
         elif _AT["landing"] <= at < _AT["landing_end"]:
             if at >= _AT["landing_saved"]:
@@ -525,11 +541,11 @@ class FastPath:
                     self._memory.b[self._info + 1] = 0
                 self._restore_saved()
                 regs[RSP] = data[_WORD["saved_rsp"]]
-            l4_mfn = self._user_l4
+            l4_mfn = self._shared.user_l4
         elif _AT["iret"] <= at < _AT["iret_end"]:
             if _AT["gate"] <= at < _AT["iret_slow"]:
                 regs[RIP] = data[_WORD["rip"]] & _USER_RIP
-                return self._user_l4, False
+                return self._shared.user_l4, False
             if at >= _AT["iret_saved"]:
                 if _AT["iret_commit"] < at < _AT["gate"]:
                     self._undo_gs(at == _AT["iret_store"])
@@ -568,7 +584,7 @@ class FastPath:
                 regs[RIP] = self._pages.code_va + _USER.labels["gate"]
                 if gate is GATE_OUT_CODE:
                     regs[RIP] = self._data[_WORD["rip"]] & _USER_RIP
-                return self._user_l4
+                return self._shared.user_l4
         return None
 
     def owns(self, rip: int) -> bool:
@@ -588,7 +604,10 @@ class FastPath:
 
     def _configure(self, modes: GuestModes) -> None:
         self._turn(False)
-        kernel, user = modes.kernel_l4, modes.user_l4
+        shared = self._shared
+        shared.kernel_l4, shared.user_l4 = kernel, user = modes.kernel_l4, modes.user_l4
+        shared.info, shared.callback = modes.info, modes.syscall_callback
+        shared.masks_events = modes.syscall_masks_events
         if not (user and kernel and modes.syscall_callback and modes.syscall_masks_events):
             return
         if not (self._has_view(kernel, area.KERNEL_VIEW) and self._has_view(user, area.USER_VIEW)):
@@ -598,7 +617,6 @@ class FastPath:
                 self._info_moved()
             self._make_kernel_code(modes.info & PAGE_SIZE - 1)
             self._info = modes.info
-        self._kernel_l4, self._user_l4 = kernel, user
         self._list[area.KERNEL_CR3], self._list[area.USER_CR3] = kernel << PAGE_SHIFT, user << PAGE_SHIFT
         self._turn(True)
 
@@ -608,13 +626,15 @@ class FastPath:
 
     def _turn(self, on: bool) -> None:
         """While it is off both views begin with a jump to where they leave for Python, and the gates are closed."""
-        self.on = on
-        kernel, user = self._pages.kernel_code, self._pages.user_code
-        kernel[:5] = b"\xe9" + (_AT["hypercall" if on else "slow"] - 5).to_bytes(4, "little")
-        user[:2] = _USER.code[:2] if on else bytes((0xEB, _USER.labels["slow"] - 2))
-        code, words = self._pages.code_va, self._list
-        words[area.GATE_IN_RIP] = code + _AT["landing"] if on else 0
-        words[area.GATE_OUT_RIP] = code + _AT["gate"] + 1 if on else 0
+        shared = self._shared
+        shared.on = on
+        self._pages.kernel_code[:5] = bytes(shared.kernel_start[on])
+        self._pages.user_code[:2] = bytes(shared.user_start[on])
+        self._list[area.GATE_IN_RIP], self._list[area.GATE_OUT_RIP] = shared.gate_rips if on else (0, 0)
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _canonical(address: int) -> int:

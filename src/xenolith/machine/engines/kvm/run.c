@@ -1,0 +1,347 @@
+/* The KVM engine's loop for traps that native code handles: KVM_RUN, the trap, KVM_RUN again.
+
+   Python's loop (cpu.py) is the reference, and goes on with whatever this leaves.  `run` is called in place of
+   KVM_RUN, with the vCPU's state in kvm_run, ready to be entered, and without Python's lock. */
+
+#define IRET 23 /* hypercall number */
+#define PAGE (~0xfffull)
+#define SEGMENT_SIZE 24
+
+int ioctl(int fd, unsigned long request, ...);
+
+static u64 *run_words(struct kvm_cpu *k, unsigned offset)
+{
+    return (u64 *)(k->run + offset);
+}
+
+static u64 load64(const u8 *at)
+{
+    u64 value;
+    __builtin_memcpy(&value, at, 8);
+    return value;
+}
+
+static bool is_canonical(u64 va)
+{
+    return va + (1ull << 47) < 1ull << 48;
+}
+
+/* --- what ring 0 calls: see flat.EngineCalls --------------------------------------------------------- */
+
+u64 get_rflags(struct kvm_cpu *k)
+{
+    return k->regs[RFLAGS];
+}
+
+void set_rflags(u64 value, struct kvm_cpu *k)
+{
+    k->regs[RFLAGS] = (value & ENTRY_FLAGS) | ALWAYS_SET;
+}
+
+void switch_mode(u64 l4_mfn, bool user, struct kvm_cpu *k)
+{
+    k->l4_mfn = l4_mfn;
+    k->user = user;
+    *run_words(k, RUN_SREGS + SREGS_CR3) = l4_mfn << 12;
+}
+
+void flush_tlb(struct kvm_cpu *k)
+{
+    k->flush = true;
+}
+
+void flush_page(u64 va, struct kvm_cpu *k)
+{
+    (void)va;
+    k->flush = true;
+}
+
+static void note_table(struct changes *changes, u64 mfn)
+{
+    if (!changes->noted[mfn]) {
+        changes->noted[mfn] = 1;
+        changes->tables[changes->table_count++] = mfn;
+    }
+}
+
+void entry_changed(u64 index, u64 old, u64 new, struct kvm_cpu *k)
+{
+    struct changes *changes = k->changes;
+    if (!(index & 511))
+        note_table(changes, index >> 9);
+    else if (old & ~new & MAY_NOT_LOSE || new & ~old & MAY_NOT_GAIN) {
+        if (changes->entry_count == MOST_ENTRIES)
+            note_table(changes, index >> 9);
+        else
+            changes->entries[changes->entry_count++] = index;
+    }
+}
+
+/* --- the fast path (fast_path.py) --------------------------------------------------------------------- */
+
+static bool has_view(struct kvm_cpu *k, u64 l4_mfn, bool kernel)
+{
+    u64 entry = ((volatile u64 *)k->memory)[l4_mfn << 9 | k->slot];
+    return !((entry ^ k->view_entries[kernel]) & ~(PTE_A | PTE_D));
+}
+
+static void turn(struct kvm_cpu *k, bool on)
+{
+    k->on = on;
+    __builtin_memcpy(k->kernel_code, k->kernel_start[on], 5);
+    __builtin_memcpy(k->user_code, k->user_start[on], 2);
+    k->list[GATE_IN_RIP] = on ? k->gate_rips[0] : 0;
+    k->list[GATE_OUT_RIP] = on ? k->gate_rips[1] : 0;
+}
+
+/* Before the guest runs. False: Python has to see. */
+static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
+{
+    u64 *data = k->data;
+    if (v->info != k->info || v->syscall_callback != k->callback || (v->timer_look && v->timer_look != k->look))
+        return false;
+    if (v->kernel_l4 != k->kernel_l4 || v->user_l4 != k->user_l4 || v->syscall_masks_events != k->masks_events) {
+        if (k->on)
+            turn(k, false);
+        k->masks_events = v->syscall_masks_events;
+        k->kernel_l4 = v->kernel_l4;
+        k->user_l4 = v->user_l4;
+        if (v->kernel_l4 && v->user_l4 && v->syscall_callback && v->syscall_masks_events
+            && has_view(k, v->kernel_l4, true) && has_view(k, v->user_l4, false)) {
+            k->list[KERNEL_CR3] = v->kernel_l4 << 12;
+            k->list[USER_CR3] = v->user_l4 << 12;
+            turn(k, true);
+        }
+    }
+    if (!k->on)
+        return true;
+    if (!v->kernel_mode && !v->compatibility) {
+        k->pair_cs = k->regs[CS] & 0xffff;
+        k->pair_ss = k->regs[SS] & 0xffff;
+    }
+    bool known = false;
+    for (unsigned i = 0; i < FLAT_PAIRS; i++)
+        known |= v->flat_pairs[i] == (k->pair_cs << 16 | k->pair_ss) && v->flat_pairs[i];
+    data[KERNEL_SP] = v->kernel_sp;
+    data[KERNEL_SS] = v->kernel_ss;
+    data[OTHER_GS] = v->other_gs_base;
+    data[ENTRY] = v->syscall_callback;
+    data[USER_CS] = known ? k->pair_cs : NO_SELECTOR;
+    data[USER_SS] = k->pair_ss;
+    data[HOLD] = v->nmi_masked;
+    data[VCPU_ID] = v->vcpu_id;
+    data[TIMER_FROM] = v->timer_look ? v->timer_look - TIMER_SLOP : NO_TIMER;
+    data[TIMER] = 0;
+    data[USED] = 0;
+    return true;
+}
+
+/* After the guest ran on this table: take over what the fast path did. */
+static void leave_fast_path(struct kvm_cpu *k, struct vcpu *v, u64 l4_mfn)
+{
+    volatile u64 *data = k->data;
+    u64 used = data[USED], other = data[OTHER_GS];
+    if (!k->on || (!used && l4_mfn == (v->kernel_mode ? k->kernel_l4 : k->user_l4)))
+        return;
+    v->kernel_sp = data[KERNEL_SP];
+    v->kernel_ss = data[KERNEL_SS] & 0xffff;
+    v->other_gs_base = is_canonical(other) ? other : 0;
+    v->untrapped_syscalls += data[SWITCHES] & 0xffffffff;
+    data[SWITCHES] = 0;
+    bool kernel = l4_mfn == k->kernel_l4;
+    v->kernel_mode = kernel;
+    if (used & 2 || !kernel) {
+        k->regs[CS] = kernel ? FLAT_RING3_CS64 : k->pair_cs;
+        k->regs[SS] = kernel ? FLAT_RING3_SS64 : k->pair_ss;
+    }
+    k->l4_mfn = l4_mfn;
+    k->user = !kernel;
+}
+
+/* The vCPU left its code by the OUT of a slow label, its registers are in the register file: as it was at the SYSCALL.
+   False: it is none of these. */
+static bool roll_back(struct kvm_cpu *k, u64 *l4_mfn)
+{
+    u64 *regs = k->regs, *data = k->data, at = regs[RIP] - k->code_va - 2;
+    if (!k->on || *l4_mfn == k->user_l4) {
+        if (at != k->slow[0] && at != k->slow[1])
+            return false;
+    } else if (at == k->landing_slow) {
+        regs[RCX] = data[SAVED_RCX];
+        regs[R11] = data[SAVED_R11];
+        regs[RSP] = data[SAVED_RSP];
+        *l4_mfn = k->user_l4;
+    } else if (at == k->iret_slow) {
+        regs[RCX] = data[SAVED_RCX];
+        regs[R11] = data[SAVED_R11];
+        regs[RAX] = IRET;
+    } else if (at != k->slow[1])
+        return false;
+    regs[RIP] = regs[RCX];
+    regs[RFLAGS] = (regs[R11] & ENTRY_FLAGS) | ALWAYS_SET;
+    return true;
+}
+
+/* --- between kvm_run and the register file ------------------------------------------------------------ */
+
+static const u8 ORDER[8] = {RAX, RBX, RCX, RDX, RSI, RDI, RSP, RBP}; /* of struct kvm_regs; then R8 to R15 */
+
+static void read_registers(struct kvm_cpu *k)
+{
+    u64 *regs = k->regs, *from = run_words(k, RUN_REGS);
+    for (int i = 0; i < 8; i++)
+        regs[ORDER[i]] = from[i];
+    __builtin_memcpy(regs + R8, from + 8, 64);
+    regs[FS_BASE] = *run_words(k, RUN_SREGS + SREGS_FS);
+    regs[GS_BASE] = *run_words(k, RUN_SREGS + SREGS_GS);
+}
+
+static void write_registers(struct kvm_cpu *k)
+{
+    u64 *regs = k->regs, *to = run_words(k, RUN_REGS);
+    for (int i = 0; i < 8; i++)
+        to[i] = regs[ORDER[i]];
+    __builtin_memcpy(to + 8, regs + R8, 64);
+    to[16] = regs[RIP];
+    to[17] = regs[RFLAGS];
+    *run_words(k, RUN_SREGS + SREGS_FS) = regs[FS_BASE];
+    *run_words(k, RUN_SREGS + SREGS_GS) = regs[GS_BASE];
+    __builtin_memcpy(k->run + RUN_SREGS + SREGS_CS, k->flat_code, SEGMENT_SIZE);
+    __builtin_memcpy(k->run + RUN_SREGS + SREGS_SS, k->flat_stack, SEGMENT_SIZE);
+}
+
+/* Whether the selectors of DS, ES, FS and GS are as they were. */
+static bool same_selectors(struct kvm_cpu *k)
+{
+    for (int i = 0; i < 4; i++)
+        if (load64(k->run + RUN_SREGS + SREGS_DS + SEGMENT_SIZE * i + 8) != k->selectors[i])
+            return false;
+    return true;
+}
+
+/* Make the entry that kvm_run holds go through the stubs that forget translations (cpu._divert_to_stubs). False: there
+   is too much of it. */
+static bool divert_to_stubs(struct kvm_cpu *k)
+{
+    struct changes *changes = k->changes;
+    u64 *regs = run_words(k, RUN_REGS), *list = k->list, first = 0;
+    if (changes->entry_count > MOST || changes->table_count > MOST)
+        return false;
+    if (changes->table_count) {
+        first = k->tables_end - k->table_size * changes->table_count;
+        while (changes->table_count) {
+            u64 mfn = changes->tables[--changes->table_count];
+            changes->noted[mfn] = 0;
+            *list++ = k->alias + (mfn << 12) + 1;
+        }
+    }
+    if (changes->entry_count) {
+        u64 stub = k->entries_end - k->entry_size * changes->entry_count;
+        if (first)
+            *list++ = stub;
+        else
+            first = stub;
+        while (changes->entry_count)
+            *list++ = k->alias + (changes->entries[--changes->entry_count] << 3);
+    }
+    if (!k->shadows) {
+        if (first)
+            *list++ = k->flush_stub;
+        else
+            first = k->flush_stub;
+        *list++ = *run_words(k, RUN_SREGS + SREGS_CR3);
+    }
+    k->flush = false;
+    if (!first)
+        return true;
+    *list++ = k->go_stub;
+    *list++ = regs[5]; /* RDI, which the stubs use; then what IRETQ takes */
+    *list++ = regs[16];
+    *list++ = USER_CODE64;
+    *list++ = regs[17];
+    *list++ = regs[6];
+    *list++ = USER_DATA;
+    regs[16] = first;
+    regs[17] = EFLAGS_RESERVED_ONE;
+    regs[6] = k->list_va;
+    __builtin_memcpy(k->run + RUN_SREGS + SREGS_CS, k->code0, SEGMENT_SIZE);
+    __builtin_memcpy(k->run + RUN_SREGS + SREGS_SS, k->data0, SEGMENT_SIZE);
+    return true;
+}
+
+/* --- the loop ----------------------------------------------------------------------------------------- */
+
+/* The exit that kvm_run holds, if it is a trap of 64-bit code at CPL 3 that Python need not see: then its vector, with
+   everything in the register file as the trap handlers want it.  Otherwise nothing was changed, but registers. */
+static int trap_of_exit(struct kvm_cpu *k, struct vcpu *v)
+{
+    u64 *regs = k->regs, l4_mfn = *run_words(k, RUN_SREGS + SREGS_CR3) >> 12;
+    u16 port = *(u16 *)(k->run + RUN_IO_PORT);
+    volatile u64 *frame = k->frame;
+    if (*(u32 *)(k->run + RUN_EXIT_REASON) != KVM_EXIT_IO || !same_selectors(k) || (k->data && k->data[TIMER]))
+        return -1;
+    if (port == VECTOR_PF) {
+        u64 rip = frame[1];
+        if ((frame[2] & 0xffff) != USER_CODE64 || (k->data && (rip & PAGE) == k->code_va))
+            return -1;
+        read_registers(k);
+        k->error_code = frame[0];
+        k->address = *run_words(k, RUN_SREGS + SREGS_CR2);
+        regs[RIP] = rip;
+        regs[RFLAGS] = frame[3];
+        regs[RSP] = frame[4];
+        if (k->data)
+            leave_fast_path(k, v, l4_mfn);
+        return VECTOR_PF;
+    }
+    if (port != PORT_SYSCALL || (*run_words(k, RUN_REGS + 128) & PAGE) != k->syscall_page)
+        return -1;
+    read_registers(k);
+    regs[RIP] = *run_words(k, RUN_REGS + 128);
+    if (k->data) {
+        if (!roll_back(k, &l4_mfn))
+            return -1;
+        *run_words(k, RUN_SREGS + SREGS_CR3) = l4_mfn << 12;
+        leave_fast_path(k, v, l4_mfn);
+    } else {
+        regs[RIP] = regs[RCX];
+        regs[RFLAGS] = (regs[R11] & ENTRY_FLAGS) | ALWAYS_SET;
+    }
+    k->error_code = k->address = 0;
+    return TRAP_SYSCALL;
+}
+
+/* Enter the guest, and again after each trap that native code handles.  What Python is to do now: RAN (look at what
+   KVM_RUN says; -1: at errno), TRAPPED (handle this trap, `vector`, whose registers are in the register file), LOOK_NOW
+   (look for events), LEFT (leave), AGAIN (enter the guest: everything is in the register file). */
+int run(struct kvm_cpu *k)
+{
+    for (;;) {
+        if (ioctl(k->fd, KVM_RUN, 0l))
+            return -1;
+        struct vcpu *v = k->vcpu;
+        if (!v || !k->flat)
+            return RAN;
+        int vector = trap_of_exit(k, v);
+        if (vector < 0)
+            return RAN;
+        k->vector = vector;
+        switch (k->handler(v, vector, k->error_code, k->address)) {
+        case LEAVE:
+            return LEFT;
+        case LOOK:
+            return LOOK_NOW;
+        case NOT_HANDLED:
+            return TRAPPED;
+        }
+        k->handled++;
+        if (k->kicked)
+            return LEFT;
+        if ((k->data && !enter_fast_path(k, v)) || !is_canonical(k->regs[RIP]))
+            return AGAIN;
+        write_registers(k);
+        if (k->flush && !divert_to_stubs(k))
+            return AGAIN;
+        *run_words(k, RUN_DIRTY_REGS) = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+    }
+}
