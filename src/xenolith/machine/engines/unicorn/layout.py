@@ -24,7 +24,8 @@ TCG_UC: Final = 0x9970  # in TCGContext: the uc_struct
 TCG_ENV: Final = 0x98F0  # in TCGContext: the variable that stands for env, relative to TCGContext
 TCG_OP_SET_LABEL: Final = 1
 TCG_OP_LD_I32: Final = 13
-TCG_COND_GE: Final = 3
+TCG_COND_LT: Final = 2
+TCG_UNUSED: Final = 0x98D8  # in TCGContext: for instruction counting, which is off; ours, see stubs.CALL_MADE
 # Code that must look like this where the names above and the call through the linkage table come from
 TRANSLATOR_CODE: Final = (
     ("check_exit_request_x86_64", 0, "48 8b b7 70 99 00 00 80 be f2 07 00 00 00"),  # mov rsi, [rdi + 0x9970]; cmp ...
@@ -33,8 +34,12 @@ TRANSLATOR_CODE: Final = (
 )
 
 # The linkage table's entries, relative to that of tcg_gen_callN
-SLOT_TRANSLATOR_LOOP: Final = 0xA1C8
-SLOT_LOAD_CODE_BYTE: Final = 0x3238
+SLOTS: Final = {
+    "tcg_gen_callN_x86_64": 0,
+    "tcg_gen_exit_tb_x86_64": 0x7450,
+    "translator_loop_x86_64": 0xA1C8,
+    "cpu_ldub_code_x86_64": 0x3238,
+}
 OPERATIONS_CODE: Final = ("gen_intermediate_code_x86_64", 0x26, "48 8d 3d")  # lea rdi, [rip + i386_tr_ops]
 OPERATIONS: Final = 7  # functions in that table ...
 TRANSLATE_INSN: Final = 4  # ... of which this translates an instruction
