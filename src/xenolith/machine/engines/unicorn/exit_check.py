@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from xenolith.machine.engines.unicorn import layout, linkage, stubs
+from xenolith.machine.engines.unicorn import layout, linkage, softmmu, stubs
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
 
@@ -38,6 +38,9 @@ def install(lib: Library) -> CodePage:
         linkage.known_code(lib, *place)
     call, leave = linkage.entry(lib, FUNCTIONS["gen_call"]), linkage.entry(lib, FUNCTIONS["exit_tb"])
     addresses = {name: lib.address(symbol) for name, symbol in FUNCTIONS.items()}
+    native = softmmu.install(lib)
+    if native is not None:
+        addresses["gen_call"] = native.address("gen_call")
     page = CodePage()
     stub = page.place(stubs.encode(stubs.CALL_MADE, **addresses))
     exit_stub = page.place(stubs.encode(stubs.EXIT_MADE, **addresses))

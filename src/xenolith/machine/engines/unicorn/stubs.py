@@ -26,7 +26,7 @@ NUMBERS: Final = {
     "hf_cs64": layout.HF_CS64,
     "not_hf_addseg": ~layout.HF_ADDSEG,
     "hf_64_bit": layout.HF_CS64 | layout.HF_CS32 | layout.HF_SS32,
-    "cs_base": layout.SEGMENTS + layout.SEGMENT_SIZE + 8,
+    "cs_base": layout.CS_BASE,
     "cs_limit": layout.SEGMENTS + layout.SEGMENT_SIZE + 16,
     "cs_flags": layout.SEGMENTS + layout.SEGMENT_SIZE + 20,
     "ss_base": layout.SEGMENTS + 2 * layout.SEGMENT_SIZE + 8,
@@ -502,6 +502,18 @@ EXIT_MADE: Final[Listing] = (
     (0x43, "5e", "pop rsi"),
     (0x44, "5f", "pop rdi"),
     (0x45, "eb ca", "jmp 0x11"),
+)
+
+# In place of tb_exec_unlock(uc), which does nothing on this host, but is called at the beginning of the function that
+# ends a block, then in r13: forget_block(uc, block).  See softmmu.py.
+UNLOCKED: Final[Listing] = (
+    (0x00, "48 b8 {invalidate_return}", "mov rax, invalidate_return"),
+    (0x0A, "48 39 04 24", "cmp qword [rsp], rax"),
+    (0x0E, "75 0f", "jne 0x1f"),
+    (0x10, "4c 89 ee", "mov rsi, r13"),
+    (0x13, "48 b8 {forget_block}", "mov rax, forget_block"),
+    (0x1D, "ff e0", "jmp rax"),
+    (0x1F, "c3", "ret"),
 )
 
 # In place of translator_loop(operations, block, cpu, ...): with our own table of operations.  See vex.py.

@@ -1,0 +1,133 @@
+"""Native code: C that this machine's compiler builds when it is first wanted.
+
+What Python does at every trap can be done by C in a twentieth of the time.  It is never needed: a machine without a
+compiler, or with XENOLITH_NATIVE=off, runs the Python that remains the reference for all of it, and `missing` says why.
+
+C and Python work on the same state: classes derived from `ctypes.Structure` hold it, `declare` writes them down as C
+structures, and `define` numbers as C constants, so neither is stated twice.  The shared object is kept in the user's
+cache under a name that is a checksum of the source and of everything declared to it, so it is never out of date.
+The code needs nothing but a compiler: no headers but the compiler's own, no library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+OPTIONS: Final = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-nostdlib", "-ffreestanding", "-fno-strict-aliasing")
+COMPILERS: Final = ("cc", "gcc", "clang")
+PRELUDE: Final = """\
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t i64;
+"""
+_TYPES: Final = {
+    ctypes.c_bool: "bool",
+    ctypes.c_uint8: "u8",
+    ctypes.c_uint16: "u16",
+    ctypes.c_uint32: "u32",
+    ctypes.c_int32: "int32_t",
+    ctypes.c_uint64: "u64",
+    ctypes.c_int64: "i64",
+}
+
+
+Fields = Sequence[tuple[str, Any]]  # the type of a structure's _fields_
+
+
+class Missing(Exception):
+    """There is no native code; the text says why."""
+
+
+def declare(name: str, structure: type[ctypes.Structure], pointers: Mapping[str, str] | None = None) -> str:
+    """`struct name` in C. `pointers`: C declarations, as `struct domain *{}`, of fields that hold addresses."""
+    lines = [f"struct {name} {{"]
+    classes = [each for each in reversed(structure.__mro__) if "_fields_" in vars(each)]  # a base's fields come first
+    for field in (field for each in classes for field in vars(each)["_fields_"]):
+        member, kind = field[0], field[1]
+        suffix = ""
+        while issubclass(kind, ctypes.Array):
+            suffix += f"[{kind._length_}]"
+            kind = kind._type_
+        if pointers and member in pointers:
+            lines.append(f"    {pointers[member].format(member)};")
+        else:
+            lines.append(f"    {_TYPES[kind]} {member}{suffix};")
+    size = ctypes.sizeof(structure)
+    return "\n".join([*lines, "};", f'_Static_assert(sizeof(struct {name}) == {size}, "{name}");', ""])
+
+
+def define(module: Any, names: str) -> str:
+    """These integers of a module as C macros; `names` is separated by spaces."""
+    return "".join(f"#define {name} {getattr(module, name) & (1 << 64) - 1:#x}ull\n" for name in names.split())
+
+
+def load(source: Path, declarations: str = "") -> ctypes.PyDLL:
+    """Compile a C file, unless that was done before, and load it. Raises Missing.
+
+    Its functions are called with Python's lock held.
+    """
+    reason = missing()
+    if reason is not None:
+        raise Missing(reason)
+    text = PRELUDE + declarations + f'#line 1 "{source.name}"\n' + source.read_text()
+    return _load(text, source.stem)
+
+
+@functools.cache
+def _load(text: str, name: str) -> ctypes.PyDLL:
+    compiler = _compiler()
+    assert compiler is not None
+    key = hashlib.sha256("\0".join((text, compiler, *OPTIONS)).encode()).hexdigest()[:32]
+    directory = _cache()
+    path = directory / f"{name}-{key}.so"
+    if not path.exists():
+        _compile(compiler, text, path)
+    try:
+        return ctypes.PyDLL(str(path))
+    except OSError as error:
+        raise Missing(f"cannot load {path}: {error}") from error
+
+
+def _compile(compiler: str, text: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place) / path.name
+            command = [compiler, *OPTIONS, "-x", "c", "-", "-o", str(made)]
+            result = subprocess.run(command, input=text, capture_output=True, text=True)
+            if result.returncode:
+                raise Missing(f"{compiler} cannot compile {path.stem.rpartition('-')[0]}.c: {result.stderr.strip()}")
+            made.rename(path)
+    except OSError as error:
+        raise Missing(f"cannot compile into {path.parent}: {error}") from error
+
+
+@functools.cache
+def _compiler() -> str | None:
+    wanted = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
+
+
+def _cache() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    return base / "xenolith" / "native"
+
+
+def missing() -> str | None:
+    """Why there is no native code here; None: there is."""
+    if os.environ.get("XENOLITH_NATIVE") == "off":
+        return "XENOLITH_NATIVE=off"
+    if _compiler() is None:
+        return "there is no C compiler (Debian: apt install gcc)"
+    return None
