@@ -27,7 +27,7 @@ from xenolith.abi.x86 import (
     MSR_EFER,
 )
 from xenolith.machine.engines.protocol import EngineError
-from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
+from xenolith.machine.engines.unicorn import layout, library, softmmu, stubs, xsave
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
 from xenolith.machine.memory import MachineMemory
@@ -82,10 +82,11 @@ class Instance:
             "raise_exception": lib.address("raise_exception_err_x86_64"),
             "tlb_flush": lib.address("tlb_flush_x86_64"),
             "tlb_flush_page": lib.address("tlb_flush_page_x86_64"),
-            "tlb_flush_by_mmuidx": lib.address("tlb_flush_by_mmuidx_x86_64"),
+            "tlb_flush_by_mmuidx": softmmu.flush(lib),
             "tlb_reset_dirty": lib.address("tlb_reset_dirty_x86_64"),
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
+        self.softmmu = softmmu.attach(lib, self.env, memory, self._marked.ctypes.data)
         self._code = CodePage()
         self._callbacks: list[Any] = []  # Unicorn holds only their addresses
         self._enter_long_mode()
@@ -169,7 +170,8 @@ class Instance:
         self._addresses |= {"find_region": place.value, "region": find_region(self.uc, 0)}
         place.value = self._code.place(stubs.encode(stubs.MEMORY_MAPPING, **self._addresses))
         self.hook(library.UC_HOOK_MEM_FETCH_PROT, stubs.RETURN_FALSE)
-        self.hook(library.UC_HOOK_EDGE_GENERATED, stubs.BLOCK_MADE)
+        if self.softmmu is None:  # whose make_block does it
+            self.hook(library.UC_HOOK_EDGE_GENERATED, stubs.BLOCK_MADE)
 
 
 def _view(address: int, size: int) -> memoryview:

@@ -10,6 +10,7 @@ from typing import Final
 # --- uc_struct ------------------------------------------------------------------------------------
 UC_MEMORY_MAPPING: Final = 288  # pointer to the function that finds a machine address's memory region
 UC_CPU: Final = 440  # the CPUState
+UC_TCG: Final = 768  # the TCGContext
 UC_PAGE_MAP: Final = 736  # radix tree of the pages with code: pointer, 8 bytes, u32 size, i32 shift, i32 levels
 UC_NO_EXIT_REQUEST: Final = 2034  # true: do not look for a stop request after every load and store
 UC_STRUCT_SIZE: Final = 14900  # at least
@@ -20,11 +21,15 @@ NOTDIRTY_CODE: Final = bytes.fromhex("ff 90 20 01 00 00 48 85 c0")  # call [rax 
 NOTDIRTY_CALL_SIZE: Final = 6
 
 # --- the translator -------------------------------------------------------------------------------
+TCG_EPILOGUE: Final = 0x98  # in TCGContext: where a block goes to leave translated code
+TCG_LAST_OP: Final = 0x7390  # in TCGContext: pointer to the 8th byte of the operation made last ...
+CALL_FUNCTION: Final = 0x20  # ... and from there, for a call with a result and an argument: the function
 TCG_UC: Final = 0x9970  # in TCGContext: the uc_struct
 TCG_ENV: Final = 0x98F0  # in TCGContext: the variable that stands for env, relative to TCGContext
 TCG_OP_SET_LABEL: Final = 1
 TCG_OP_LD_I32: Final = 13
-TCG_COND_GE: Final = 3
+TCG_COND_LT: Final = 2
+TCG_UNUSED: Final = 0x98D8  # in TCGContext: for instruction counting, which is off; ours, see stubs.CALL_MADE
 # Code that must look like this where the names above and the call through the linkage table come from
 TRANSLATOR_CODE: Final = (
     ("check_exit_request_x86_64", 0, "48 8b b7 70 99 00 00 80 be f2 07 00 00 00"),  # mov rsi, [rdi + 0x9970]; cmp ...
@@ -33,18 +38,43 @@ TRANSLATOR_CODE: Final = (
 )
 
 # The linkage table's entries, relative to that of tcg_gen_callN
-SLOT_TRANSLATOR_LOOP: Final = 0xA1C8
-SLOT_LOAD_CODE_BYTE: Final = 0x3238
+SLOTS: Final = {
+    "tcg_gen_callN_x86_64": 0,
+    "tcg_gen_exit_tb_x86_64": 0x7450,
+    "tb_htable_lookup_x86_64": 0x70C0,
+    "tcg_region_reset_all_x86_64": 0x3508,
+    "tb_exec_unlock_x86_64": -0x2208,
+    "tlb_set_page_with_attrs_x86_64": -0x1B58,
+    "tlb_flush_by_mmuidx_x86_64": 0x1180,
+    "tb_gen_code_x86_64": -0x28E8,
+    "translator_loop_x86_64": 0xA1C8,
+    "cpu_ldub_code_x86_64": 0x3238,
+}
 OPERATIONS_CODE: Final = ("gen_intermediate_code_x86_64", 0x26, "48 8d 3d")  # lea rdi, [rip + i386_tr_ops]
 OPERATIONS: Final = 7  # functions in that table ...
 TRANSLATE_INSN: Final = 4  # ... of which this translates an instruction
 BLOCK_PC_NEXT: Final = 0x10  # in DisasContextBase, which begins with a pointer to the TranslationBlock
+
+# --- TranslationBlock: begins with the block's address; its machine code follows ------------------
 TB_FLAGS: Final = 0x10  # u32
+TB_CFLAGS: Final = 0x18  # u32: how it was translated
+TB_CODE: Final = 0x20  # pointer
+TB_PAGES: Final = 0x48  # machine addresses of its code's page and, if it crosses into that, the next; else all ones
+TB_SIZE: Final = 0xC0  # from its beginning to its machine code
+BLOCK_EFLAGS: Final = 0x73100  # these of EFLAGS go into a block's flags, besides hflags: AC VM RF IOPL TF
+BLOCK_CFLAGS: Final = 0xFF000000  # how blocks are translated, unless for a single execution
+
+# do_tb_phys_invalidate, the end of a block (then in r13), calls tb_exec_unlock: where it goes on, and the code there
+INVALIDATE_RETURN: Final = ("tb_flush_x86_64", 0x1083, "41 8b 45 18 89 c2 81 ca 00 00 04 00")
 
 # --- CPUState, relative to env --------------------------------------------------------------------
 CPU_STATE: Final = -0x8A50  # the start of CPUState
+CPU_JUMPS: Final = CPU_STATE + 0x138  # tb_jmp_cache: 4096 pointers to blocks
+CPU_OPAQUE: Final = CPU_STATE + 0x8170  # pointer that QEMU keeps for others and never reads: ours, see softmmu.py
+CPU_UC: Final = CPU_STATE + 0x81A8
 CPU_CLASS: Final = CPU_STATE + 0x81B0  # pointer to its CPUClass ...
-CLASS_DEBUG_HANDLER: Final = 0x78  # ... which holds what to call when a block ends in EXCP_DEBUG
+CLASS_FILL_TLB: Final = 0x48  # ... which holds what to call when a page is not in the TLB ...
+CLASS_DEBUG_HANDLER: Final = 0x78  # ... and when a block ends in EXCP_DEBUG
 TLB_DIRTY: Final = -0x890  # u16: one bit for each MMU index used since its last flush
 TLB_DESCRIPTION: Final = -0x870
 TLB_DESCRIPTION_SIZE: Final = 0x2B8
@@ -52,6 +82,10 @@ TLB_DESCRIPTION_USED: Final = 0x20  # within it: u64, number of entries in use, 
 TLB_DESCRIPTION_VICTIM: Final = 0x28  # u64, number of victim entries ever used since the last flush
 TLB_FAST: Final = -0x40
 TLB_FAST_SIZE: Final = 0x10  # u64 mask, pointer to the table
+TLB_ENTRY_BITS: Final = 6  # log2 of the size of an entry
+TLB_INVALID: Final = 1 << 11  # flags in an entry's addresses
+TLB_NOTDIRTY: Final = 1 << 10
+VICTIMS: Final = 8
 TLB_AREA: Final = TLB_DIRTY  # the lowest of these
 
 # MMU indices
@@ -65,6 +99,7 @@ EFLAGS: Final = 136
 HFLAGS: Final = 176
 SEGMENTS: Final = 184  # ES CS SS DS FS GS: u32 selector, pad, u64 base, u32 limit, u32 flags
 SEGMENT_SIZE: Final = 24
+CS_BASE: Final = SEGMENTS + SEGMENT_SIZE + 8
 LDT: Final = 328  # u32 selector, pad, u64 base, u32 limit, u32 flags: as for the segments
 TR: Final = 352
 GDT: Final = 376
@@ -72,6 +107,7 @@ IDT: Final = 400
 TABLE_SIZE: Final = 24  # of LDT, TR, GDT and IDT each
 UNDEFINED: Final = TR + 4  # u32, padding that QEMU leaves alone: ours, see stubs.LOAD_CODE_BYTE
 CR: Final = 424  # CR0..CR4, u64 each
+CR3: Final = CR + 3 * 8
 EFER: Final = 592
 FPSTT: Final = 604  # u32: top of the x87 stack
 FPUS: Final = 608  # u16: x87 status word, without the top

@@ -51,7 +51,7 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, CpuState, EngineError
-from xenolith.machine.engines.unicorn import exit_check, layout, library, vex, xsave
+from xenolith.machine.engines.unicorn import exit_check, layout, library, softmmu, vex, xsave
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import CR0, CR4, Instance
 from xenolith.machine.engines.unicorn.library import Library
@@ -101,7 +101,7 @@ def verify(lib: Library) -> None:
     cpu = UnicornCpu(instance, memory)
     guest = Guest(memory, instance, cpu)
     _public_registers(instance)
-    for probe in (_traps, _descriptors, _modes, _stale_code, _fpu, _debug):
+    for probe in (_traps, _descriptors, _modes, _stale_code, _softmmu, _fpu, _debug):
         probe(guest)
     _stops(lib, memory)
     cpu.close()
@@ -358,6 +358,31 @@ def _stale_code(guest: Guest) -> None:
     cpu.executable_mapped(CODE)
     found.append(result())
     _expect("translated blocks", found, [1, 1, 2, 3])
+
+
+def _softmmu(guest: Guest) -> None:
+    """The C code, if there is any, finds blocks, forgets them, and fills the TLB with what QEMU would."""
+    instance, cpu = guest.instance, guest.cpu
+    native, state = softmmu.install(instance.lib), instance.softmmu
+    if native is None or state is None:
+        return
+    guest.write("48 89 04 25 00 10 40 00", "eb 00", "0f 05")  # mov [DATA_VA], rax; jmp to the next block
+    guest.load()
+    guest.run([0])
+    flags = instance.d[layout.HFLAGS // 4]
+    tb = state.code_of(CODE_VA, flags) - layout.TB_SIZE
+    _expect("blocks that are found", c_uint64.from_address(tb + layout.TB_CODE).value, tb + layout.TB_SIZE)
+    cpu.code_written(CODE)
+    _expect("blocks that are forgotten", state.code_of(CODE_VA, flags), 0)
+    arguments = c_void_p, c_uint64, c_int, c_int, c_int, ctypes.c_bool, c_uint64
+    fills = [ctypes.PYFUNCTYPE(ctypes.c_bool, *arguments)(address) for address in native.fills]
+    for access, va in enumerate((NX_VA, DATA_VA, CODE_VA)):  # read, write, execute
+        found = []
+        for fill in fills:
+            cpu.flush_tlb()
+            fill(instance.cpu, va, 1, access, layout.MMU_USER, False, 0)
+            found.append(softmmu.translation(instance.env, va))
+        _expect("TLB entries", found[0], found[1])
 
 
 def _fpu(guest: Guest) -> None:

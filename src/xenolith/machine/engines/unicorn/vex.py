@@ -13,9 +13,8 @@ import ctypes
 import functools
 from typing import Final
 
-from xenolith.machine.engines.unicorn import layout, stubs
+from xenolith.machine.engines.unicorn import layout, linkage, stubs
 from xenolith.machine.engines.unicorn.code_page import CodePage
-from xenolith.machine.engines.unicorn.exit_check import gen_call_slot, known_code, linkage_entry, target
 from xenolith.machine.engines.unicorn.library import Library
 
 TRANSLATOR_LOOP: Final = "translator_loop_x86_64"
@@ -26,12 +25,10 @@ LEA_SIZE: Final = 7
 @functools.cache
 def install(lib: Library) -> tuple[CodePage, ctypes.Array[ctypes.c_uint64]]:
     """Do it, once per process. Raises EngineError when the library's code is not what layout.py says."""
-    lea = known_code(lib, *layout.OPERATIONS_CODE)
+    lea = linkage.known_code(lib, *layout.OPERATIONS_CODE)
     table = ctypes.c_uint64 * layout.OPERATIONS
-    operations = table(*table.from_address(target(lea, LEA_SIZE)))
-    slot = gen_call_slot(lib)
-    loop = linkage_entry(slot + layout.SLOT_TRANSLATOR_LOOP, lib.address(TRANSLATOR_LOOP))
-    load_byte = linkage_entry(slot + layout.SLOT_LOAD_CODE_BYTE, lib.address(LOAD_CODE_BYTE))
+    operations = table(*table.from_address(linkage.target(lea, LEA_SIZE)))
+    loop, load_byte = linkage.entry(lib, TRANSLATOR_LOOP), linkage.entry(lib, LOAD_CODE_BYTE)
     addresses = {
         "translate_instruction": operations[layout.TRANSLATE_INSN],
         "operations": ctypes.addressof(operations),
