@@ -33,7 +33,9 @@ from xenolith.machine.engines.unicorn.library import Library
 from xenolith.machine.memory import MachineMemory
 
 PAGES_IN_LEAF: Final = 1024  # of QEMU's radix tree of pages with code, each of three words: its first block, ...
-CODE_BUFFER_BYTES: Final = 32 << 20  # of translated code; QEMU's default would reserve 1 GiB of addresses
+CODE_BUFFER_BYTES: Final = 128 << 20  # of translated code; QEMU's default would reserve 1 GiB of addresses
+FIRST_CODE_BYTES: Final = 32 << 20  # after these it is emptied for the first time: a kernel boots with 38 MB
+BUFFER_MARGIN: Final = 64 << 10  # that QEMU leaves free, at most
 CPU_MODEL: Final = 25  # Icelake-Client: of the Intel models the one with the most instructions that TCG executes
 CR0: Final = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG
 CR4: Final = CR4_DE | CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_FSGSBASE | CR4_OSXSAVE
@@ -87,6 +89,7 @@ class Instance:
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
         self.softmmu = softmmu.attach(lib, self.env, memory, self._marked.ctypes.data)
+        self._limit_first_code()
         self._code = CodePage()
         self._callbacks: list[Any] = []  # Unicorn holds only their addresses
         self._enter_long_mode()
@@ -150,6 +153,18 @@ class Instance:
         self.q[layout.XCR0 // 8] = xsave.X87 | xsave.SSE
         for table in (layout.LDT, layout.TR, layout.GDT, layout.IDT):
             self.b[table : table + layout.TABLE_SIZE] = bytes(layout.TABLE_SIZE)
+
+    def _limit_first_code(self) -> None:
+        """Have the buffer of translated code emptied early for the first time; QEMU then uses all of it.
+
+        When a kernel has booted, the code that it goes on with lies scattered among what it executed once.
+        """
+        tcg = c_uint64.from_address(self.uc + layout.UC_TCG).value
+        start = c_uint64.from_address(tcg + layout.TCG_BUFFER).value
+        limit = c_uint64.from_address(tcg + layout.TCG_LIMIT)
+        if not 0 <= start + CODE_BUFFER_BYTES - limit.value <= BUFFER_MARGIN:
+            raise EngineError(f"Unicorn's buffer of translated code is not where Xenolith knows it; {library.ADVICE}")
+        limit.value = min(limit.value, start + FIRST_CODE_BYTES)
 
     def _notdirty_return(self) -> int:
         symbol, offset = layout.NOTDIRTY_RETURN

@@ -22,6 +22,8 @@ NOTDIRTY_CALL_SIZE: Final = 6
 
 # --- the translator -------------------------------------------------------------------------------
 TCG_EPILOGUE: Final = 0x98  # in TCGContext: where a block goes to leave translated code
+TCG_BUFFER: Final = 0xA0  # in TCGContext: where the buffer of translated code begins, u64
+TCG_LIMIT: Final = 0xD0  # in TCGContext: how far it may be filled, u64
 TCG_LAST_OP: Final = 0x7390  # in TCGContext: pointer to the 8th byte of the operation made last ...
 CALL_FUNCTION: Final = 0x20  # ... and from there, for a call with a result and an argument: the function
 TCG_UC: Final = 0x9970  # in TCGContext: the uc_struct
