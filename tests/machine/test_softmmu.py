@@ -252,8 +252,12 @@ def _entry_index(machine: BareMachine, va: int) -> int:
     return (table << 9) + (va >> 12 & 511)
 
 
-def test_blocks_stay_right_when_the_buffer_of_translated_code_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instance, "CODE_BUFFER_BYTES", 1 << 20)
+@pytest.mark.parametrize(("size", "first"), [(1 << 20, 1 << 20), (4 << 20, 1 << 19)])
+def test_blocks_stay_right_when_the_buffer_of_translated_code_overflows(
+    monkeypatch: pytest.MonkeyPatch, size: int, first: int
+) -> None:
+    monkeypatch.setattr(instance, "CODE_BUFFER_BYTES", size)
+    monkeypatch.setattr(instance, "FIRST_CODE_BYTES", first)
     machine = BareMachine("unicorn")
     frames = [machine.frame() for _ in range(40)]
     for page, mfn in enumerate(frames):

@@ -17,7 +17,7 @@ from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from xenolith.abi import layout
-from xenolith.abi.hypercalls import RUNSTATE_offline
+from xenolith.abi.hypercalls import NR_VIRQS, RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
 from xenolith.hypervisor import ring0
 from xenolith.hypervisor.console_io import EmergencyConsole
@@ -47,6 +47,8 @@ class VcpuFields(ModeFields):
     """What of a vCPU native code shares (design decision 4); ModeFields has what engines see, too."""
 
     event_callback: int
+    timer_deadline: int
+    timer_interval: int
     flush_requested: bool  # flush the TLB before executing guest code again
     nmi_pending: bool
     ldt_entries: int
@@ -63,6 +65,9 @@ class VcpuFields(ModeFields):
         ("domain_address", c_uint64),
         ("calls", c_uint64),  # address of the EngineCalls of the Cpu that it is loaded on, 0: its traps are Python's
         ("event_callback", c_uint64),
+        ("timer_deadline", c_uint64),  # of the singleshot timer, as it was last set, ns since boot
+        ("timer_interval", c_uint64),  # from the one before, modulo 2**64
+        ("virq_port", c_uint32 * NR_VIRQS),  # 0: not bound
         ("trap_address", c_uint64 * 256),
         ("trap_flags", c_uint8 * 256),
         ("ldt_entries", c_uint32),
@@ -90,6 +95,7 @@ class Vcpu(VcpuFields):
         self.vcpu_id = vcpu_id
         self.address = ctypes.addressof(self)
         self.native_handler = ring0.handler_address()
+        self.native_timer, self.now = ring0.timer_address(), ring0.clock_address(domain.hypervisor.clock)
         self.native_budget = UNLIMITED
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
@@ -144,7 +150,6 @@ class Vcpu(VcpuFields):
         self.set_timer_late = self.timers.set_singleshot_late
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
-        self.virq_port = [0] * 24
 
     @property
     def syscalls(self) -> int:
@@ -252,6 +257,7 @@ class DomainFields(ctypes.Structure):
     domid: int
     flush_epoch: int  # complete TLB flushes so far, modulo 2**32, see frames.py
     vm_assist: int
+    shared_info: int  # machine address in bytes
     ldt_in_use: bool
     caches_tables: bool  # its engine caches page tables, not only translations
     odd_references: bool
@@ -274,6 +280,7 @@ class DomainFields(ctypes.Structure):
         ("view_slot", c_uint64),  # of L4 tables, which the engine wants to differ between the modes; 0: none
         ("view_entries", c_uint64 * 2),  # in tables of guest-user and of guest-kernel mode
         ("vm_assist", c_uint64),
+        ("shared_info", c_uint64),
         ("flush_epoch", c_uint32),
         ("domid", c_uint32),
         ("vcpu_count", c_uint32),
@@ -311,7 +318,6 @@ class Domain(DomainFields):
         self.max_pages = 0
         self.total_pages = 0
         self.shared_info_mfn = 0
-        self.shared_info = 0  # machine address in bytes
         # What the engine wants mapped in tables of guest-user and of guest-kernel mode, where that differs.
         self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
         self.xen_frames: list[int] = []  # MFNs of Xen's frames that serve this domain alone

@@ -996,6 +996,30 @@ void take_lock(u32 *word)
         sched_yield();
 }
 
+/* The end of what was handled: an event that is pending is delivered. */
+static int finish(struct vcpu *v)
+{
+    struct domain *d = v->domain_address;
+    const u8 *info = d->memory_address + v->info;
+    int answer = v->may_run ? GO_ON : LEAVE;
+    if (info[UPCALL_PENDING] && !info[UPCALL_MASK]) {
+        if (bounce(v, v->event_callback, false, 0, true))
+            d->trap_counts[COUNT_UPCALL]++;
+        else
+            answer = LOOK;
+    }
+    if (v->flush_requested) {
+        v->flush_requested = false;
+        v->calls->flush_tlb(v->calls->context);
+    }
+    return answer;
+}
+
+static void unlock(struct domain *d)
+{
+    __atomic_store_n(&d->lock_word, 0, __ATOMIC_RELEASE);
+}
+
 int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
     struct domain *d = v->domain_address;
@@ -1006,20 +1030,40 @@ int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
         return NOT_HANDLED;
     int answer = NOT_HANDLED;
     if (handle(v, vector, error_code, address)) {
-        const u8 *info = (u8 *)words(d) + v->info;
         v->native_budget--;
-        answer = v->may_run ? GO_ON : LEAVE;
-        if (info[UPCALL_PENDING] && !info[UPCALL_MASK]) {
-            if (bounce(v, v->event_callback, false, 0, true))
-                d->trap_counts[COUNT_UPCALL]++;
-            else
-                answer = LOOK;
-        }
-        if (v->flush_requested) {
-            v->flush_requested = false;
-            v->calls->flush_tlb(v->calls->context);
-        }
+        answer = finish(v);
     }
-    __atomic_store_n(&d->lock_word, 0, __ATOMIC_RELEASE);
+    unlock(d);
+    return answer;
+}
+
+/* events.set_pending, for a port of the vCPU that runs. */
+static void set_pending(struct vcpu *v, u32 port)
+{
+    struct domain *d = v->domain_address;
+    u8 *shared = d->memory_address + d->shared_info, *info = d->memory_address + v->info;
+    u64 *pending = (u64 *)(shared + SHARED_EVTCHN_PENDING), *mask = (u64 *)(shared + SHARED_EVTCHN_MASK);
+    u64 bit = 1ull << (port & 63), word = port >> 6;
+    if (__atomic_fetch_or(pending + word, bit, __ATOMIC_SEQ_CST) & bit || mask[word] & bit)
+        return;
+    u64 *selector = (u64 *)(info + VCPU_INFO_PENDING_SEL);
+    if (!(__atomic_fetch_or(selector, 1ull << word, __ATOMIC_SEQ_CST) >> word & 1))
+        info[UPCALL_PENDING] = 1;
+}
+
+/* The singleshot timer, which the guest has set to `deadline`, is due: time.VcpuTimers.set_singleshot_late. */
+int handle_timer(struct vcpu *v, u64 deadline)
+{
+    struct domain *d = v->domain_address;
+    if (!v->calls || d->python_only || !try_lock(&d->lock_word))
+        return NOT_HANDLED;
+    u64 interval = deadline - v->timer_deadline;
+    v->timer_deadline = deadline;
+    v->timer_interval = interval;
+    v->timer_look = interval && interval <= LONGEST_TICK ? deadline + interval + LOOK_LATE : 0;
+    if (v->virq_port[VIRQ_TIMER])
+        set_pending(v, v->virq_port[VIRQ_TIMER]);
+    int answer = finish(v);
+    unlock(d);
     return answer;
 }

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from xenolith.abi import errno, hypercalls, layout, x86
 from xenolith.machine import native
+from xenolith.machine.clock import Clock
 from xenolith.machine.engines import flat, protocol
+from xenolith.machine.tsc import TscClock
 
 _log = logging.getLogger(__name__)
 
@@ -26,11 +28,11 @@ _DOMAIN_POINTERS = {
     "count_info_address": "u64 *{}",
     "stamp_address": "u32 *{}",
 }
-_VCPU_POINTERS = {"domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
+_VCPU_POINTERS = {**flat.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
 
 def _declarations() -> str:
-    from xenolith.hypervisor import domain, frames, traps
+    from xenolith.hypervisor import domain, frames, time, traps
 
     return "".join(
         (
@@ -49,18 +51,20 @@ def _declarations() -> str:
                 "MMU_PT_UPDATE_NO_TRANSLATE MMU_UPDATE_PREEMPTED UVMF_FLUSHTYPE_MASK UVMF_TLB_FLUSH UVMF_INVLPG "
                 "UVMF_ALL MMUEXT_PIN_L1_TABLE MMUEXT_PIN_L4_TABLE MMUEXT_UNPIN_TABLE MMUEXT_NEW_BASEPTR "
                 "MMUEXT_NEW_USER_BASEPTR MMUEXT_TLB_FLUSH_LOCAL MMUEXT_INVLPG_LOCAL MMUEXT_TLB_FLUSH_MULTI "
-                "MMUEXT_INVLPG_MULTI VMASST_TYPE_writable_pagetables",
+                "MMUEXT_INVLPG_MULTI NR_VIRQS VIRQ_TIMER VMASST_TYPE_writable_pagetables",
             ),
             native.define(
                 layout,
                 "XEN_FIRST_SLOT XEN_LAST_SLOT HYPERVISOR_VIRT_START HYPERVISOR_VIRT_END FLAT_RING3_CS64 "
-                "FLAT_RING3_SS64 VCPU_INFO_ARCH_CR2 TRAP_INFO_MASK_EVENTS",
+                "FLAT_RING3_SS64 VCPU_INFO_ARCH_CR2 VCPU_INFO_PENDING_SEL "
+                "SHARED_EVTCHN_PENDING SHARED_EVTCHN_MASK TRAP_INFO_MASK_EVENTS",
             ),
             native.define(
                 frames,
                 "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
             ),
             native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE"),
+            native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK"),
             native.define(errno, "EFAULT"),
@@ -84,6 +88,17 @@ def handler_address() -> int:
     """Of the native trap handler, see ModeFields.native_handler; 0: there is none."""
     library = _library() if native.missing() is None else None
     return ctypes.cast(library.handle_trap, ctypes.c_void_p).value or 0 if library else 0
+
+
+def timer_address() -> int:
+    """Of the native function for a singleshot timer that is due, see ModeFields.native_timer; 0: there is none."""
+    library = _library() if native.missing() is None else None
+    return ctypes.cast(library.handle_timer, ctypes.c_void_p).value or 0 if library else 0
+
+
+def clock_address(clock: Clock) -> int:
+    """Of the clock's own `now`; 0 where that is not machine code."""
+    return ctypes.cast(clock.now, ctypes.c_void_p).value or 0 if isinstance(clock, TscClock) else 0  # type: ignore[arg-type]
 
 
 def lock_taker() -> Callable[[int], None] | None:

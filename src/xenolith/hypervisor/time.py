@@ -182,8 +182,6 @@ class VcpuTimers:
         self._queue = vcpu.domain.hypervisor.timers
         self._clock = vcpu.domain.hypervisor.clock
         self.singleshot = Timer(self._alarm)
-        self._deadline = 0  # of the singleshot timer, as it was last set
-        self._interval = 0  # from the one before
         self.poll = Timer(lambda: events.post_unblock(vcpu))
         self.period = DEFAULT_PERIOD  # 0: stopped
         self._next_tick = 0
@@ -223,8 +221,9 @@ class VcpuTimers:
             self._queue.set(self.singleshot, deadline)
 
     def _note(self, deadline: int) -> None:
-        self._interval, self._deadline = deadline - self._deadline, deadline
-        self._vcpu.timer_look = 0
+        vcpu = self._vcpu
+        vcpu.timer_interval, vcpu.timer_deadline = deadline - vcpu.timer_deadline, deadline
+        vcpu.timer_look = 0
 
     def _alarm(self) -> None:
         """The singleshot timer is due.
@@ -232,9 +231,10 @@ class VcpuTimers:
         A kernel that ticks will set it again, one interval ahead.  The engine need not stop the vCPU to tell of
         that, if it looks for it by then.
         """
-        vcpu, interval = self._vcpu, self._interval
+        vcpu = self._vcpu
+        interval = vcpu.timer_interval
         if 0 < interval <= LONGEST_TICK and not isinstance(self._clock, VirtualClock):
-            vcpu.timer_look = self._deadline + interval + LOOK_LATE
+            vcpu.timer_look = vcpu.timer_deadline + interval + LOOK_LATE
         events.send_vcpu_virq(vcpu, VIRQ_TIMER)
 
     def set_period(self, period: int) -> None:

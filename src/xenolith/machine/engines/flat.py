@@ -44,6 +44,12 @@ class ModeFields(ctypes.Structure):
     To be called in place of the Python handler, on the same thread, with or without Python's lock, in the same state
     but for RIP, which is still at the instruction for TRAP_CPUID. It answers LEAVE, GO_ON, NOT_HANDLED or LOOK.
     """
+    native_timer: int
+    """Address of `int timer(struct vcpu *, u64 deadline)`, 0: none: the guest's singleshot timer of that time is due.
+
+    It answers as the trap handler does.
+    """
+    now: int  # address of `u64 now(void)`: ns since boot; 0: none
     native_budget: int  # traps that it may still handle; then they are Python's, until there is a new one
 
     _fields_: ClassVar[Fields] = (
@@ -57,7 +63,9 @@ class ModeFields(ctypes.Structure):
         ("timer_look", c_uint64),
         ("untrapped_syscalls", c_uint64),
         ("native_handler", c_uint64),
+        ("native_timer", c_uint64),
         ("native_budget", c_uint64),
+        ("now", c_uint64),
         ("flat_pairs", c_uint32 * FLAT_PAIRS),  # cs << 16 | ss of selectors known to be 64-bit flat, 0: none
         ("vcpu_id", c_uint32),
         ("kernel_mode", c_bool),
@@ -66,6 +74,9 @@ class ModeFields(ctypes.Structure):
         ("nmi_masked", c_bool),
         ("may_run", c_bool),
     )
+
+
+MODES_IN_C: Final = {"now": "u64 (*{})(void)", "native_timer": "int (*{})(struct vcpu *vcpu, u64 deadline)"}
 
 
 class EngineCalls(ctypes.Structure):

@@ -41,6 +41,11 @@ class Alarm:
         """Go off once, so many (at least one) from now, and not at a time that was set before."""
         _check(_libc.timer_settime(self._timer, 0, _ITIMERSPEC.pack(0, 0, *divmod(nanoseconds, 1_000_000_000)), None))
 
+    @property
+    def timer(self) -> int:
+        """The timer_t."""
+        return self._timer.value or 0
+
     def close(self) -> None:
         """Give the timer back."""
         if self._exists:

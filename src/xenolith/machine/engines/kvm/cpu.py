@@ -221,6 +221,7 @@ class KvmCpu(Cpu):
             list=_address(pages.list),
             list_va=pages.list_va,
             memory=engine.memory.address,
+            memory_size=engine.memory.size,
             changes=ctypes.addressof(engine.changes),
             info=NOTHING,
             slot=area.SLOT,
@@ -238,6 +239,7 @@ class KvmCpu(Cpu):
         shared.view_entries[:] = engine.area.l4_entry, engine.area.kernel_l4_entry
         shared.flat_code[:], shared.flat_stack[:] = _FLAT_CODE, _FLAT_STACK
         shared.code0[:], shared.data0[:] = _CODE0, _DATA0
+        shared.signals[:] = (1 << KICK_SIGNAL - 1).to_bytes(128, "little")
         return shared
 
     @property
@@ -746,7 +748,7 @@ class KvmCpu(Cpu):
         elif rip & _PAGE != self._syscall_page:
             return False
         else:
-            self._forget_vector()  # an INT3 that is queued counts as not executed
+            self._forget_exception()  # of an instruction that counts as not executed
             self._read_registers()
         if self._leave_fast_path(regs[RIP] & _PAGE == self._syscall_page):
             regs[RIP] = regs[RIP] - 2 & _MASK64
@@ -773,6 +775,14 @@ class KvmCpu(Cpu):
         """Clear KVM's memory of the last exception's number."""
         events = bytearray(api.VCPU_EVENTS_SIZE)
         ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
+        events[api.EVENTS_EXCEPTION_VECTOR] = 0
+        ioctl(self._fd, api.KVM_SET_VCPU_EVENTS, events)
+
+    def _forget_exception(self) -> None:
+        """Take back an exception that KVM holds queued."""
+        events = bytearray(api.VCPU_EVENTS_SIZE)
+        ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
+        events[api.EVENTS_EXCEPTION_INJECTED] = events[api.EVENTS_EXCEPTION_PENDING] = 0
         events[api.EVENTS_EXCEPTION_VECTOR] = 0
         ioctl(self._fd, api.KVM_SET_VCPU_EVENTS, events)
 

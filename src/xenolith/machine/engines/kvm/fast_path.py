@@ -449,6 +449,7 @@ class FastPath:
     def alarm_is_off(self) -> None:
         """The alarm goes to another thread now, and has to be set anew."""
         self._shared.look = 0
+        self._shared.alarm, self._shared.has_alarm = self._alarm.timer, True
 
     @property
     def on(self) -> bool:
@@ -608,6 +609,7 @@ class FastPath:
         shared.kernel_l4, shared.user_l4 = kernel, user = modes.kernel_l4, modes.user_l4
         shared.info, shared.callback = modes.info, modes.syscall_callback
         shared.masks_events = modes.syscall_masks_events
+        shared.info_mapped = modes.info == self._info
         if not (user and kernel and modes.syscall_callback and modes.syscall_masks_events):
             return
         if not (self._has_view(kernel, area.KERNEL_VIEW) and self._has_view(user, area.USER_VIEW)):
@@ -617,6 +619,7 @@ class FastPath:
                 self._info_moved()
             self._make_kernel_code(modes.info & PAGE_SIZE - 1)
             self._info = modes.info
+            shared.info_mapped = True
         self._list[area.KERNEL_CR3], self._list[area.USER_CR3] = kernel << PAGE_SHIFT, user << PAGE_SHIFT
         self._turn(True)
 

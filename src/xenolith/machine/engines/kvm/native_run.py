@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 from collections.abc import Callable
 from ctypes import c_bool, c_int32, c_uint8, c_uint32, c_uint64
@@ -36,6 +37,8 @@ class KvmFields(ctypes.Structure):
     info: int
     masks_events: bool
     look: int  # when the alarm goes off
+    alarm: int  # the timer, if there is one
+    has_alarm: bool
     error_code: int  # of a trap that is Python's
     address: int
     vector: int
@@ -45,6 +48,7 @@ class KvmFields(ctypes.Structure):
     user: bool
     flat: bool  # runs on 64-bit flat CS and SS
     on: bool  # the fast path is
+    info_mapped: bool  # its code is made for `info`, which is mapped
     pair_cs: int  # selectors in guest-user mode
     pair_ss: int
 
@@ -60,6 +64,7 @@ class KvmFields(ctypes.Structure):
         ("kernel_code", c_uint64),
         ("user_code", c_uint64),
         ("memory", c_uint64),
+        ("memory_size", c_uint64),
         ("changes", c_uint64),
         ("l4_mfn", c_uint64),
         ("kernel_l4", c_uint64),
@@ -83,6 +88,8 @@ class KvmFields(ctypes.Structure):
         ("table_size", c_uint64),
         ("flush_stub", c_uint64),
         ("go_stub", c_uint64),
+        ("alarm", c_uint64),
+        ("signals", c_uint8 * 128),  # a sigset_t of the kick signal
         ("error_code", c_uint64),
         ("address", c_uint64),
         ("handled", c_uint64),
@@ -103,6 +110,8 @@ class KvmFields(ctypes.Structure):
         ("on", c_bool),
         ("masks_events", c_bool),
         ("shadows", c_bool),
+        ("has_alarm", c_bool),
+        ("info_mapped", c_bool),
     )
 
 
@@ -139,12 +148,13 @@ def _declarations() -> str:
             native.define(
                 x86,
                 "RAX RBX RCX RDX RSI RDI RSP RBP R8 R11 RIP RFLAGS CS SS FS_BASE GS_BASE EFLAGS_RESERVED_ONE VECTOR_PF "
-                "PTE_A PTE_D",
+                "VECTOR_BP VECTOR_OF PTE_P PTE_A PTE_D PTE_PSE PTE_ADDRESS",
             ),
             native.define(
                 api,
                 "KVM_RUN KVM_EXIT_IO KVM_SYNC_X86_REGS KVM_SYNC_X86_SREGS RUN_EXIT_REASON RUN_IO_PORT RUN_DIRTY_REGS "
-                "RUN_REGS RUN_SREGS SREGS_CS SREGS_SS SREGS_DS SREGS_FS SREGS_GS SREGS_CR2 SREGS_CR3",
+                "RUN_REGS RUN_SREGS SREGS_CS SREGS_SS SREGS_DS SREGS_FS SREGS_GS SREGS_CR2 SREGS_CR3 "
+                "RUN_EVENTS EVENTS_EXCEPTION_INJECTED EVENTS_EXCEPTION_PENDING EVENTS_EXCEPTION_VECTOR",
             ),
             native.define(
                 area, "PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3"
@@ -159,6 +169,7 @@ def _declarations() -> str:
             native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS"),
             native.define(protocol, "TRAP_SYSCALL"),
+            native.define(errno, "EINTR"),
             "".join(
                 f"#define {name} {value}\n"
                 for name, value in (
@@ -169,7 +180,7 @@ def _declarations() -> str:
                     ("AGAIN", AGAIN),
                 )
             ),
-            native.declare("vcpu", flat.ModeFields),
+            native.declare("vcpu", flat.ModeFields, flat.MODES_IN_C),
             native.declare("changes", changes.ChangesFields, {"tables": "u32 *{}", "noted": "u8 *{}"}),
             native.declare("kvm_cpu", KvmFields, _IN_C),
         )

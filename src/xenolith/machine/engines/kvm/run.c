@@ -7,6 +7,12 @@
 #define PAGE (~0xfffull)
 #define SEGMENT_SIZE 24
 
+struct itimerspec {
+    i64 interval[2], value[2]; /* s, ns */
+};
+int *__errno_location(void);
+int sigtimedwait(const void *set, void *info, const i64 *timeout);
+int timer_settime(void *timer, int flags, const struct itimerspec *value, struct itimerspec *before);
 int ioctl(int fd, unsigned long request, ...);
 
 static u64 *run_words(struct kvm_cpu *k, unsigned offset)
@@ -98,16 +104,19 @@ static void turn(struct kvm_cpu *k, bool on)
 static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
 {
     u64 *data = k->data;
-    if (v->info != k->info || v->syscall_callback != k->callback || (v->timer_look && v->timer_look != k->look))
+    if (v->info != k->info || v->syscall_callback != k->callback)
         return false;
     if (v->kernel_l4 != k->kernel_l4 || v->user_l4 != k->user_l4 || v->syscall_masks_events != k->masks_events) {
+        bool on = v->kernel_l4 && v->user_l4 && v->syscall_callback && v->syscall_masks_events
+            && has_view(k, v->kernel_l4, true) && has_view(k, v->user_l4, false);
+        if (on && !k->info_mapped)
+            return false;
         if (k->on)
             turn(k, false);
         k->masks_events = v->syscall_masks_events;
         k->kernel_l4 = v->kernel_l4;
         k->user_l4 = v->user_l4;
-        if (v->kernel_l4 && v->user_l4 && v->syscall_callback && v->syscall_masks_events
-            && has_view(k, v->kernel_l4, true) && has_view(k, v->user_l4, false)) {
+        if (on) {
             k->list[KERNEL_CR3] = v->kernel_l4 << 12;
             k->list[USER_CR3] = v->user_l4 << 12;
             turn(k, true);
@@ -118,6 +127,19 @@ static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
     if (!v->kernel_mode && !v->compatibility) {
         k->pair_cs = k->regs[CS] & 0xffff;
         k->pair_ss = k->regs[SS] & 0xffff;
+    }
+    if (v->timer_look && v->timer_look != k->look) {
+        if (!k->has_alarm || !v->now)
+            return false;
+        i64 left = v->timer_look - v->now();
+        struct itimerspec alarm = {{0, 0}, {0, 1}};
+        if (left > 0) {
+            alarm.value[0] = left / 1000000000;
+            alarm.value[1] = left % 1000000000;
+        }
+        if (timer_settime((void *)k->alarm, 0, &alarm, NULL))
+            return false;
+        k->look = v->timer_look;
     }
     bool known = false;
     for (unsigned i = 0; i < FLAT_PAIRS; i++)
@@ -311,22 +333,73 @@ static int trap_of_exit(struct kvm_cpu *k, struct vcpu *v)
     return TRAP_SYSCALL;
 }
 
+/* Whether the instruction with this last byte may have been one that raises #BP or #OF. */
+static bool may_be_breakpoint(struct kvm_cpu *k, u64 va)
+{
+    u64 table = *run_words(k, RUN_SREGS + SREGS_CR3) & PTE_ADDRESS;
+    if (!is_canonical(va))
+        return true;
+    for (int shift = 39; shift >= 12; shift -= 9) {
+        u64 entry = table < k->memory_size ? ((volatile u64 *)(k->memory + table))[va >> shift & 511] : 0;
+        if (!(entry & PTE_P) || (entry & PTE_PSE && shift != 12))
+            return true;
+        table = entry & PTE_ADDRESS;
+    }
+    u8 last = table < k->memory_size ? k->memory[table + (va & 0xfff)] : 0xcc;
+    return last == 0xcc || last == 0xce || last == VECTOR_BP || last == VECTOR_OF;
+}
+
+/* KVM_RUN was interrupted while guest code ran, and the fast path holds a timer that is due: what the native function
+   says to that, or NOT_HANDLED. */
+static int tick(struct kvm_cpu *k, struct vcpu *v)
+{
+    static const i64 no_time[2];
+    const u8 *events = k->run + RUN_EVENTS;
+    u64 rip = *run_words(k, RUN_REGS + 128), deadline = k->data ? k->data[TIMER] : 0;
+    u16 selector;
+    __builtin_memcpy(&selector, k->run + RUN_SREGS + SREGS_CS + 12, 2);
+    if (*__errno_location() != EINTR || k->kicked || !deadline || !k->on || !v->native_timer || !v->now
+        || v->now() < deadline)
+        return NOT_HANDLED;
+    if ((k->run[RUN_SREGS + SREGS_SS + 16] & 3) != 3 || selector != USER_CODE64 || (rip & PAGE) == k->code_va
+        || events[EVENTS_EXCEPTION_INJECTED] || events[EVENTS_EXCEPTION_PENDING] || !same_selectors(k))
+        return NOT_HANDLED;
+    if ((events[EVENTS_EXCEPTION_VECTOR] == VECTOR_BP || events[EVENTS_EXCEPTION_VECTOR] == VECTOR_OF)
+        && may_be_breakpoint(k, rip - 1))
+        return NOT_HANDLED;
+    while (sigtimedwait(k->signals, NULL, no_time) > 0)
+        ;
+    read_registers(k);
+    k->regs[RIP] = rip;
+    k->regs[RFLAGS] = (*run_words(k, RUN_REGS + 136) & ENTRY_FLAGS) | ALWAYS_SET;
+    leave_fast_path(k, v, *run_words(k, RUN_SREGS + SREGS_CR3) >> 12);
+    int answer = v->native_timer(v, deadline);
+    *__errno_location() = EINTR;
+    return answer;
+}
+
 /* Enter the guest, and again after each trap that native code handles.  What Python is to do now: RAN (look at what
    KVM_RUN says; -1: at errno), TRAPPED (handle this trap, `vector`, whose registers are in the register file), LOOK_NOW
    (look for events), LEFT (leave), AGAIN (enter the guest: everything is in the register file). */
 int run(struct kvm_cpu *k)
 {
     for (;;) {
-        if (ioctl(k->fd, KVM_RUN, 0l))
-            return -1;
+        int result = ioctl(k->fd, KVM_RUN, 0l), answer;
         struct vcpu *v = k->vcpu;
         if (!v || !k->flat)
-            return RAN;
-        int vector = trap_of_exit(k, v);
-        if (vector < 0)
-            return RAN;
-        k->vector = vector;
-        switch (k->handler(v, vector, k->error_code, k->address)) {
+            return result;
+        if (result) {
+            answer = tick(k, v);
+            if (answer == NOT_HANDLED)
+                return -1;
+        } else {
+            int vector = trap_of_exit(k, v);
+            if (vector < 0)
+                return RAN;
+            k->vector = vector;
+            answer = k->handler(v, vector, k->error_code, k->address);
+        }
+        switch (answer) {
         case LEAVE:
             return LEFT;
         case LOOK:
