@@ -84,10 +84,10 @@ POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
-WINDOW: Final = 64  # traps after which the policy is asked again ...
+WINDOW: Final = 32  # traps after which the policy is asked again ...
 NATIVE_WINDOW: Final = 256  # ... or so many that native code handles
 DECODED: Final = 256  # instructions kept decoded
-PATIENT_WINDOWS: Final = 4
+PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
 
 # Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide

@@ -22,8 +22,8 @@ DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably be
 SPARSE: Final = 8  # likewise: KVM certainly is
 CURIOSITY: Final = 16  # in between, this part of the time counts as lost, so that Unicorn is tried sometimes
 MOVES_NS: Final = 1_500_000  # there and back
-LEAST_PATIENCE: Final = 3_000_000  # ns of regret
-MOST_PATIENCE: Final = 64 * LEAST_PATIENCE // 3
+LEAST_PATIENCE: Final = 1_500_000  # ns of regret
+MOST_PATIENCE: Final = 64_000_000
 
 
 class Placement:
