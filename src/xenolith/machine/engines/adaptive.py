@@ -85,7 +85,8 @@ POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
 WINDOW: Final = 32  # traps after which the policy is asked again ...
-NATIVE_WINDOW: Final = 256  # ... or so many that native code handles
+NATIVE_WINDOW: Final = 256  # ... or so many that native code handles on Unicorn, ...
+KVM_WINDOW: Final = 12  # ... or so many on KVM, where each costs fifty times as much
 DECODED: Final = 256  # instructions kept decoded
 PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
@@ -508,9 +509,10 @@ class AdaptiveCpu:
         None on Unicorn where the policy is to leave it after some traps.
         """
         self._traps = 0
-        self._granted = NATIVE_WINDOW
+        on_kvm = self._active is self._kvm
+        self._granted = KVM_WINDOW if on_kvm else NATIVE_WINDOW
         if self.policy == POLICY_KVM:
-            self._granted = UNLIMITED if self._active is self._kvm else 0
+            self._granted = UNLIMITED if on_kvm else 0
         self._grant(self._granted)
         self._syscalls = self._count_syscalls()
         self._window_start = time.thread_time_ns()
@@ -528,10 +530,10 @@ class AdaptiveCpu:
         self._placement.left(self.running_on)
         self._held = 0
         if target is self._kvm:
-            self._check_code()
+            self._unicorn.note_code()
         self._transfer(target)
         if target is self._unicorn:
-            self._check_code()
+            self._unicorn.distrust_code()
         self.moves += 1
 
     def _transfer(self, target: UnicornCpu | KvmCpu) -> None:
@@ -553,12 +555,6 @@ class AdaptiveCpu:
         state.xsave = bytearray(extended.EXTENDED)
         self._unicorn.store(state)
         state.xcr0, state.xsave = xcr0, bytearray(image)
-
-    def _check_code(self) -> None:
-        """Have Unicorn compare what it has translated with memory: when it goes, to know it, and when it comes back."""
-        check = self._unicorn.executable_mapped
-        for mfn in self._unicorn.frames_with_code():
-            check(mfn)
 
     def _prepare_active(self) -> None:
         self._prepare_extended()

@@ -21,9 +21,9 @@ SYSCALL_NS: Final = 25_000  # what a system call and the return from it cost mor
 DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably better
 SPARSE: Final = 8  # likewise: KVM certainly is
 CURIOSITY: Final = 16  # in between, this part of the time counts as lost, so that Unicorn is tried sometimes
-MOVES_NS: Final = 1_500_000  # there and back
-LEAST_PATIENCE: Final = 1_500_000  # ns of regret
-MOST_PATIENCE: Final = 64_000_000
+MOVES_NS: Final = 400_000  # there and back
+LEAST_PATIENCE: Final = 400_000  # ns of regret
+MOST_PATIENCE: Final = 32_000_000
 
 
 class Placement:

@@ -167,7 +167,7 @@ def _declarations() -> str:
                 "SAVED_R11 SAVED_RSP SWITCHES",
             ),
             native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP"),
-            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS"),
+            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS UNLIMITED"),
             native.define(protocol, "TRAP_SYSCALL"),
             native.define(errno, "EINTR"),
             "".join(

@@ -4,6 +4,7 @@
    KVM_RUN, with the vCPU's state in kvm_run, ready to be entered, and without Python's lock. */
 
 #define SYS_TIMER_SETTIME 223l
+#define FEW_SYSCALLS 8 /* from one tick to the next */
 #define IRET 23 /* hypercall number */
 #define PAGE (~0xfffull)
 #define SEGMENT_SIZE 24
@@ -362,6 +363,8 @@ static int tick(struct kvm_cpu *k, struct vcpu *v)
     if (*__errno_location() != EINTR || k->kicked || !deadline || !k->on || !v->native_timer || !v->now
         || v->now() < deadline)
         return NOT_HANDLED;
+    if (v->native_budget != UNLIMITED && k->data[SWITCHES] > FEW_SYSCALLS)
+        return NOT_HANDLED; /* who has given a budget may want the vCPU elsewhere */
     if ((k->run[RUN_SREGS + SREGS_SS + 16] & 3) != 3 || selector != USER_CODE64 || (rip & PAGE) == k->code_va
         || events[EVENTS_EXCEPTION_INJECTED] || events[EVENTS_EXCEPTION_PENDING] || !same_selectors(k))
         return NOT_HANDLED;

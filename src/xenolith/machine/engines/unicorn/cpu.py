@@ -279,6 +279,15 @@ class UnicornCpu:
         if self._inside:
             self._lib.emu_stop(self._instance.uc)
 
+    def note_code(self) -> None:
+        """Somebody else executes the guest from now on, until `distrust_code`."""
+        if self._instance.softmmu is None:  # which keeps the checksums that it needs
+            self._instance.distrust_code(self.executable_mapped)
+
+    def distrust_code(self) -> None:
+        """Somebody else has executed the guest, and perhaps changed code. The TLB is to be flushed."""
+        self._instance.distrust_code(self.executable_mapped)
+
     def carry_out_extended(self, extended: int, carry_out: int) -> None:
         """Call this function with this argument at undefined opcodes: it tells whether it executed the instruction."""
         self._hook.extended, self._hook.carry_out = extended, carry_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_uint64, c_void_p
 from typing import Any, Final
 
@@ -88,7 +89,9 @@ class Instance:
             "tlb_reset_dirty": lib.address("tlb_reset_dirty_x86_64"),
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
-        self.softmmu = softmmu.attach(lib, self.env, memory, self._marked.ctypes.data)
+        self._unverified = np.zeros(memory.frames, dtype=np.uint8)  # see softmmu.Softmmu
+        arrays = (array.ctypes.data for array in (self._marked, self._checksums, self._unverified))
+        self.softmmu = softmmu.attach(lib, self.env, memory, *arrays)
         self._limit_first_code()
         self._code = CodePage()
         self._callbacks: list[Any] = []  # Unicorn holds only their addresses
@@ -133,6 +136,18 @@ class Instance:
                 pages = np.ctypeslib.as_array((c_uint64 * (3 * PAGES_IN_LEAF)).from_address(table))
                 found += (np.flatnonzero(pages[::3]) + first).tolist()
         return found
+
+    def distrust_code(self, check: Callable[[int], None]) -> None:
+        """Somebody else has executed the guest: translated code is good only where memory is as it was.
+
+        `check`: UnicornCpu.executable_mapped, for frames that have to be compared at once.
+        """
+        distrust = softmmu.distrust_code(self.lib)
+        if distrust is not None:
+            distrust(self.cpu)
+        else:
+            for mfn in self.frames_with_code():
+                check(mfn)
 
     def close(self) -> None:
         """Give everything back to the host; the views are dead."""

@@ -5,6 +5,7 @@
 #define AT(type, base, offset) (*(type *)((u8 *)(base) + (i64)(offset)))
 #define PAGE_SIZE 4096ull
 #define PAGE_MASK (-PAGE_SIZE)
+#define PAGE_EXECUTE 4 /* QEMU's PAGE_EXEC */
 
 struct block { /* a translated block, by which it was found last */
     u64 pc;
@@ -126,7 +127,8 @@ static __attribute__((noinline)) u8 *find_slowly(struct softmmu *s, u8 *cpu, u64
     struct block *b = place(s, pc, flags);
     if (b->pc == pc && b->flags == flags && b->code && !cs_base
         && library.page_of_code(env, pc) == b->frame + (pc & ~PAGE_MASK)
-        && (!b->next_mfn || library.page_of_code(env, (pc & PAGE_MASK) + PAGE_SIZE) == (u64)b->next_mfn << 12))
+        && (!b->next_mfn || library.page_of_code(env, (pc & PAGE_MASK) + PAGE_SIZE) == (u64)b->next_mfn << 12)
+        && b->code) /* which `verify` may have dropped */
         return b->code - TB_SIZE;
     u8 *tb = library.find_block(cpu, pc, cs_base, flags, cflags);
     if (tb && !cs_base)
@@ -170,7 +172,41 @@ u8 *find_block(u8 *cpu, u64 pc, u64 cs_base, u32 flags, u32 cflags)
     return find_slowly(s, cpu, pc, cs_base, flags, cflags);
 }
 
-/* A block is no longer valid */
+/* --- code that others may have changed --------------------------------------------------------------- */
+
+static u64 rotate(u64 value, int right)
+{
+    return value >> right | value << (64 - right);
+}
+
+/* As stubs.EXECUTABLE_MAPPED has it */
+static u64 checksum(const u64 *words)
+{
+    u64 sums[4] = {0};
+    for (int i = 0; i < 512; i++)
+        sums[i & 3] = rotate(sums[i & 3] ^ words[i], 29) * 0x9e3779b97f4a7c15ull;
+    return (sums[0] ^ rotate(sums[1], 16) ^ rotate(sums[2], 32) ^ rotate(sums[3], 48)) | 1;
+}
+
+/* Drop the blocks of a frame that has changed since its checksum was taken */
+static void verify(struct softmmu *s, u8 *cpu, u64 frame)
+{
+    u64 mfn = frame >> 12, now = checksum((u64 *)(s->memory + frame));
+    ((u8 *)s->unverified)[mfn] = 0;
+    if (((u64 *)s->checksums)[mfn] == now)
+        return;
+    library.invalidate(AT(u8 *, cpu, CPU_UC - CPU_STATE), frame, frame + PAGE_SIZE);
+    ((u64 *)s->checksums)[mfn] = now;
+}
+
+/* Somebody else has executed the guest: what was translated holds only where memory is as it was */
+void distrust_code(u8 *cpu)
+{
+    struct softmmu *s = softmmu_of(cpu);
+    __builtin_memcpy((u8 *)s->unverified, (u8 *)s->marked, s->memory_size >> 12);
+}
+
+/* A block is no longer valid: perhaps because its frame has changed */
 void forget_block(u8 *uc, u8 *tb)
 {
     u8 *cpu = AT(u8 *, uc, UC_CPU);
@@ -180,6 +216,11 @@ void forget_block(u8 *uc, u8 *tb)
     struct block *b = place(s, AT(u64, tb, 0), AT(u32, tb, TB_FLAGS));
     if (b->code == AT(u8 *, tb, TB_CODE))
         b->code = 0;
+    for (int i = 0; i < 2; i++) {
+        u64 frame = AT(u64, tb, TB_PAGES + 8 * i);
+        if (frame < s->memory_size)
+            ((u64 *)s->checksums)[frame >> 12] = 0;
+    }
 }
 
 /* In place of tcg_region_reset_all: no block is valid */
@@ -273,6 +314,8 @@ bool fill_tlb(u8 *cpu, u64 va, int size, int access, int mmu, bool probe, u64 re
     if ((entry & marks) != marks)
         entry |= __atomic_or_fetch((u32 *)at, (u32)marks, __ATOMIC_RELAXED) & marks;
 
+    if (access == 2 && ((u8 *)s->unverified)[frame >> 12])
+        verify(s, cpu, frame);
     u64 page = va & PAGE_MASK;
     struct description *d = description_of(env, MMU_USER);
     struct tlb_entry *e = entry_for(env, MMU_USER, va);
@@ -296,7 +339,7 @@ bool fill_tlb(u8 *cpu, u64 va, int size, int access, int mmu, bool probe, u64 re
     e->write = e->code = ~0ull;
     if (rights & PTE_RW && entry & PTE_D)
         e->write = page | (((u8 *)s->marked)[frame >> 12] ? TLB_NOTDIRTY : 0);
-    if (rights & PTE_NX)
+    if (rights & PTE_NX && !((u8 *)s->unverified)[frame >> 12])
         e->code = page;
     e->frame = frame;
     e->addend = s->memory + frame - page;
@@ -304,6 +347,8 @@ bool fill_tlb(u8 *cpu, u64 va, int size, int access, int mmu, bool probe, u64 re
     AT(u16, env, TLB_DIRTY) |= 1 << MMU_USER;
     return true;
 theirs:
+    if (s)
+        s->fetching = access == 2;
     return library.fill_tlb(cpu, va, size, access, mmu, probe, return_address);
 }
 
@@ -316,6 +361,12 @@ void set_page(u8 *cpu, u64 va, u64 frame, u32 attributes, int rights, int mmu, u
         struct tlb_entry *e = entry_for(env, MMU_USER, va);
         if (empty(e))
             note_filled(s, env, e);
+        if (frame < s->memory_size && ((u8 *)s->unverified)[frame >> 12]) {
+            if (s->fetching)
+                verify(s, cpu, frame & PAGE_MASK);
+            else
+                rights &= ~PAGE_EXECUTE;
+        }
     }
     library.set_page(cpu, va, frame, attributes, rights, mmu, size);
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_uint32, c_uint64
 from pathlib import Path
 from typing import Final
@@ -53,6 +54,7 @@ CALLED: Final = {
     "page_of_code": "get_page_addr_code_x86_64",
     "fill_tlb": "x86_cpu_tlb_fill_x86_64",
     "reset_dirty": "tlb_reset_dirty_x86_64",
+    "invalidate": "tb_invalidate_phys_range_x86_64",
 }
 UNLOCK: Final = "tb_exec_unlock_x86_64"
 
@@ -73,6 +75,7 @@ IN_C: Final = {
     "lookup_tb_ptr": "u8 *{}",
     "page_of_code": "u64 (*{})(u8 *env, u64 va)",
     "reset_dirty": "void (*{})(u8 *cpu, u64 address, u64 size)",
+    "invalidate": "void (*{})(u8 *uc, u64 start, u64 end)",
     "fill_tlb": "bool (*{})(u8 *cpu, u64 va, int size, int access, int mmu, bool probe, u64 return_address)",
 }
 
@@ -84,6 +87,9 @@ class Softmmu(ctypes.Structure):
         ("memory", c_uint64),  # host address of machine memory
         ("memory_size", c_uint64),
         ("marked", c_uint64),  # host address of Instance's marks of frames with code
+        ("checksums", c_uint64),  # host address of Instance's checksums of frames
+        ("unverified", c_uint64),  # of a byte for each: compare it with its checksum before its code is executed
+        ("fetching", c_uint64),  # in QEMU's tlb_fill: for an instruction
         ("jumps", c_uint64),  # entries of tb_jmp_cache that may be other than empty
         ("jump", c_uint32 * JUMPS),
         ("filled", c_uint64 * (2 * (2 + FILLED // 2))),  # of each mode's TLB: struct filled
@@ -167,12 +173,26 @@ def flush(lib: Library) -> int:
     return lib.address(REPLACED["flush_tlbs"]) if code is None else code.address("flush_tlbs")
 
 
-def attach(lib: Library, env: int, memory: MachineMemory, marked: int) -> Softmmu | None:
+def distrust_code(lib: Library) -> Callable[[int], None] | None:
+    """A function for when somebody else has executed an instance's guest, with its CPUState; None without C code."""
+    code = install(lib)
+    if code is None:
+        return None
+    function = code.code["distrust_code"]
+    function.argtypes, function.restype = (c_uint64,), None
+    return function
+
+
+def attach(
+    lib: Library, env: int, memory: MachineMemory, marked: int, checksums: int, unverified: int
+) -> Softmmu | None:
     """What the C code keeps of the instance with this CPUX86State, which is to live as long; None without C code."""
     code = install(lib)
     if code is None:
         return None
-    state = Softmmu(memory=memory.address, memory_size=memory.size, marked=marked)
+    state = Softmmu(
+        memory=memory.address, memory_size=memory.size, marked=marked, checksums=checksums, unverified=unverified
+    )
     c_uint64.from_address(env + layout.CPU_OPAQUE).value = ctypes.addressof(state)
     cpu_class = c_uint64.from_address(env + layout.CPU_CLASS).value
     c_uint64.from_address(cpu_class + layout.CLASS_FILL_TLB).value = code.address("fill_tlb")
