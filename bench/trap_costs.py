@@ -2,16 +2,18 @@
 
     python bench/trap_costs.py [--engine unicorn|kvm] [--json]
 
-Every trap handler is wrapped in two readings of the clock, and so is each call that it makes into the engine's machine
-code (flags, page table, TLB flushes); what the readings themselves cost is measured and taken off. "handler us" is
-the median of whole handlers, "Python us" of handlers without those calls, "engine us" the mean of the calls. The
-engine's own part before and after the handler is in none of them: bench/engine_traps.py has it.
+Native code is turned off, so that Python handles them all.  Every trap handler is wrapped in two readings of the clock,
+and so is each call that it makes into the engine's machine code (flags, page table, TLB flushes); what the readings
+themselves cost is measured and taken off. "handler us" is the median of whole handlers, "Python us" of handlers without
+those calls, "engine us" the mean of the calls. The engine's own part before and after the handler is in none of them:
+bench/engine_traps.py has it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,6 +28,8 @@ from xenolith.cli import main as command
 from xenolith.hypervisor import traps
 from xenolith.hypervisor.domain import Vcpu
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, Cpu, TrapHandler
+
+os.environ["XENOLITH_NATIVE"] = "off"  # or Python would see few of them
 
 WORK = "i=0; while [ $i -lt 100 ]; do /bin/busybox true; i=$((i+1)); done"
 HYPERCALL_NAMES = {

@@ -34,3 +34,9 @@ def test_without_kvm_each_engine_that_needs_it_is_refused_with_the_reason() -> N
         assert found[name].startswith(" refused: ")
         assert "No such file" in found[name]
     assert found["auto"].startswith(" unicorn: Unicorn, because KVM cannot be used")
+
+
+def test_it_tells_who_handles_traps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XENOLITH_NATIVE", "off")
+    done = CliRunner().invoke(engines)
+    assert "native   : traps are Python's: XENOLITH_NATIVE=off" in done.stdout.splitlines()

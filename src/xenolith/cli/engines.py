@@ -6,6 +6,8 @@ import logging
 
 import click
 
+from xenolith.hypervisor import ring0
+from xenolith.machine import native
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.engines.select import ENGINES, choose
 from xenolith.machine.memory import MachineMemory
@@ -20,8 +22,17 @@ def engines() -> None:
     for name in ENGINES:
         if name != "auto":
             click.echo(f"{name:9}: {_found(name)}")
+    click.echo(f"{'native':9}: {_native()}")
     choice = choose()
     click.echo(f"{'auto':9}: {choice.name}: {choice.reason}")
+
+
+def _native() -> str:
+    """Whether the commonest traps are handled in native code, or what that lacks."""
+    reason = native.missing()
+    if reason is None and not ring0.handler_address():
+        reason = "its C does not compile here; `xenolith run -v` says why"
+    return f"traps are Python's: {reason}" if reason else "the commonest traps are handled in C"
 
 
 def _found(name: str) -> str:

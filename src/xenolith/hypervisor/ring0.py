@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from xenolith.abi import errno, hypercalls, layout, x86
 from xenolith.machine import native
@@ -18,6 +19,7 @@ from xenolith.machine.clock import Clock
 from xenolith.machine.engines import flat, protocol
 from xenolith.machine.tsc import TscClock
 
+SOURCE: Final = Path(__file__).with_name("ring0.c")
 _log = logging.getLogger(__name__)
 
 _DOMAIN_POINTERS = {
@@ -31,7 +33,8 @@ _DOMAIN_POINTERS = {
 _VCPU_POINTERS = {**flat.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
 
-def _declarations() -> str:
+def declarations() -> str:
+    """Of everything that ring0.c uses."""
     from xenolith.hypervisor import domain, frames, time, traps
 
     return "".join(
@@ -78,7 +81,7 @@ def _declarations() -> str:
 @functools.cache
 def _library() -> ctypes.PyDLL | None:
     try:
-        return native.load(Path(__file__).with_name("ring0.c"), _declarations())
+        return native.load(SOURCE, declarations())
     except native.Missing as missing:
         _log.info("no native trap handlers: %s", missing)
         return None

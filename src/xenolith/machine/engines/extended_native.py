@@ -16,6 +16,7 @@ from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import Fields
 
 MOST_COMPONENTS: Final = 16
+SOURCE: Final = Path(__file__).with_name("extended.c")
 
 
 class Extended(ctypes.Structure):
@@ -51,18 +52,20 @@ _IN_C: Final = {
 }
 
 
+def declarations() -> str:
+    """Of everything that extended.c uses."""
+    return (
+        native.define(x86, "RAX RDX RIP PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_PSE")
+        + native.define(layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE")
+        + native.declare("extended", Extended, _IN_C)
+    )
+
+
 class NativeExtended:
     """The extended state of a vCPU on this UnicornCpu. Raises native.Missing."""
 
     def __init__(self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component]) -> None:
-        declarations = (
-            native.define(x86, "RAX RDX RIP PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_PSE")
-            + native.define(
-                layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE"
-            )
-            + native.declare("extended", Extended, _IN_C)
-        )
-        library = native.load(Path(__file__).with_name("extended.c"), declarations)
+        library = native.load(SOURCE, declarations())
         self._carry_out = ctypes.cast(library.carry_out, ctypes.c_void_p).value or 0
         self._cpu = cpu
         self._image: object = None
@@ -83,6 +86,11 @@ class NativeExtended:
         self.fields.image = ctypes.addressof(ctypes.c_char.from_buffer(image))
         self.fields.xcr0 = xcr0
         self._cpu.carry_out_extended(ctypes.addressof(self.fields), self._carry_out)
+
+    def carry_out(self) -> bool:
+        """Execute the instruction at RIP, as Unicorn's hook does at an undefined opcode; False: it is none of these."""
+        function = ctypes.PYFUNCTYPE(c_bool, c_uint64)(self._carry_out)
+        return bool(function(ctypes.addressof(self.fields)))
 
     def rest(self) -> None:
         """Carry out none."""

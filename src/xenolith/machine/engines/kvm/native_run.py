@@ -17,6 +17,7 @@ from xenolith.machine.engines import flat, protocol
 from xenolith.machine.engines.kvm import api, area, changes, fast_path
 from xenolith.machine.native import Fields
 
+SOURCE: Final = Path(__file__).with_name("run.c")
 # What `run` answers, besides -1 for errno.
 RAN: Final = 0  # KVM_RUN returned: look why
 TRAPPED: Final = 1  # with a trap, whose registers are in the register file: `vector`, `error_code`, `address`
@@ -131,7 +132,8 @@ _IN_C: Final = {
 _CALLS: Final = ("get_rflags", "set_rflags", "switch_mode", "flush_tlb", "flush_page", "entry_changed")
 
 
-def _declarations() -> str:
+def declarations() -> str:
+    """Of everything that run.c uses."""
     from xenolith.machine.engines.kvm import cpu
 
     data = SimpleNamespace(**{name.upper(): offset // 8 for name, offset in fast_path.FIELDS.items()})
@@ -191,7 +193,7 @@ class Library:
     """run.c: its loop, called without Python's lock, and the functions that ring 0 calls."""
 
     def __init__(self) -> None:
-        path = native.build(Path(__file__).with_name("run.c"), _declarations())
+        path = native.build(SOURCE, declarations())
         library = ctypes.CDLL(str(path), use_errno=True)
         run = library["run"]
         run.argtypes, run.restype = (c_uint64,), ctypes.c_int

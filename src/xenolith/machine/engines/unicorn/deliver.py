@@ -6,12 +6,14 @@ import ctypes
 import functools
 from ctypes import c_uint64
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from xenolith.abi import x86
 from xenolith.machine import native
 from xenolith.machine.engines import flat, protocol
 from xenolith.machine.native import Fields
+
+SOURCE: Final = Path(__file__).with_name("deliver.c")
 
 
 class Hook(ctypes.Structure):
@@ -48,16 +50,20 @@ _IN_C = {
 }
 
 
-@functools.cache
-def library() -> ctypes.PyDLL | None:
-    """deliver.c; None where there is no native code."""
-    declarations = (
+def declarations() -> str:
+    """Of everything that deliver.c uses."""
+    return (
         native.define(flat, "NOT_HANDLED LOOK")
         + native.define(protocol, "TRAP_NOTHING")
         + native.define(x86, "VECTOR_UD")
         + native.declare("hook", Hook, _IN_C)
     )
+
+
+@functools.cache
+def library() -> ctypes.PyDLL | None:
+    """deliver.c; None where there is no native code."""
     try:
-        return native.load(Path(__file__).with_name("deliver.c"), declarations)
+        return native.load(SOURCE, declarations())
     except native.Missing:
         return None

@@ -386,7 +386,7 @@ static bool empty_tlb(struct softmmu *s, u8 *env, int mmu)
             clear(table + f->index[i]);
     f->count = 0;
     if (d->evicted)
-        for (int i = 0; i < VICTIMS; i++)
+        for (u64 i = 0; i < VICTIMS; i++)
             clear(d->victims + i);
     d->large_page = d->large_mask = ~0ull;
     d->used = d->evicted = 0;
@@ -403,14 +403,14 @@ void flush_tlbs(u8 *cpu, u16 asked)
     }
     u8 *env = cpu - (i64)CPU_STATE;
     u16 full = asked & AT(u16, env, TLB_DIRTY);
-    for (int mmu = 0; mmu < MMU_SYSTEM; mmu++)
+    for (u64 mmu = 0; mmu < MMU_SYSTEM; mmu++)
         if (full >> mmu & 1 && empty_tlb(s, env, mmu)) {
             full &= ~(1 << mmu);
             AT(u16, env, TLB_DIRTY) &= ~(1 << mmu);
         }
     if (full || s->jumps > JUMPS) {
         library.flush_tlbs(cpu, full);
-        for (int mmu = 0; mmu < MMU_SYSTEM; mmu++)
+        for (u64 mmu = 0; mmu < MMU_SYSTEM; mmu++)
             if (full >> mmu & 1) {
                 struct tlb_entry *other = table_of(env, !mmu);
                 struct filled *f = (struct filled *)s->filled + (filled_of(s, other) == (struct filled *)s->filled);

@@ -31,6 +31,7 @@ from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
 from xenolith.machine.memory import MachineMemory
 
+SOURCE: Final = Path(__file__).with_name("native_softmmu.c")
 BLOCKS: Final = 16384  # that are found fast: 512 KB, of which few blocks touch little
 FILLED: Final = 1024  # entries of a TLB that are emptied one by one; if more were filled, it is emptied as a whole
 JUMPS: Final = 256  # the same of tb_jmp_cache
@@ -146,22 +147,26 @@ class Native:
         return ctypes.cast(self.code[function], ctypes.c_void_p).value or 0
 
 
-@functools.cache
-def install(lib: Library) -> Native | None:
-    """Put the C code in place, once per process. None where there is none.
-
-    Raises EngineError when the library's code is not what layout.py says.
-    """
+def declarations() -> str:
+    """Of everything that native_softmmu.c uses."""
     numbers = {"BLOCKS": BLOCKS, "FILLED": FILLED, "JUMPS": JUMPS}
-    declarations = (
+    return (
         native.define(layout, LAYOUT)
         + native.define(x86, ABI)
         + "".join(f"#define {name} {number}\n" for name, number in numbers.items())
         + native.declare("library", Originals, IN_C)
         + native.declare("softmmu", Softmmu)
     )
+
+
+@functools.cache
+def install(lib: Library) -> Native | None:
+    """Put the C code in place, once per process. None where there is none.
+
+    Raises EngineError when the library's code is not what layout.py says.
+    """
     try:
-        code = native.load(Path(__file__).with_name("native_softmmu.c"), declarations)
+        code = native.load(SOURCE, declarations())
     except native.Missing:
         return None
     return Native(lib, code)

@@ -1,0 +1,251 @@
+"""The loop in C: traps that a native handler takes stay out of Python, all others come as if there were none."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from ctypes import c_int, c_uint32, c_uint64
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
+from xenolith.abi.x86 import (
+    PTE_A,
+    PTE_NX,
+    PTE_P,
+    PTE_RW,
+    RAX,
+    RBX,
+    RIP,
+    VECTOR_PF,
+    VECTOR_UD,
+)
+from xenolith.machine.engines.flat import GO_ON, LEAVE, LOOK, NOT_HANDLED, UNLIMITED, ModeFields
+from xenolith.machine.engines.kvm import fast_path, native_run
+from xenolith.machine.engines.kvm.changes import MOST_ENTRIES, Changes
+from xenolith.machine.engines.kvm.host import host_traits
+from xenolith.machine.engines.protocol import TRAP_NOTHING
+
+from .bare import CODE, Machine
+from .test_fast_path import FLAT, KERNEL, KERNEL_GS, KERNEL_SP, SET_TIMER, Guest, set_timer
+from .test_kicks import kicking
+
+UNMAPPED = 0x7000_0000
+HANDLER = ctypes.CFUNCTYPE(c_int, c_uint64, c_uint32, c_uint64, c_uint64)
+TIMER = ctypes.CFUNCTYPE(c_int, c_uint64, c_uint64)
+NOW = ctypes.CFUNCTYPE(c_uint64)
+Handler = Callable[[int, int, int], int]
+Run = Callable[..., list[tuple[int, int]]]
+
+
+class NativeModes(ModeFields):
+    """A vCPU with a handler for native code to call, if one in Python."""
+
+    def __init__(self, handle: Handler) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.timers: list[int] = []
+        self.flat_selectors = {FLAT}
+        self.native_budget = UNLIMITED
+        self.address = ctypes.addressof(self)
+
+        def handler(_: int, vector: int, error_code: int, address: int) -> int:
+            self.calls.append((vector, address))
+            return handle(vector, error_code, address)
+
+        self._handler = HANDLER(handler)
+        self.native_handler = ctypes.cast(self._handler, ctypes.c_void_p).value or 0
+
+    @property
+    def syscalls(self) -> int:
+        return self.untrapped_syscalls
+
+    def count_syscalls(self, count: int) -> None:
+        self.untrapped_syscalls += count
+
+    def set_timer_late(self, deadline: int) -> None:
+        self.timers.append(deadline)
+
+    def until(self, moment: int) -> int:
+        return 10**9
+
+
+@pytest.fixture
+def run(machine: Machine) -> Iterator[Run]:
+    """Run code under a native handler: the traps that Python saw, up to one that it leaves at."""
+    if native_run.library() is None:
+        pytest.skip("no native code here")
+    cpu = machine.cpu()
+
+    def go(code: str, handle: Handler, until: int = VECTOR_UD) -> list[tuple[int, int]]:
+        modes = NativeModes(handle)
+        cpu.follow(modes)
+        machine.write_code(code)
+        cpu.regs[RIP] = CODE
+        seen: list[tuple[int, int]] = []
+
+        def on_trap(vector: int, _error_code: int, address: int) -> bool:
+            seen.append((vector, address))
+            if vector == VECTOR_PF:
+                cpu.regs[RIP] += 3
+            return vector != until
+
+        while not seen or (seen[-1][0] != until and len(seen) < 5000):
+            cpu.run(on_trap)
+        return seen
+
+    yield go
+
+
+# 1000 times: inc rbx; mov [rax], rax (3 bytes), then ud2
+FAULTS = "b9 e8 03 00 00 48 ff c3 48 89 00 ff c9 75 f6 0f 0b"
+
+
+def test_a_trap_that_is_handled_does_not_come_to_python(run: Run, machine: Machine) -> None:
+    cpu = machine.cpu()
+    cpu.regs[RAX], cpu.regs[RBX] = UNMAPPED, 0
+    handled = 0
+
+    def skip(vector: int, _error_code: int, address: int) -> int:
+        nonlocal handled
+        assert (vector, address) == (VECTOR_PF, UNMAPPED)
+        handled += 1
+        cpu.regs[RIP] += 3
+        return GO_ON
+
+    assert run(FAULTS, skip) == [(VECTOR_UD, 0)]
+    assert handled == cpu.regs[RBX] == 1000
+
+
+def test_traps_that_are_left_come_with_their_registers(run: Run, machine: Machine) -> None:
+    """Every third is Python's, which finds RIP at it like the native handler does."""
+    cpu = machine.cpu()
+    cpu.regs[RAX], cpu.regs[RBX] = UNMAPPED, 0
+    places: list[int] = []
+
+    def some(_vector: int, _error_code: int, _address: int) -> int:
+        places.append(cpu.regs[RIP])
+        if cpu.regs[RBX] % 3 == 0:
+            return NOT_HANDLED
+        cpu.regs[RIP] += 3
+        return GO_ON
+
+    seen = run(FAULTS, some)
+    assert seen == [(VECTOR_PF, UNMAPPED)] * 333 + [(VECTOR_UD, 0)]
+    assert places == [CODE + 8] * 1000
+
+
+def test_a_handler_may_ask_for_events_and_to_leave(run: Run, machine: Machine) -> None:
+    cpu = machine.cpu()
+    cpu.regs[RAX], cpu.regs[RBX] = UNMAPPED, 0
+
+    def looks(_vector: int, _error_code: int, _address: int) -> int:
+        cpu.regs[RIP] += 3
+        return LOOK if cpu.regs[RBX] == 10 else LEAVE if cpu.regs[RBX] == 20 else GO_ON
+
+    seen = run(FAULTS, looks)
+    assert seen == [(TRAP_NOTHING, 0), (VECTOR_UD, 0)]
+    assert cpu.regs[RBX] == 1000
+
+
+def test_a_register_that_points_nowhere_faults_as_ever(run: Run, machine: Machine) -> None:
+    """A handler sends the guest to an address that no processor can go to."""
+    cpu = machine.cpu()
+    cpu.regs[RAX] = UNMAPPED
+
+    def astray(_vector: int, _error_code: int, _address: int) -> int:
+        cpu.regs[RIP] = 1 << 47
+        return GO_ON
+
+    assert run(FAULTS, astray, until=13) == [(13, 0)]
+
+
+def test_kicks_in_the_middle_lose_and_repeat_nothing(machine: Machine) -> None:
+    if native_run.library() is None:
+        pytest.skip("no native code here")
+    cpu = machine.cpu()
+    cpu.regs[RAX], cpu.regs[RBX] = UNMAPPED, 0
+    handled = 0
+
+    def skip(_vector: int, _error_code: int, _address: int) -> int:
+        nonlocal handled
+        handled += 1
+        cpu.regs[RIP] += 3
+        return GO_ON
+
+    modes = NativeModes(skip)
+    cpu.follow(modes)
+    machine.write_code("48 ff c3 48 89 00 eb f8")  # for ever: inc rbx; mov [rax], rax
+    cpu.regs[RIP] = CODE
+    thread, done = kicking(cpu, 0.0003)
+    for _ in range(200):
+        cpu.run(lambda *_: True)
+        assert cpu.regs[RBX] - handled in (0, 1)
+    done.set()
+    thread.join()
+    assert handled > 200
+
+
+def test_a_timer_that_is_due_takes_no_python(machine: Machine) -> None:
+    if native_run.library() is None or not host_traits().has_fast_path:
+        pytest.skip("no native code, or no fast path, here")
+    guest = Guest(machine)
+    modes = NativeModes(lambda *_: NOT_HANDLED)
+    modes.kernel_l4, modes.user_l4, modes.info = guest.kernel_l4, machine.l4, guest.modes.info
+    modes.kernel_sp, modes.other_gs_base, modes.syscall_callback = KERNEL_SP, KERNEL_GS, KERNEL
+    modes.syscall_masks_events = True
+    modes.flat_pairs[0] = FLAT_RING3_CS64 << 16 | FLAT_RING3_SS64
+    due: list[int] = []
+
+    def timer(_: int, deadline: int) -> int:
+        due.append(deadline)
+        modes.timer_look = 0
+        return LEAVE
+
+    functions = TIMER(timer), NOW(lambda: 2_000_000)
+    modes.native_timer, modes.now = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
+    modes.timer_look = 2_000_000 + fast_path.TIMER_SLOP
+    guest.cpu.follow(modes)
+    machine.write_code(SET_TIMER + "eb fe", KERNEL - CODE)  # and then spin
+    set_timer(guest, 2_000_000)
+    machine.write_code("0f 05")
+    guest.cpu.regs[RIP] = CODE
+    modes.until = lambda _moment: 3_000_000  # type: ignore[method-assign]
+    seen: list[int] = []
+    guest.cpu.run(lambda vector, *_: not seen.append(vector))  # type: ignore[func-returns-value]
+    assert due == [2_000_000]
+    assert (seen, modes.timers, modes.calls) == ([], [], [])
+    assert modes.kernel_mode
+    assert guest.cpu.regs[RIP] == KERNEL + 19
+
+
+# --- what is noted of changed entries ------------------------------------------------------------------
+
+ENTRIES = {"lose": (PTE_P | PTE_RW, PTE_P), "gain": (PTE_P, PTE_P | PTE_NX), "nothing": (PTE_P, PTE_P | PTE_A)}
+
+@given(st.lists(st.tuples(st.integers(0, 4 * 512 - 1), st.sampled_from(("lose", "gain", "nothing", "take")))))
+def test_noted_changes_are_all_taken_and_nothing_else(operations: list[tuple[int, str]]) -> None:
+    changes = Changes(4)
+    entries: list[int] = []
+    tables: set[int] = set()
+    for index, what in operations:
+        if what == "take":
+            assert sorted(changes.take_entries(10**6)) == sorted(entries)
+            assert sorted(changes.take_tables(10**6)) == sorted(tables)
+            entries, tables = [], set()
+            continue
+        changes.note(index, *ENTRIES[what])
+        if not index & 511:
+            tables.add(index >> 9)
+        elif what != "nothing":
+            entries.append(index)
+        assert bool(changes) == bool(entries or tables)
+
+
+def test_beyond_its_capacity_whole_tables_are_noted() -> None:
+    changes = Changes(64)
+    for number in range(MOST_ENTRIES + 600):
+        changes.note(number % 511 + 1 + (number // 511 << 9), PTE_P, 0)
+    assert len(changes.take_entries(10**6)) == MOST_ENTRIES
+    assert changes.take_tables(10**6) == [8, 9]
