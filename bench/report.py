@@ -45,19 +45,23 @@ METHOD = """\
 WHERE_WE_LOSE = """\
 ## Where we lose, and why
 
-- System calls, faults and forks, against QEMU TCG and User-Mode Linux: a PV kernel calls its hypervisor for what
-  others do in the guest (each change of a page table, each return to a program, each entry from one), and ours is
-  Python: 4 us for a page-table entry, 6 for a system call or an iret, 9 for a page fault (`bench/trap_costs.py`).
-  A fork and exec is some 600 page-table entries and 90 faults. The traps of each row are listed below.
-- The same rows on KVM where it has neither VMX nor SVM, as here: an exit costs 32 us before Python does anything. The
-  fast path spares system calls and returns from them the exit (17 us each instead), not page-table updates and page
-  faults, which are most of a fork, an exec and a boot.
-- The adaptive engine has to find out where a guest is faster, and its kernel saves vector state with XSAVE, which on
-  Unicorn is Python (41 us): rows that switch processes are slower than on either engine alone.
-- Vector code on Unicorn (SHA-256, which gcc vectorises): its SSE instructions are calls of C functions.
-- Computing on KVM: an exit for each of Linux's 250 ticks a second, some 80 us of Python with cold caches, and what
-  the guest's own tick costs: 2 to 6 %. `python -m bench.computing` compares in turns of a quarter of a second, which
-  this machine's changing speed does not disturb.
+- System calls, against QEMU TCG: a PV kernel calls its hypervisor for what others do in the guest, here twice for each
+  (the entry and the iret). On Unicorn both are C and take 0.1 us together; leaving translated code for them and coming
+  back is the rest of the half microsecond. The same for page faults, which are two or three traps each.
+- The KVM engine where KVM has neither VMX nor SVM, as here: an exit costs 31 us in the host's kernel, around 1 us of
+  ours; system calls and returns from them cost 16 us each by the fast path. Page-table updates and page faults are most
+  of a fork, an exec and a boot.
+- The adaptive engine has to find out where a guest is faster, and programs that started on KVM use its wide vector
+  registers, which calls the vCPU back there: forks, small files and databases take 1.2 to 3.3 times as long as on
+  Unicorn alone.
+- Computing on Unicorn: translated code is 5 times slower than the processor, vector code (SHA-256, which gcc
+  vectorises; its SSE instructions are calls of C functions) 15 times, floating point 130 times: what the adaptive
+  engine is for.
+- Computing on KVM: 78 us for each of Linux's 250 ticks a second, 2 %: the exit (30), the guest's own tick (some 40), 8
+  of ours. `python -m bench.computing` compares in turns of a quarter of a second, which a changing machine does not
+  disturb.
+- Against User-Mode Linux: its kernel is a process, so that context switches, TCP and file operations run natively
+  between system calls. It cannot run a stock kernel.
 """
 
 
