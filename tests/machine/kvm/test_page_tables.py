@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -17,10 +18,13 @@ from xenolith.abi.x86 import (
     RDI,
     RIP,
     RSP,
+    VECTOR_GP,
     VECTOR_PF,
     VECTOR_UD,
 )
 from xenolith.machine.engines.kvm.cpu import KvmCpu
+from xenolith.machine.engines.kvm.engine import KvmEngine
+from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_SYSCALL
 
 from .bare import CODE, DATA, DATA_PAGES, STACK_TOP, TABLE, Machine, in_thread, run_to_trap
@@ -237,3 +241,45 @@ def test_a_change_of_any_number_of_entries_leaves_the_registers_alone(machine: M
         assert cpu.regs[register] == value, register
     assert cpu.regs[RSP] == STACK_TOP - 8
     assert cpu.get_rflags() & 0x8D5 == 0x8C1
+
+
+def test_a_flush_is_not_forgotten_over_a_jump_to_nowhere(machine: Machine) -> None:
+    """The trap that changed an entry leaves an RIP which is not canonical: the #GP comes before the flush."""
+    machine.set_word(1, page=1)
+    machine.set_word(2, page=2)
+    cpu = machine.cpu()
+    machine.write_code("48 8b 07 0f 05 48 8b 07 0f 0b")  # mov rax, [rdi]; syscall; mov rax, [rdi]; ud2
+    cpu.regs[RDI] = DATA + 0x1000
+    traps: list[int] = []
+
+    def on_trap(vector: int, _error_code: int, _address: int) -> bool:
+        traps.append(vector)
+        if vector == TRAP_SYSCALL:
+            machine.change_entry(machine.entry(DATA + 0x1000), machine.data[2] << PAGE_SHIFT | TABLE)
+            cpu.flush_tlb()
+            cpu.regs[RIP] = 1 << 47
+        elif vector == VECTOR_GP:
+            cpu.regs[RIP] = CODE + 5
+        return vector != VECTOR_UD
+
+    cpu.run(on_trap)
+    assert traps == [TRAP_SYSCALL, VECTOR_GP, VECTOR_UD]
+    assert cpu.regs[RAX] == 2
+
+
+def test_a_host_that_does_not_shadow_tables_has_nothing_to_rewrite() -> None:
+    """There machine memory is not mapped for the entry stubs."""
+
+    class Nested(Machine):
+        def make_engine(self) -> KvmEngine:
+            return KvmEngine(self.memory, replace(host_traits(), shadows_page_tables=False))
+
+    machine = Nested()
+    try:
+        cpu = machine.cpu()
+        assert machine.execute(cpu, "0f 0b")[0] == VECTOR_UD
+        machine.change_entry(machine.entry(DATA), machine.data[2] << PAGE_SHIFT | TABLE)
+        cpu.flush_tlb()
+        assert machine.execute(cpu, "0f 0b")[0] == VECTOR_UD
+    finally:
+        machine.close()

@@ -418,13 +418,13 @@ class KvmCpu(Cpu):
         while True:
             if fast_path is not None:
                 fast_path.enter()
-            by_stubs = (self._shared.flush or engine.rewriting) and self._prepare_entry()
             rip = regs[RIP]
             if 0x0000_8000_0000_0000 <= rip < 0xFFFF_8000_0000_0000:
                 # No processor can go there; the jump, or the return, faults.
                 if not on_trap(VECTOR_GP, 0, 0):
                     return
                 continue
+            by_stubs = (self._shared.flush or engine.rewriting) and self._prepare_entry()
             rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi = unpack_first(file)
             pack_first(run, _RUN_FIRST, rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp)
             run_q[_RUN_R8 : _RUN_R8 + 8] = regs[R8 : R15 + 1]

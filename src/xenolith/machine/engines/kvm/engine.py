@@ -169,7 +169,8 @@ class KvmEngine(Engine):
         It may stay in force until the next flush, as on any processor.  Entry 0 stands for its whole table: report
         it when a frame stops being a page table.
         """
-        self.changes.note(index, old, new)
+        if self.caches_tables:
+            self.changes.note(index, old, new)
 
     def has_view(self, l4_mfn: int, view: int) -> bool:
         """Whether this L4 table maps the area in the view of the guest's user (0) or kernel (1)."""

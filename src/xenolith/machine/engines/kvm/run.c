@@ -75,6 +75,8 @@ static void note_table(struct changes *changes, u64 mfn)
 void entry_changed(u64 index, u64 old, u64 new, struct kvm_cpu *k)
 {
     struct changes *changes = k->changes;
+    if (!k->shadows)
+        return;
     if (!(index & 511))
         note_table(changes, index >> 9);
     else if (old & ~new & MAY_NOT_LOSE || new & ~old & MAY_NOT_GAIN) {
