@@ -25,13 +25,6 @@
 #define UPCALL_PENDING 0 /* offsets in vcpu_info */
 #define UPCALL_MASK 1
 
-static inline u64 load(const u8 *at)
-{
-    u64 value;
-    __builtin_memcpy(&value, at, 8);
-    return value;
-}
-
 static inline void store(u8 *at, u64 value)
 {
     __builtin_memcpy(at, &value, 8);
@@ -40,11 +33,6 @@ static inline void store(u8 *at, u64 value)
 static inline u64 *words(struct domain *d)
 {
     return (u64 *)d->memory_address;
-}
-
-static bool is_canonical(u64 va)
-{
-    return va + (1ull << 47) < 1ull << 48;
 }
 
 /* --- guest memory ------------------------------------------------------------------------------------ */
@@ -433,7 +421,7 @@ static i64 do_mmu_update(struct vcpu *v, u64 *a)
         return SLOW;
     for (i = 0; i < count; i++) {
         u64 va = a[0] + 16 * i, at = va & 7 ? NOWHERE : translate(v, va, 16, READ);
-        if (at == NOWHERE || !update(v, load(memory + at), load(memory + at + 8)))
+        if (at == NOWHERE || !update(v, load64(memory + at), load64(memory + at + 8)))
             break;
     }
     return batch_done(v, a, i, count, 16, before);
@@ -569,7 +557,7 @@ static i64 do_mmuext_op(struct vcpu *v, u64 *a)
     for (i = 0; i < count; i++) {
         u64 at = translate(v, a[0] + 24 * i, 24, READ);
         if (at == NOWHERE
-            || !extended_operation(v, load(memory + at), load(memory + at + 8), load(memory + at + 16), &base_changed))
+            || !extended_operation(v, load64(memory + at), load64(memory + at + 8), load64(memory + at + 16), &base_changed))
             break;
     }
     if (base_changed) {

@@ -87,21 +87,24 @@ def _library() -> ctypes.PyDLL | None:
         return None
 
 
+def _address(name: str) -> int:
+    library = _library() if native.missing() is None else None
+    return native.function_address(library[name]) if library else 0
+
+
 def handler_address() -> int:
     """Of the native trap handler, see ModeFields.native_handler; 0: there is none."""
-    library = _library() if native.missing() is None else None
-    return ctypes.cast(library.handle_trap, ctypes.c_void_p).value or 0 if library else 0
+    return _address("handle_trap")
 
 
 def timer_address() -> int:
     """Of the native function for a singleshot timer that is due, see ModeFields.native_timer; 0: there is none."""
-    library = _library() if native.missing() is None else None
-    return ctypes.cast(library.handle_timer, ctypes.c_void_p).value or 0 if library else 0
+    return _address("handle_timer")
 
 
 def clock_address(clock: Clock) -> int:
     """Of the clock's own `now`; 0 where that is not machine code."""
-    return ctypes.cast(clock.now, ctypes.c_void_p).value or 0 if isinstance(clock, TscClock) else 0  # type: ignore[arg-type]
+    return native.function_address(clock.now) if isinstance(clock, TscClock) else 0
 
 
 def lock_taker() -> Callable[[int], None] | None:

@@ -29,6 +29,8 @@ PRELUDE: Final = """\
 #include <stddef.h>
 #include <stdint.h>
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t i64;
+static inline u64 load64(const u8 *at) { u64 value; __builtin_memcpy(&value, at, 8); return value; }
+static inline bool is_canonical(u64 va) { return va + (1ull << 47) < 1ull << 48; }
 """
 _TYPES: Final = {
     ctypes.c_bool: "bool",
@@ -104,6 +106,16 @@ def _build(text: str, name: str) -> Path:
     if not path.exists():
         _compile(compiler, text, path)
     return path
+
+
+def function_address(function: Any) -> int:
+    """Where a ctypes function or callback lies."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def buffer_address(buffer: Any) -> int:
+    """Where the bytes of a writable buffer lie, which has to be kept."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _compile(compiler: str, text: str, path: Path) -> None:

@@ -21,17 +21,10 @@ struct area { /* the memory operand, in the frames that it lies in */
     unsigned offset, size, count;
 };
 
-static u64 load(const u8 *at)
-{
-    u64 value;
-    __builtin_memcpy(&value, at, 8);
-    return value;
-}
-
 static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
 {
-    u64 table = load(x->env + CR + 24) & MASK_FRAME, entry = 0;
-    if (va + (1ull << 47) >= 1ull << 48)
+    u64 table = load64(x->env + CR + 24) & MASK_FRAME, entry = 0;
+    if (!is_canonical(va))
         return 0;
     for (int shift = 39; shift >= 12; shift -= 9) {
         if (table >= x->memory_size)
@@ -173,7 +166,7 @@ static void load_sse(struct extended *x, const u8 *image)
 
 static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
 {
-    u64 used = (load(x->image + HEADER) & ~(u64)(X87 | SSE)) | X87 | SSE, stored = compacted ? requested & used : requested;
+    u64 used = (load64(x->image + HEADER) & ~(u64)(X87 | SSE)) | X87 | SSE, stored = compacted ? requested & used : requested;
     unsigned end = EXTENDED;
     struct area area;
     u8 legacy[416];
@@ -218,7 +211,7 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
 static bool restore(struct extended *x, u64 va, u64 requested)
 {
     struct area area;
-    u64 header[8], given, layout, before = load(x->image + HEADER);
+    u64 header[8], given, layout, before = load64(x->image + HEADER);
     unsigned end = EXTENDED;
     u8 legacy[416];
     u32 mxcsr;

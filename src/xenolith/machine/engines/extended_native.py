@@ -66,7 +66,7 @@ class NativeExtended:
 
     def __init__(self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component]) -> None:
         library = native.load(SOURCE, declarations())
-        self._carry_out = ctypes.cast(library.carry_out, ctypes.c_void_p).value or 0
+        self._carry_out = native.function_address(library.carry_out)
         self._cpu = cpu
         self._image: object = None
         self.fields = fields = Extended(
@@ -74,7 +74,7 @@ class NativeExtended:
             memory=memory.address,
             memory_size=memory.size,
             components=len(components),
-            **{name: ctypes.cast(function, ctypes.c_void_p).value for name, function in cpu.extended_calls.items()},
+            **{name: native.function_address(function) for name, function in cpu.extended_calls.items()},
         )
         for place, component in enumerate(components):
             fields.start[place], fields.size[place] = component.start, component.size
@@ -83,7 +83,7 @@ class NativeExtended:
     def use(self, image: bytearray, xcr0: int) -> None:
         """Carry out the vCPU's instructions, with the other components in this image, until `use` or `rest`."""
         self._image = ctypes.c_char.from_buffer(image)
-        self.fields.image = ctypes.addressof(ctypes.c_char.from_buffer(image))
+        self.fields.image = native.buffer_address(image)
         self.fields.xcr0 = xcr0
         self._cpu.carry_out_extended(ctypes.addressof(self.fields), self._carry_out)
 

@@ -91,6 +91,7 @@ from xenolith.machine.engines.protocol import (
 from xenolith.machine.engines.unicorn import paging, segments
 from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
 from xenolith.machine.engines.unicorn.segments import Segment
+from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.engine import KvmEngine
@@ -215,10 +216,10 @@ class KvmCpu(Cpu):
         """The state that native code works on, too, and what ring 0 calls of it."""
         engine, pages, stubs = self._engine, self._pages, self._stubs
         shared = KvmFields(
-            regs=_address(self.regs),
-            run=_address(self._run),
-            frame=_address(pages.frame),
-            list=_address(pages.list),
+            regs=buffer_address(self.regs),
+            run=buffer_address(self._run),
+            frame=buffer_address(pages.frame),
+            list=buffer_address(pages.list),
             list_va=pages.list_va,
             memory=engine.memory.address,
             memory_size=engine.memory.size,
@@ -773,17 +774,20 @@ class KvmCpu(Cpu):
 
     def _forget_vector(self) -> None:
         """Clear KVM's memory of the last exception's number."""
-        events = bytearray(api.VCPU_EVENTS_SIZE)
-        ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
-        events[api.EVENTS_EXCEPTION_VECTOR] = 0
-        ioctl(self._fd, api.KVM_SET_VCPU_EVENTS, events)
+        self._clear_events(api.EVENTS_EXCEPTION_VECTOR)
 
     def _forget_exception(self) -> None:
         """Take back an exception that KVM holds queued."""
+        self._clear_events(
+            api.EVENTS_EXCEPTION_INJECTED, api.EVENTS_EXCEPTION_PENDING, api.EVENTS_EXCEPTION_VECTOR
+        )
+
+    def _clear_events(self, *offsets: int) -> None:
+        """Clear these bytes of struct kvm_vcpu_events."""
         events = bytearray(api.VCPU_EVENTS_SIZE)
         ioctl(self._fd, api.KVM_GET_VCPU_EVENTS, events)
-        events[api.EVENTS_EXCEPTION_INJECTED] = events[api.EVENTS_EXCEPTION_PENDING] = 0
-        events[api.EVENTS_EXCEPTION_VECTOR] = 0
+        for offset in offsets:
+            events[offset] = 0
         ioctl(self._fd, api.KVM_SET_VCPU_EVENTS, events)
 
     def _read_registers(self) -> None:
@@ -1012,10 +1016,6 @@ class KvmCpu(Cpu):
         os.close(self._fd)
         if self._fast_path is not None:
             self._alarm.close()
-
-
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _image(segment: Segment, selector: int) -> bytes:

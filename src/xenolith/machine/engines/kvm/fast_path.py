@@ -23,7 +23,6 @@ the distance to a label (`:1` of one byte) and `{@name}` that to a field of the 
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable
 from struct import Struct
@@ -47,6 +46,7 @@ from xenolith.abi.x86 import (
     is_canonical,
 )
 from xenolith.machine.engines.kvm import area
+from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.alarm import Alarm
@@ -426,8 +426,8 @@ class FastPath:
         self._info = -1  # machine address that the code was made for
         self.timer_told = False  # the hypervisor was told of a timer: it had better look for events
         self._shared = shared
-        shared.data = _address(pages.data)
-        shared.kernel_code, shared.user_code = _address(pages.kernel_code), _address(pages.user_code)
+        shared.data = buffer_address(pages.data)
+        shared.kernel_code, shared.user_code = buffer_address(pages.kernel_code), buffer_address(pages.user_code)
         shared.code_va = code = pages.code_va
         shared.slow[:] = _USER.labels["slow"], _AT["slow"]
         shared.landing_slow, shared.iret_slow = _AT["landing_slow"], _AT["iret_slow"]
@@ -634,10 +634,6 @@ class FastPath:
         self._pages.kernel_code[:5] = bytes(shared.kernel_start[on])
         self._pages.user_code[:2] = bytes(shared.user_start[on])
         self._list[area.GATE_IN_RIP], self._list[area.GATE_OUT_RIP] = shared.gate_rips if on else (0, 0)
-
-
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _canonical(address: int) -> int:

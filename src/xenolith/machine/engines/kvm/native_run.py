@@ -198,7 +198,7 @@ class Library:
         run = library["run"]
         run.argtypes, run.restype = (c_uint64,), ctypes.c_int
         self.run: Callable[[int], int] = run
-        self.calls = {name: ctypes.cast(library[name], ctypes.c_void_p).value or 0 for name in _CALLS}
+        self.calls = {name: native.function_address(library[name]) for name in _CALLS}
 
 
 @functools.cache

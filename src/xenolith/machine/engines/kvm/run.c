@@ -22,18 +22,6 @@ static u64 *run_words(struct kvm_cpu *k, unsigned offset)
     return (u64 *)(k->run + offset);
 }
 
-static u64 load64(const u8 *at)
-{
-    u64 value;
-    __builtin_memcpy(&value, at, 8);
-    return value;
-}
-
-static bool is_canonical(u64 va)
-{
-    return va + (1ull << 47) < 1ull << 48;
-}
-
 /* --- what ring 0 calls: see flat.EngineCalls --------------------------------------------------------- */
 
 u64 get_rflags(struct kvm_cpu *k)

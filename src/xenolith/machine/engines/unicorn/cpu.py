@@ -50,6 +50,7 @@ from xenolith.machine.engines.unicorn.deliver import Hook
 from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
+from xenolith.machine.native import buffer_address, function_address
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
 MASK64: Final = (1 << 64) - 1
@@ -117,10 +118,10 @@ class UnicornCpu:
         self._add_hooks()
         instance.seal()
         self._calls = EngineCalls(
-            ctypes.addressof(ctypes.c_char.from_buffer(self.regs)),
+            buffer_address(self.regs),
             0,
             *map(
-                _address,
+                function_address,
                 (
                     self.get_rflags,
                     self.set_rflags,
@@ -367,7 +368,7 @@ class UnicornCpu:
         invalid_callback: Any = library.TrapCallback(invalid)
         cpuid_callback: Any = library.TrapCallback(cpuid)
         self._python_callbacks = callback, interrupt_callback, invalid_callback, cpuid_callback
-        addresses = map(_address, self._python_callbacks)
+        addresses = map(function_address, self._python_callbacks)
         self._hook.system_call, self._hook.interrupt, self._hook.invalid, self._hook.cpuid = addresses
         native = deliver_library()
         if native is not None:
@@ -449,10 +450,6 @@ class UnicornCpu:
             if not code & layout.DESC_B or any(regs[register + SEGMENT_BASE] for register in (ES, SS, DS)):
                 hflags |= layout.HF_ADDSEG
         self._d[_HFLAGS] = hflags
-
-
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _no_handler(vector: int, error_code: int, address: int) -> bool:

@@ -144,7 +144,7 @@ class Native:
 
     def address(self, function: str) -> int:
         """Where a function of ours lies."""
-        return ctypes.cast(self.code[function], ctypes.c_void_p).value or 0
+        return native.function_address(self.code[function])
 
 
 def declarations() -> str:
