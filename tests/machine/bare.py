@@ -22,6 +22,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine
 from xenolith.machine.engines.select import choose
+from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory
 
 CODE = 0x40_0000
@@ -159,3 +160,9 @@ def run_traps(cpu: Cpu, count: int, then: Callable[[Trap], None]) -> list[Trap]:
     while len(traps) < count:
         cpu.run(on_trap)
     return traps
+
+
+def cpu_of(machine: BareMachine) -> UnicornCpu:
+    cpu = machine.engine.cpu(0)
+    assert isinstance(cpu, UnicornCpu)
+    return cpu

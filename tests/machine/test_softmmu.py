@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from tests.machine.bare import ACCESS, CODE, BareMachine, run_to_trap
+from bare import ACCESS, CODE, BareMachine, cpu_of, run_to_trap
 
 from xenolith.abi.x86 import (
     PTE_A,
@@ -31,7 +31,6 @@ from xenolith.abi.x86 import (
 from xenolith.machine import native
 from xenolith.machine.engines.protocol import TRAP_SYSCALL
 from xenolith.machine.engines.unicorn import instance
-from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 
 TARGET = 0x5A_0000
 PAGES = 0x10_0000_0000  # where pages are mapped by the hundred
@@ -44,12 +43,6 @@ def machine() -> Iterator[BareMachine]:
     made = BareMachine("unicorn")
     yield made
     made.close()
-
-
-def cpu_of(machine: BareMachine) -> UnicornCpu:
-    cpu = machine.engine.cpu(0)
-    assert isinstance(cpu, UnicornCpu)
-    return cpu
 
 
 def answer(number: int) -> str:

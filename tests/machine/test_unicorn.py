@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import iced_x86
 import pytest
-from bare import ACCESS, CODE, CODE32, CODE64, DATA, DATA32, BareMachine, run_to_trap
+from bare import ACCESS, CODE, CODE32, CODE64, DATA, DATA32, BareMachine, cpu_of, run_to_trap
 
 from xenolith.abi.x86 import (
     CS,
@@ -31,7 +31,6 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, EngineError
 from xenolith.machine.engines.unicorn import features, layout, library, stubs, verify
-from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 
 SYSCALL = "0f 05"
 
@@ -41,12 +40,6 @@ def unicorn() -> Iterator[BareMachine]:
     made = BareMachine("unicorn")
     yield made
     made.close()
-
-
-def cpu_of(machine: BareMachine) -> UnicornCpu:
-    cpu = machine.engine.cpu(0)
-    assert isinstance(cpu, UnicornCpu)
-    return cpu
 
 
 # --- start-up verification --------------------------------------------------------------------------
