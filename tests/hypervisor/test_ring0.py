@@ -39,6 +39,7 @@ from xenolith.abi.x86 import (
     RIP,
     RSI,
     RSP,
+    VECTOR_GP,
     VECTOR_PF,
 )
 from xenolith.hypervisor import audit, paging, ring0
@@ -150,7 +151,7 @@ class Subject:
         vcpu.user_l4 = self.user_l4
         vcpu.syscall_callback, vcpu.event_callback = CALLBACK + 64, CALLBACK
         vcpu.kernel_sp = STACK
-        vcpu.trap_address[VECTOR_PF] = CALLBACK + 128
+        vcpu.trap_address[VECTOR_PF] = vcpu.trap_address[VECTOR_GP] = CALLBACK + 128
         self.python = trap_handler(vcpu, cpu)
         self.native = ring0.handler_address()
 
@@ -359,6 +360,17 @@ class Pair:
         address = self.random.choice((DATA - 8, DATA, TABLE_VA + 8, layout.HYPERVISOR_VIRT_START + 64, 0))
         self.trap(VECTOR_PF, self.random.choice((0, 2, 4, 5, 6, 7, 15, 20)), address)
 
+    def privileged(self) -> None:
+        """A privileged instruction, or what looks like one."""
+        code = bytes.fromhex(self.random.choice(("fa", "fb", "fa", "f4", "66 fa", "90", "0f 20 c0")))
+        where = CODE + self.random.choice((0x40, PAGE_SIZE - len(code), PAGE_SIZE - 1))
+        iopl = self.random.randrange(4)
+        for subject in self.each:
+            subject.write(where, code)
+            subject.vcpu.iopl = iopl
+            subject.cpu.regs[RIP] = where
+        self.trap(VECTOR_GP, self.random.choice((0, 0, 0, 0x18)))
+
     def write_to_table(self) -> None:
         """A direct write to the L1 table."""
         random = self.random
@@ -419,6 +431,7 @@ class Pair:
                 *[self.write_to_table] * 2,
                 self.return_from_kernel if kernel else self.system_call,
                 self.fault,
+                self.privileged,
                 *[self.store] * 2,
                 self.event,
                 self.handle_event,
@@ -469,6 +482,11 @@ def test_most_of_what_a_kernel_does_is_handled_natively() -> None:
     assert subject.handled == 6
     pair.trap(VECTOR_PF, 0, DATA - 8)
     assert subject.handled == 7
+    for each in pair.each:
+        each.write(CODE, b"\xfa")  # cli
+        each.vcpu.iopl, each.cpu.regs[RIP] = 1, CODE
+    pair.trap(VECTOR_GP)
+    assert subject.handled == 8
     pair.close()
 
 

@@ -51,6 +51,7 @@ class VcpuFields(ModeFields):
     timer_interval: int
     flush_requested: bool  # flush the TLB before executing guest code again
     nmi_pending: bool
+    iopl: int  # I/O privilege level, as the guest set it
     ldt_entries: int
     cpuid_count: int  # entries of `cpuid_table`: leaf, subleaf, EAX, EBX, ECX, EDX
     # Native code has done the first part of a batch, and left the rest in the registers: `batch` has what was in the
@@ -70,6 +71,7 @@ class VcpuFields(ModeFields):
         ("virq_port", c_uint32 * NR_VIRQS),  # 0: not bound
         ("trap_address", c_uint64 * 256),
         ("trap_flags", c_uint8 * 256),
+        ("iopl", c_uint32),
         ("ldt_entries", c_uint32),
         ("cpuid_count", c_uint32),
         ("cpuid_table", c_uint32 * 6 * CPUID_ANSWERS),
@@ -115,7 +117,6 @@ class Vcpu(VcpuFields):
         self.failsafe_masks_events = False
         self.syscall32_masks_events = False
         self.sysenter_masks_events = False
-        self.iopl = 0
         self.task_switched = False  # what the guest set as CR0.TS
         self.debug = [0] * 8
         self.cpuid_answers: dict[tuple[int, int], tuple[int, int, int, int]] = {}  # (leaf, subleaf) -> registers

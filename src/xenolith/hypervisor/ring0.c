@@ -24,6 +24,8 @@
 #define SAVED_FLAGS (~(EFLAGS_IF | EFLAGS_IOPL))
 #define UPCALL_PENDING 0 /* offsets in vcpu_info */
 #define UPCALL_MASK 1
+#define CLI 0xfa
+#define STI 0xfb
 
 static inline void store(u8 *at, u64 value)
 {
@@ -951,14 +953,25 @@ static int cpuid(struct vcpu *v)
     return NOT_HANDLED;
 }
 
+/* CLI and STI of a guest kernel, which are allowed and do nothing (emulate.py). */
+static bool general_protection(struct vcpu *v, u64 error_code)
+{
+    u64 *rip = &v->calls->regs[RIP], at = translate(v, *rip, 1, READ);
+    const u8 *code = (u8 *)words(v->domain_address) + at;
+    if (error_code || !v->kernel_mode || !v->iopl || v->compatibility || at == NOWHERE || (*code != CLI && *code != STI))
+        return false;
+    ++*rip;
+    v->domain_address->trap_counts[COUNT_PRIVILEGED]++;
+    return true;
+}
+
 static bool handle(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
-    struct domain *d = v->domain_address;
     if (vector == TRAP_SYSCALL)
         return system_call(v);
-    if (vector != VECTOR_PF || !page_fault(v, error_code, address))
+    if (!(vector == VECTOR_PF ? page_fault(v, error_code, address) : general_protection(v, error_code)))
         return false;
-    d->trap_counts[VECTOR_PF]++;
+    v->domain_address->trap_counts[vector]++;
     return true;
 }
 
@@ -1013,7 +1026,7 @@ int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
     struct domain *d = v->domain_address;
     if (vector == TRAP_CPUID && v->calls && !v->compatibility)
         return cpuid(v);
-    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF) || !v->calls || d->python_only || !v->native_budget
+    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF && vector != VECTOR_GP) || !v->calls || d->python_only || !v->native_budget
         || !try_lock(&d->lock_word))
         return NOT_HANDLED;
     int answer = NOT_HANDLED;

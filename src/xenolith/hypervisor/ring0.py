@@ -43,7 +43,8 @@ def declarations() -> str:
                 x86,
                 "RAX RCX RDX RBX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D "
                 "PTE_G PTE_AVAIL PTE_AVAIL_HIGH PTE_NX EFLAGS_CF EFLAGS_RESERVED_ONE EFLAGS_TF EFLAGS_IF EFLAGS_DF "
-                "EFLAGS_IOPL EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_AC EFLAGS_STATUS EFLAGS_DEFINED VECTOR_PF "
+                "EFLAGS_IOPL EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_AC EFLAGS_STATUS EFLAGS_DEFINED VECTOR_GP "
+                "VECTOR_PF "
                 "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN",
             ),
             native.define(
@@ -66,7 +67,7 @@ def declarations() -> str:
                 frames,
                 "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
             ),
-            native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE"),
+            native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
             native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK"),

@@ -187,7 +187,13 @@ def test_kicks_in_the_middle_lose_and_repeat_nothing(machine: Machine) -> None:
     assert handled > 200
 
 
-def test_a_timer_that_is_due_takes_no_python(machine: Machine) -> None:
+# The gate leaves KVM with the number of #BP, so what guest code executed last must not look like a breakpoint.
+@pytest.mark.parametrize(
+    "loop",
+    ["eb fe", "48 83 c0 04 eb fa", "48 83 c0 03 eb fa", "01 ce eb fc"],
+    ids=["jmp", "add rax, 4", "add rax, 3", "add esi, ecx"],
+)
+def test_a_timer_that_is_due_takes_no_python(machine: Machine, loop: str) -> None:
     if native_run.library() is None or not host_traits().has_fast_path:
         pytest.skip("no native code, or no fast path, here")
     guest = Guest(machine)
@@ -207,17 +213,17 @@ def test_a_timer_that_is_due_takes_no_python(machine: Machine) -> None:
     modes.native_timer, modes.now = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
     modes.timer_look = 2_000_000 + fast_path.TIMER_SLOP
     guest.cpu.follow(modes)
-    machine.write_code(SET_TIMER + "eb fe", KERNEL - CODE)  # and then spin
+    machine.write_code(SET_TIMER + loop, KERNEL - CODE)
     set_timer(guest, 2_000_000)
     machine.write_code("0f 05")
     guest.cpu.regs[RIP] = CODE
     modes.until = lambda _moment: 3_000_000  # type: ignore[method-assign]
     seen: list[int] = []
-    guest.cpu.run(lambda vector, *_: not seen.append(vector))  # type: ignore[func-returns-value]
+    guest.cpu.run(lambda vector, *_: seen.append(vector) is not None)  # type: ignore[func-returns-value]
     assert due == [2_000_000]
     assert (seen, modes.timers, modes.calls) == ([], [], [])
     assert modes.kernel_mode
-    assert guest.cpu.regs[RIP] == KERNEL + 19
+    assert KERNEL + 19 <= guest.cpu.regs[RIP] <= KERNEL + 23
 
 
 # --- what is noted of changed entries ------------------------------------------------------------------

@@ -152,7 +152,9 @@ _WITH_ERROR_CODE: Final = VECTORS_WITH_ERROR_CODE
 EFLAGS_OF: Final = 1 << 11
 _DIRECTION_IN: Final = 0
 LOOK_AGAIN: Final = 0.0005  # s
-_BREAKPOINTS: Final = (b"\xcc", b"\x03", b"\x04", b"\xce")  # last bytes of INT3, INT 3, INT 4, INTO
+_INT3: Final = b"\xcc"  # opcodes
+_INT_N: Final = b"\xcd"
+_INTO: Final = b"\xce"  # of 32-bit code
 _IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 _XSTATE_BV: Final = 512  # in an XSAVE image
 
@@ -768,9 +770,15 @@ class KvmCpu(Cpu):
             return bool(queued)
         if self._fast_path is None:
             return True
-        rip, l4_mfn = self._run_q[_RUN_RIP], self._run_q[_RUN_CR3] >> PAGE_SHIFT
-        before = paging.read(self._memory, l4_mfn, rip - 1 & _MASK64, 1)
-        return None if before is None or before in _BREAKPOINTS else False
+        return None if self._may_be_breakpoint(self._run_q[_RUN_RIP]) else False
+
+    def _may_be_breakpoint(self, rip: int) -> bool:
+        """Whether the instruction that ends at `rip` may have been one that raises #BP or #OF."""
+        l4_mfn = self._run_q[_RUN_CR3] >> PAGE_SHIFT
+        before, last = (paging.read(self._memory, l4_mfn, rip - back & _MASK64, 1) for back in (2, 1))
+        if last in (None, _INT3) or (last == _INTO and self._cs is not _FLAT_CODE):
+            return True
+        return last in (bytes((VECTOR_BP,)), bytes((VECTOR_OF,))) and before in (None, _INT_N)
 
     def _forget_vector(self) -> None:
         """Clear KVM's memory of the last exception's number."""

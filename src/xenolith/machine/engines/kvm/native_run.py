@@ -149,8 +149,8 @@ def declarations() -> str:
         (
             native.define(
                 x86,
-                "RAX RBX RCX RDX RSI RDI RSP RBP R8 R11 RIP RFLAGS CS SS FS_BASE GS_BASE EFLAGS_RESERVED_ONE VECTOR_PF "
-                "VECTOR_BP VECTOR_OF PTE_P PTE_A PTE_D PTE_PSE PTE_ADDRESS",
+                "RAX RBX RCX RDX RSI RDI RSP RBP R8 R11 RIP RFLAGS CS SS FS_BASE GS_BASE EFLAGS_RESERVED_ONE VECTOR_GP "
+                "VECTOR_PF VECTOR_BP VECTOR_OF PTE_P PTE_A PTE_D PTE_PSE PTE_ADDRESS",
             ),
             native.define(
                 api,

@@ -8,6 +8,8 @@
 #define IRET 23 /* hypercall number */
 #define PAGE (~0xfffull)
 #define SEGMENT_SIZE 24
+#define INT3 0xcc /* opcodes */
+#define INT_N 0xcd
 
 struct itimerspec {
     i64 interval[2], value[2]; /* s, ns */
@@ -294,19 +296,20 @@ static int trap_of_exit(struct kvm_cpu *k, struct vcpu *v)
     volatile u64 *frame = k->frame;
     if (*(u32 *)(k->run + RUN_EXIT_REASON) != KVM_EXIT_IO || !same_selectors(k) || (k->data && k->data[TIMER]))
         return -1;
-    if (port == VECTOR_PF) {
+    u64 error_code = frame[0];
+    if (port == VECTOR_PF || (port == VECTOR_GP && !error_code)) {
         u64 rip = frame[1];
         if ((frame[2] & 0xffff) != USER_CODE64 || (k->data && (rip & PAGE) == k->code_va))
             return -1;
         read_registers(k);
-        k->error_code = frame[0];
-        k->address = *run_words(k, RUN_SREGS + SREGS_CR2);
+        k->error_code = error_code;
+        k->address = port == VECTOR_PF ? *run_words(k, RUN_SREGS + SREGS_CR2) : 0;
         regs[RIP] = rip;
         regs[RFLAGS] = frame[3];
         regs[RSP] = frame[4];
         if (k->data)
             leave_fast_path(k, v, l4_mfn);
-        return VECTOR_PF;
+        return port;
     }
     if (port != PORT_SYSCALL || (*run_words(k, RUN_REGS + 128) & PAGE) != k->syscall_page)
         return -1;
@@ -325,20 +328,26 @@ static int trap_of_exit(struct kvm_cpu *k, struct vcpu *v)
     return TRAP_SYSCALL;
 }
 
-/* Whether the instruction with this last byte may have been one that raises #BP or #OF. */
-static bool may_be_breakpoint(struct kvm_cpu *k, u64 va)
+/* A byte of guest code, or -1 where nothing is mapped. */
+static int code_byte(struct kvm_cpu *k, u64 va)
 {
     u64 table = *run_words(k, RUN_SREGS + SREGS_CR3) & PTE_ADDRESS;
     if (!is_canonical(va))
-        return true;
+        return -1;
     for (int shift = 39; shift >= 12; shift -= 9) {
         u64 entry = table < k->memory_size ? ((volatile u64 *)(k->memory + table))[va >> shift & 511] : 0;
         if (!(entry & PTE_P) || (entry & PTE_PSE && shift != 12))
-            return true;
+            return -1;
         table = entry & PTE_ADDRESS;
     }
-    u8 last = table < k->memory_size ? k->memory[table + (va & 0xfff)] : 0xcc;
-    return last == 0xcc || last == 0xce || last == VECTOR_BP || last == VECTOR_OF;
+    return table < k->memory_size ? k->memory[table + (va & 0xfff)] : -1;
+}
+
+/* Whether the 64-bit instruction that ends at `rip` may have been one that raises #BP or #OF: INT3, INT 3 or INT 4. */
+static bool may_be_breakpoint(struct kvm_cpu *k, u64 rip)
+{
+    int last = code_byte(k, rip - 1), before = code_byte(k, rip - 2);
+    return last < 0 || last == INT3 || ((last == VECTOR_BP || last == VECTOR_OF) && (before < 0 || before == INT_N));
 }
 
 /* KVM_RUN was interrupted while guest code ran, and the fast path holds a timer that is due: what the native function
@@ -359,7 +368,7 @@ static int tick(struct kvm_cpu *k, struct vcpu *v)
         || events[EVENTS_EXCEPTION_INJECTED] || events[EVENTS_EXCEPTION_PENDING] || !same_selectors(k))
         return NOT_HANDLED;
     if ((events[EVENTS_EXCEPTION_VECTOR] == VECTOR_BP || events[EVENTS_EXCEPTION_VECTOR] == VECTOR_OF)
-        && may_be_breakpoint(k, rip - 1))
+        && may_be_breakpoint(k, rip))
         return NOT_HANDLED;
     while (sigtimedwait(k->signals, NULL, no_time) > 0)
         ;
