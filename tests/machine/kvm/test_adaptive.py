@@ -36,9 +36,12 @@ from xenolith.machine.engines.adaptive import (
     AdaptiveCpu,
     AdaptiveEngine,
 )
+from xenolith.machine.engines.flat import NOT_HANDLED
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState
+from xenolith.machine.engines.select import DEAR_EXIT_NS
 
 from .bare import CODE, DATA, GDT, STACK_TOP, TABLE, Machine
+from .test_run import NativeModes
 
 ENGINES = ("kvm", "unicorn")
 
@@ -360,6 +363,32 @@ def test_a_vcpu_returns_to_kvm_when_nothing_needs_unicorn_any_more(machine: Adap
         cpu.run(on_trap)
     assert seen[5] == ("kvm" if machine.engine.kvm.traits.traps_task_switched else "unicorn")
     assert seen[-1] == "kvm"
+
+
+@pytest.mark.parametrize(("program", "ends_on"), [(False, "unicorn"), (True, "kvm")])
+def test_a_kernel_that_boots_is_not_kept_on_kvm_and_one_with_a_program_is(
+    machine: AdaptiveMachine, program: bool, ends_on: str
+) -> None:
+    if machine.engine.kvm.traits.exit_cost_ns < DEAR_EXIT_NS:
+        pytest.skip("exits are cheap on this host")
+    cpu = machine.adaptive_cpu()
+    cpu.policy = POLICY_KVM
+    modes = NativeModes(lambda *_: NOT_HANDLED)
+    modes.user_l4 = machine.l4 if program else 0
+    cpu.follow(modes)
+    cpu.request_move("kvm")
+    machine.write_code("0f 05 eb fc")
+    cpu.code_written(machine.code)
+    cpu.regs[RIP] = CODE
+    seen: list[str] = []
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        seen.append(cpu.running_on)
+        return len(seen) < 2000
+
+    while len(seen) < 2000:
+        cpu.run(on_trap)
+    assert (seen[0], seen[-1]) == ("kvm", ends_on)
 
 
 def test_breakpoints_are_honoured_on_every_host(machine: AdaptiveMachine) -> None:

@@ -57,7 +57,7 @@ from xenolith.machine.engines.flat import UNLIMITED, EngineCalls
 from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
-from xenolith.machine.engines.placement import Placement
+from xenolith.machine.engines.placement import LEAST_PATIENCE, Placement
 from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, GuestModes, TrapHandler
 from xenolith.machine.engines.unicorn import layout, paging, segments
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
@@ -78,10 +78,11 @@ def _bits(*numbers: int) -> int:
     return sum(1 << number for number in numbers)
 
 
-POLICY_KVM: Final = "kvm"  # on KVM
+POLICY_KVM: Final = "kvm"  # on KVM, but for a kernel that boots
 POLICY_MEASURED: Final = "measured"  # where the last traps say that it is faster
 POLICY_ON_REQUEST: Final = "on request"  # where it is, until `request_move`
 
+BOOT_PATIENCE: Final = 8_000_000  # ns of regret: a few hundred traps on end
 AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state that needed it
 
 WINDOW: Final = 32  # traps after which the policy is asked again ...
@@ -178,7 +179,8 @@ class AdaptiveCpu:
             self._native_extended = NativeExtended(self._unicorn, self._memory, self._components)
         self.moves = 0
         self.policy = policy
-        self._placement = Placement(engine.kvm.traits.exit_cost_ns)
+        patience = BOOT_PATIENCE if policy == POLICY_KVM else LEAST_PATIENCE
+        self._placement = Placement(engine.kvm.traits.exit_cost_ns, patience)
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._window_start = 0
@@ -461,14 +463,24 @@ class AdaptiveCpu:
             wanted = self._kvm if requested == "kvm" else self._unicorn
         elif self.policy == POLICY_ON_REQUEST:
             wanted = here
-        elif self.policy == POLICY_KVM:
+        elif self._keeps_to_kvm():
             wanted = self._kvm if self._since_need >= AFTER_NEED else here
+            if self._window_is_over():
+                self._start_window()
         else:
             wanted = self._by_measurement()
         if wanted is self._kvm and here is self._unicorn and self._selectors_would_be_lost():
             self._requested = requested
             wanted = here
         self._target = wanted if wanted is not here else None
+
+    def _keeps_to_kvm(self) -> bool:
+        """Whether the policy is KVM for all that KVM can do.
+
+        Not before the guest has a program: a kernel that boots does little but change page tables, one trap for each
+        entry, by the ten thousand.
+        """
+        return self.policy == POLICY_KVM and (self._modes is None or self._modes.user_l4 != 0)
 
     def _by_measurement(self) -> UnicornCpu | KvmCpu:
         """Ask the policy, once a window of traps or of time."""
@@ -511,7 +523,7 @@ class AdaptiveCpu:
         self._traps = 0
         on_kvm = self._active is self._kvm
         self._granted = KVM_WINDOW if on_kvm else NATIVE_WINDOW
-        if self.policy == POLICY_KVM:
+        if self._keeps_to_kvm():
             self._granted = UNLIMITED if on_kvm else 0
         self._grant(self._granted)
         self._syscalls = self._count_syscalls()

@@ -27,11 +27,12 @@ MOST_PATIENCE: Final = 32_000_000
 
 
 class Placement:
-    """Says when to move. `exit_cost_ns`: of a trap on this host's KVM."""
+    """Says when to move. `exit_cost_ns`: of a trap on this host's KVM; `on_kvm`: the least patience with KVM."""
 
-    def __init__(self, exit_cost_ns: int) -> None:
+    def __init__(self, exit_cost_ns: int, on_kvm: int = LEAST_PATIENCE) -> None:
         self._exit_cost = exit_cost_ns
-        self.patience = {"kvm": LEAST_PATIENCE, "unicorn": LEAST_PATIENCE}
+        self._least = {"kvm": on_kvm, "unicorn": LEAST_PATIENCE}
+        self.patience = dict(self._least)
         self._regret = 0
         self._lost = 0  # over the whole stay; less than 0: it was worth it
 
@@ -54,11 +55,11 @@ class Placement:
         """The vCPU leaves this engine. Where that was not the policy's advice, a short stay was no mistake."""
         other = "unicorn" if engine == "kvm" else "kvm"
         if self._lost < -MOVES_NS:
-            self.patience[other] = LEAST_PATIENCE
+            self.patience[other] = self._least[other]
         elif self._regret >= self.patience[engine]:
             self.patience[other] = min(2 * self.patience[other], MOST_PATIENCE)
             if engine == "unicorn":
-                self.patience[engine] = LEAST_PATIENCE
+                self.patience[engine] = self._least[engine]
         self._regret = self._lost = 0
 
     def _lost_on_unicorn(self, traps: int, syscalls: int, elapsed_ns: int, handlers_ns: int) -> int:
