@@ -193,6 +193,7 @@ class Subject:
             "rflags": cpu.rflags,
             "mode": (vcpu.kernel_mode, vcpu.kernel_l4, vcpu.user_l4, vcpu.other_gs_base, cpu.on),
             "stack": (vcpu.kernel_sp, vcpu.kernel_ss),
+            "new space": vcpu.new_space,
             "counts": (list(domain.trap_counts), list(domain.hypercall_counts)),
             "shut down": domain.shutdown_reason,
             "pages": domain.total_pages,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from xenolith.machine.engines.placement import HANDLER_NS, LEAST_PATIENCE, MOST_PATIENCE, MOVES_NS, Placement
+from xenolith.machine.engines.placement import HANDLER_NS, LEAST_PATIENCE, MOST_PATIENCE, MOVES_NS, WARM_UP, Placement
 
 EXIT_NS = 45_000
 SECOND = 1_000_000_000
@@ -92,6 +92,22 @@ def test_patience_doubles_with_every_mistake_to_a_limit_and_is_short_again_after
         placement.spent("kvm", 2000, 2000 * dense)
     placement.left("kvm")
     assert placement.patience["unicorn"] == LEAST_PATIENCE
+
+
+def test_translation_is_an_investment() -> None:
+    """Time that Unicorn translates for is held against it for a part only."""
+    placement = Placement(EXIT_NS)
+    assert not placement.spent("unicorn", 1, 3 * LEAST_PATIENCE, translation_ns=3 * LEAST_PATIENCE)
+    assert placement.spent("unicorn", 1, 3 * LEAST_PATIENCE, translation_ns=3 * LEAST_PATIENCE)
+    assert Placement(EXIT_NS).spent("unicorn", 1, 3 * LEAST_PATIENCE)
+
+
+def test_who_is_patient_with_kvm_gives_unicorn_the_time_to_warm_up() -> None:
+    placement = Placement(EXIT_NS)
+    for _ in range(12):
+        placement.spent("unicorn", 0, SECOND)
+        placement.left("unicorn")
+    assert placement.patience == {"kvm": MOST_PATIENCE, "unicorn": MOST_PATIENCE // WARM_UP}
 
 
 def test_nothing_is_learned_from_a_move_that_the_policy_did_not_ask_for() -> None:

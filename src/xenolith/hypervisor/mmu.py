@@ -258,7 +258,9 @@ def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign:
 
 
 def _pin(vcpu: Vcpu, command: int, mfn: int, _: int) -> int:
-    return paging.pin(vcpu.domain, mfn, command - MMUEXT_PIN_L1_TABLE + 1 << TYPE_SHIFT)
+    result = paging.pin(vcpu.domain, mfn, command - MMUEXT_PIN_L1_TABLE + 1 << TYPE_SHIFT)
+    vcpu.new_space |= command == MMUEXT_PIN_L4_TABLE and not result
+    return result
 
 
 def _unpin(vcpu: Vcpu, _: int, mfn: int, __: int) -> int:

@@ -500,6 +500,7 @@ static bool pin(struct vcpu *v, u64 mfn, u64 kind)
     if (d->odd_references || (owned(d, mfn) && d->type_info_address[mfn] & PINNED) || !get_page_and_type(v, mfn, kind))
         return false;
     d->type_info_address[mfn] |= PINNED;
+    v->new_space |= kind == TYPE_L4;
     return true;
 }
 
@@ -1027,11 +1028,11 @@ int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
     if (vector == TRAP_CPUID && v->calls && !v->compatibility)
         return cpuid(v);
     if ((vector != TRAP_SYSCALL && vector != VECTOR_PF && vector != VECTOR_GP) || !v->calls || d->python_only || !v->native_budget
-        || !try_lock(&d->lock_word))
+        || (v->new_space && v->native_budget != UNLIMITED) || !try_lock(&d->lock_word))
         return NOT_HANDLED;
     int answer = NOT_HANDLED;
     if (handle(v, vector, error_code, address)) {
-        v->native_budget--;
+        v->native_budget -= v->native_budget != UNLIMITED;
         answer = finish(v);
     }
     unlock(d);

@@ -70,7 +70,7 @@ def declarations() -> str:
             native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
             native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
-            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK"),
+            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
             native.define(errno, "EFAULT"),
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
             native.declare("engine_calls", flat.EngineCalls, flat.CALLS_IN_C),

@@ -29,6 +29,7 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
+from xenolith.machine import native
 from xenolith.machine.engines.adaptive import (
     POLICY_KVM,
     POLICY_MEASURED,
@@ -36,8 +37,8 @@ from xenolith.machine.engines.adaptive import (
     AdaptiveCpu,
     AdaptiveEngine,
 )
-from xenolith.machine.engines.flat import NOT_HANDLED
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState
+from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED
+from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, CpuState
 from xenolith.machine.engines.select import DEAR_EXIT_NS
 
 from .bare import CODE, DATA, GDT, STACK_TOP, TABLE, Machine
@@ -249,6 +250,29 @@ def test_cpuid_gives_the_same_answer_on_both_but_for_wide_vectors(machine: Adapt
             assert on_kvm == on_unicorn
 
 
+def test_on_unicorn_no_program_is_told_of_avx_whatever_the_native_handler_knows(machine: AdaptiveMachine) -> None:
+    """A kernel asks by Xen's own instruction, and is told; the native handler remembers the answer."""
+    cpu = machine.adaptive_cpu()
+
+    def remembers(vector: int, _error_code: int, _address: int) -> int:
+        if vector != TRAP_CPUID:
+            return NOT_HANDLED
+        cpu.regs[RCX] = 0xFFFF_FFFF
+        cpu.regs[RIP] += 2
+        return GO_ON
+
+    cpu.follow(NativeModes(remembers))
+    cpu.regs[RAX], cpu.regs[RCX] = 1, 0
+    assert machine.on(cpu, "unicorn", "0f a2 0f 0b") == (VECTOR_UD, 0, 0)
+    assert not cpu.regs[RCX] & (1 << 27 | 1 << 28)
+
+
+def test_nobody_is_told_of_what_makes_kernels_slow_on_unicorn(machine: AdaptiveMachine) -> None:
+    _, ebx, _, edx = machine.engine.host_cpuid(7, 0)
+    _, host_ebx, _, host_edx = machine.engine.kvm.host_cpuid(7, 0)
+    assert (ebx, edx) == (host_ebx & ~(1 << 9 | 1 << 31), host_edx & ~(1 << 4))  # ERMS, AVX512VL, FSRM
+
+
 @pytest.mark.parametrize("restore_on", ENGINES)
 @pytest.mark.parametrize("save_on", ENGINES)
 @pytest.mark.parametrize("form", ["48 0f ae 27", "48 0f ae 37", "48 0f c7 27"], ids=["xsave", "xsaveopt", "xsavec"])
@@ -389,6 +413,40 @@ def test_a_kernel_that_boots_is_not_kept_on_kvm_and_one_with_a_program_is(
     while len(seen) < 2000:
         cpu.run(on_trap)
     assert (seen[0], seen[-1]) == ("kvm", ends_on)
+
+
+def test_a_program_starts_on_unicorn(machine: AdaptiveMachine) -> None:
+    """When the guest makes an address space the vCPU leaves KVM, and stays away until CPUID may have been asked."""
+    cpu = machine.adaptive_cpu()
+    cpu.policy = POLICY_MEASURED
+    modes = NativeModes(lambda *_: NOT_HANDLED)
+    cpu.follow(modes)
+    cpu.request_move("kvm")
+    machine.write_code("0f 05 b9 40 42 0f 00 48 ff c9 75 fb eb f2")  # syscall; mov ecx, 1000000; dec/jnz; again
+    cpu.code_written(machine.code)
+    cpu.regs[RIP] = CODE
+    seen: list[str] = []
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        seen.append(cpu.running_on)
+        if len(seen) == 10:
+            modes.new_space = True
+        return len(seen) < 11 or seen[-1] != "kvm"
+
+    while len(seen) < 11 or seen[-1] != "kvm":
+        cpu.run(on_trap)
+    assert seen[:10] == ["kvm"] * 10
+    assert seen[10] == "unicorn"
+    assert not modes.new_space
+
+
+def test_the_time_for_translation_is_known(machine: AdaptiveMachine) -> None:
+    if native.missing() is not None:
+        pytest.skip(f"no native code here: {native.missing()}")
+    cpu = machine.engine.unicorn.cpu(0)
+    before = cpu.translation_ns
+    machine.on(machine.adaptive_cpu(), "unicorn", "48 ff c0 0f 0b")
+    assert before < cpu.translation_ns < before + 10**9
 
 
 def test_breakpoints_are_honoured_on_every_host(machine: AdaptiveMachine) -> None:

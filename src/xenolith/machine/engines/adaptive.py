@@ -13,8 +13,8 @@ What has to stay exact:
   with a VEX or EVEX prefix raises #UD there, which moves the vCPU back to KVM, where the same instruction is executed.
   Legacy SSE code leaves the upper parts alone.  XSAVE and XRSTOR, which a kernel executes at every switch of tasks, are
   carried out in Python on all components (extended.py).
-  A program that asks CPUID on Unicorn is told of no AVX, and by its own choice a vCPU does not leave KVM while
-  upper parts are in use: that saves moves.
+  A program that asks CPUID on Unicorn is told of no AVX, so when an address space is made, and a program may be about
+  to start, the vCPU goes there; and by its own choice it does not leave KVM while upper parts are in use.
 - Any other instruction that Unicorn does not know likewise moves the vCPU to KVM: guests find in CPUID what KVM has.
 - Translations.  Unicorn keeps code that it translated, and KVM changes memory behind its back: executable frames are
   compared by checksum at each move.  TLBs are flushed.
@@ -91,6 +91,8 @@ KVM_WINDOW: Final = 12  # ... or so many on KVM, where each costs fifty times as
 DECODED: Final = 256  # instructions kept decoded
 PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
+START_NS: Final = 3_000_000  # CPU time on Unicorn after a new address space: a program may start
+ASKED_NS: Final = 300_000  # likewise after the first CPUID in that time
 
 # Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
 # vectors (or REP MOVSB) in every string function, and so drive the vCPU to KVM all the time.
@@ -106,6 +108,11 @@ _UNTOLD: Final = {
     # XOP FMA4
     (0x8000_0001, ECX): _bits(11, 16),
 }
+
+# Of leaf 7, what a kernel is not told either: ERMS and FSRM, because Unicorn carries out REP MOVSB and STOSB byte by
+# byte, and AVX512VL, with which Linux uses wide vectors for its random numbers, and that is at each fork.
+_NEVER_TOLD_EBX: Final = _bits(9, 31)
+_NEVER_TOLD_EDX: Final = _bits(4)
 
 
 class AdaptiveEngine(Engine):
@@ -138,7 +145,10 @@ class AdaptiveEngine(Engine):
         return self.kvm.cpu(vcpu_id) if vcpu_id else self._cpu
 
     def host_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        return self.kvm.host_cpuid(leaf, subleaf)
+        eax, ebx, ecx, edx = self.kvm.host_cpuid(leaf, subleaf)
+        if (leaf, subleaf) == (7, 0):
+            ebx, edx = ebx & ~_NEVER_TOLD_EBX, edx & ~_NEVER_TOLD_EDX
+        return eax, ebx, ecx, edx
 
     def close(self) -> None:
         self.unicorn.close()
@@ -159,6 +169,7 @@ class AdaptiveCpu:
         self._memory = engine.memory
         self._unicorn: UnicornCpu = engine.unicorn.cpu(0)
         self.regs = self._unicorn.regs
+        self._unicorn.leave_cpuid_to_python()
         self._kvm: KvmCpu = engine.kvm.cpu(0, self.regs)
         self._state = CpuState(xsave=bytearray(engine.kvm.xsave_size))
         self._task_switched = False
@@ -184,6 +195,7 @@ class AdaptiveCpu:
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._window_start = 0
+        self._start_ends = 0  # until this CPU time the vCPU stays on Unicorn, because a program may start
         self._held = 0  # windows for which it has stayed on KVM for its vector registers' sake
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
@@ -290,6 +302,7 @@ class AdaptiveCpu:
         def on_unicorn(vector: int, error_code: int, address: int) -> bool:
             if vector == TRAP_CPUID:
                 self._answer_cpuid()
+                self._start_ends = min(self._start_ends, time.thread_time_ns() + ASKED_NS)
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
                 instruction = self._instruction()
@@ -297,7 +310,7 @@ class AdaptiveCpu:
                     return on_unicorn(VECTOR_NM, 0, 0)
                 if self._saved_or_restored(instruction):
                     return True
-                self._target = self._kvm
+                self._target, self._start_ends = self._kvm, 0
                 self._borrow = self._only_unicorn_can() or self._selectors_would_be_lost()
                 return False
             if not on_trap(vector, error_code, address):
@@ -485,14 +498,22 @@ class AdaptiveCpu:
     def _by_measurement(self) -> UnicornCpu | KvmCpu:
         """Ask the policy, once a window of traps or of time."""
         here = self._active
+        if self._modes is not None and self._modes.new_space:
+            self._start_ends = time.thread_time_ns() + START_NS
+        if self._start_ends:
+            if time.thread_time_ns() >= self._start_ends:
+                self._start_ends = 0
+            self._start_window()
+            return self._unicorn if self._start_ends else here
         elapsed = time.thread_time_ns() - self._window_start
         if not self._window_is_over() and elapsed < QUIET_NS:
             return here
         native_traps = self._native_traps()
         traps = self._traps + native_traps
         syscalls = self._count_syscalls() - self._syscalls
+        translation = self._unicorn.translation_ns - self._translation
         self._start_window()
-        if not self._placement.spent(self.running_on, traps, elapsed, syscalls, native_traps):
+        if not self._placement.spent(self.running_on, traps, elapsed, syscalls, native_traps, translation):
             return here
         if here is self._unicorn:
             return self._kvm
@@ -513,7 +534,9 @@ class AdaptiveCpu:
 
     def _window_is_over(self) -> bool:
         """Whether it has had as many traps as it may have."""
-        return self._traps >= WINDOW or (self._granted > 0 and self._native_traps() == self._granted)
+        if self._traps >= WINDOW or (self._granted > 0 and self._native_traps() == self._granted):
+            return True
+        return self._modes is not None and self._modes.new_space
 
     def _start_window(self) -> None:
         """Native code may handle so many traps until the policy is asked again.
@@ -521,12 +544,15 @@ class AdaptiveCpu:
         None on Unicorn where the policy is to leave it after some traps.
         """
         self._traps = 0
+        if self._modes is not None:
+            self._modes.new_space = False
         on_kvm = self._active is self._kvm
         self._granted = KVM_WINDOW if on_kvm else NATIVE_WINDOW
         if self._keeps_to_kvm():
             self._granted = UNLIMITED if on_kvm else 0
         self._grant(self._granted)
         self._syscalls = self._count_syscalls()
+        self._translation = self._unicorn.translation_ns
         self._window_start = time.thread_time_ns()
 
     def _count_syscalls(self) -> int:

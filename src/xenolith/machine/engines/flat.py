@@ -51,6 +51,7 @@ class ModeFields(ctypes.Structure):
     """
     now: int  # address of `u64 now(void)`: ns since boot; 0: none
     native_budget: int  # traps that it may still handle; then they are Python's, until there is a new one
+    new_space: bool  # the guest has pinned an L4 table; who gives budgets clears it, and until then traps are Python's
 
     _fields_: ClassVar[Fields] = (
         ("kernel_l4", c_uint64),
@@ -73,6 +74,7 @@ class ModeFields(ctypes.Structure):
         ("syscall_masks_events", c_bool),
         ("nmi_masked", c_bool),
         ("may_run", c_bool),
+        ("new_space", c_bool),
     )
 
 

@@ -17,10 +17,12 @@ from typing import Final
 SLOWDOWN: Final = 8  # Unicorn's time for the same code, typically
 HANDLER_NS: Final = 7_000  # Python's share of a trap, on either engine
 NATIVE_NS: Final = 700  # that of native code
-SYSCALL_NS: Final = 25_000  # what a system call and the return from it cost more on KVM, by its fast path
+SYSCALL_NS: Final = 30_000  # what a system call and the return from it cost more on KVM, by its fast path
 DENSE: Final = 3  # times the cost of a trap between two: Unicorn is probably better
 SPARSE: Final = 8  # likewise: KVM certainly is
 CURIOSITY: Final = 16  # in between, this part of the time counts as lost, so that Unicorn is tried sometimes
+INVESTMENT: Final = 4  # this part of the time that Unicorn translates counts as lost: it is for later visits, too
+WARM_UP: Final = 20  # at most so many times as patient with KVM as with Unicorn, where visits must last to be worth it
 MOVES_NS: Final = 400_000  # there and back
 LEAST_PATIENCE: Final = 400_000  # ns of regret
 MOST_PATIENCE: Final = 32_000_000
@@ -36,17 +38,21 @@ class Placement:
         self._regret = 0
         self._lost = 0  # over the whole stay; less than 0: it was worth it
 
-    def spent(self, engine: str, traps: int, elapsed_ns: int, syscalls: int = 0, native: int = 0) -> bool:
+    def spent(
+        self, engine: str, traps: int, elapsed_ns: int, syscalls: int = 0, native: int = 0, translation_ns: int = 0
+    ) -> bool:
         """Account for CPU time on the engine where the vCPU is, with that many traps. True: it should move.
 
         `syscalls`: how many system calls there were, which KVM's fast path carries out without a trap, on Unicorn with
-        two.  0 without a fast path.  `native`: how many of the traps native code has handled.
+        two.  0 without a fast path.  `native`: how many of the traps native code has handled.  `translation_ns`: what
+        Unicorn needed of the time for code that it had not met.
         """
         handlers = native * NATIVE_NS + (traps - native) * HANDLER_NS
         if engine == "kvm":
             lost = self._lost_on_kvm(traps, syscalls, elapsed_ns, handlers)
         else:
-            lost = self._lost_on_unicorn(traps, syscalls, elapsed_ns, handlers)
+            lost = self._lost_on_unicorn(traps, syscalls, elapsed_ns - translation_ns, handlers)
+            lost += translation_ns // INVESTMENT
         self._lost += lost
         self._regret = max(self._regret + lost, 0)
         return self._regret >= self.patience[engine]
@@ -59,7 +65,7 @@ class Placement:
         elif self._regret >= self.patience[engine]:
             self.patience[other] = min(2 * self.patience[other], MOST_PATIENCE)
             if engine == "unicorn":
-                self.patience[engine] = self._least[engine]
+                self.patience[engine] = max(self._least[engine], self.patience[other] // WARM_UP)
         self._regret = self._lost = 0
 
     def _lost_on_unicorn(self, traps: int, syscalls: int, elapsed_ns: int, handlers_ns: int) -> int:

@@ -84,6 +84,7 @@ class GuestModes(Protocol):
     flat_selectors: set[tuple[int, int]]
     native_handler: int  # see flat.ModeFields; 0: none
     native_budget: int
+    new_space: bool
 
     @property
     def address(self) -> int:

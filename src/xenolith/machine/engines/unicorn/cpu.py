@@ -51,6 +51,7 @@ from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import buffer_address, function_address
+from xenolith.machine.tsc import scale
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
 MASK64: Final = (1 << 64) - 1
@@ -280,6 +281,12 @@ class UnicornCpu:
         if self._inside:
             self._lib.emu_stop(self._instance.uc)
 
+    @property
+    def translation_ns(self) -> int:
+        """How long translation has taken so far; 0 where that is not known."""
+        state = self._instance.softmmu
+        return scale().nanoseconds(state.translating) if state is not None else 0
+
     def note_code(self) -> None:
         """Somebody else executes the guest from now on, until `distrust_code`."""
         if self._instance.softmmu is None:  # which keeps the checksums that it needs
@@ -288,6 +295,10 @@ class UnicornCpu:
     def distrust_code(self) -> None:
         """Somebody else has executed the guest, and perhaps changed code. The TLB is to be flushed."""
         self._instance.distrust_code(self.executable_mapped)
+
+    def leave_cpuid_to_python(self) -> None:
+        """Every CPUID is a TRAP_CPUID of Python's handler, also one that the native handler has an answer for."""
+        self._hook.cpuid_is_pythons = True
 
     def carry_out_extended(self, extended: int, carry_out: int) -> None:
         """Call this function with this argument at undefined opcodes: it tells whether it executed the instruction."""

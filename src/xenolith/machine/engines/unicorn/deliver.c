@@ -20,7 +20,8 @@ bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hoo
 
 bool deliver_cpuid(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
-    return deliver(vector, error_code, address, hook, hook->cpuid);
+    return hook->cpuid_is_pythons ? hook->cpuid(vector, error_code, address)
+                                  : deliver(vector, error_code, address, hook, hook->cpuid);
 }
 
 /* An undefined opcode may be one that is carried out here: see extended.c. */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_uint64
+from ctypes import c_bool, c_uint64
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -27,6 +27,7 @@ class Hook(ctypes.Structure):
     cpuid: int
     extended: int  # what `carry_out` needs to execute XSAVE and its kin; 0: they are undefined
     carry_out: int
+    cpuid_is_pythons: bool  # whatever answers the native handler knows
 
     _fields_: ClassVar[Fields] = (
         ("handler", c_uint64),
@@ -37,6 +38,7 @@ class Hook(ctypes.Structure):
         ("cpuid", c_uint64),
         ("extended", c_uint64),
         ("carry_out", c_uint64),
+        ("cpuid_is_pythons", c_bool),
     )
 
 

@@ -239,10 +239,12 @@ void reset_regions(u8 *tcg)
    NOTDIRTY into all TLB entries of these frames, unless that was done and not undone since (stubs.MEMORY_MAPPING). */
 u8 *make_block(u8 *cpu, u64 pc, u64 cs_base, u32 flags, u32 cflags)
 {
+    u64 start = __builtin_ia32_rdtsc();
     u8 *tb = library.make_block(cpu, pc, cs_base, flags, cflags);
     struct softmmu *s = softmmu_of(cpu);
     if (!s)
         return tb;
+    s->translating += __builtin_ia32_rdtsc() - start;
     for (int i = 0; i < 2; i++) {
         u64 frame = AT(u64, tb, TB_PAGES + 8 * i);
         if (frame < s->memory_size && !((u8 *)s->marked)[frame >> 12]) {

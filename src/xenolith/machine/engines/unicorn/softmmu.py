@@ -91,6 +91,7 @@ class Softmmu(ctypes.Structure):
         ("checksums", c_uint64),  # host address of Instance's checksums of frames
         ("unverified", c_uint64),  # of a byte for each: compare it with its checksum before its code is executed
         ("fetching", c_uint64),  # in QEMU's tlb_fill: for an instruction
+        ("translating", c_uint64),  # TSC ticks that translation has taken so far
         ("jumps", c_uint64),  # entries of tb_jmp_cache that may be other than empty
         ("jump", c_uint32 * JUMPS),
         ("filled", c_uint64 * (2 * (2 + FILLED // 2))),  # of each mode's TLB: struct filled
