@@ -6,12 +6,15 @@ and an attribute, looked up only when it is called or its help is asked for.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 import click
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, of which nothing here needs one, let alone all
 
 SUBCOMMANDS: Final = {
     "run": ("xenolith.cli.run", "run", "Boot one domain in the foreground: a shell, or one command."),
