@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from ctypes import c_int, c_uint32, c_uint64
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
@@ -24,8 +24,9 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.flat import GO_ON, LEAVE, LOOK, NOT_HANDLED, UNLIMITED, ModeFields
 from xenolith.machine.engines.kvm import fast_path, native_run
-from xenolith.machine.engines.kvm.changes import MOST_ENTRIES, Changes
+from xenolith.machine.engines.kvm.changes import KEPT, Changes
 from xenolith.machine.engines.kvm.host import host_traits
+from xenolith.machine.engines.kvm.native_run import KvmFields
 from xenolith.machine.engines.protocol import TRAP_NOTHING
 
 from .bare import CODE, Machine
@@ -229,29 +230,76 @@ def test_a_timer_that_is_due_takes_no_python(machine: Machine, loop: str) -> Non
 # --- what is noted of changed entries ------------------------------------------------------------------
 
 ENTRIES = {"lose": (PTE_P | PTE_RW, PTE_P), "gain": (PTE_P, PTE_P | PTE_NX), "nothing": (PTE_P, PTE_P | PTE_A)}
-
-@given(st.lists(st.tuples(st.integers(0, 4 * 512 - 1), st.sampled_from(("lose", "gain", "nothing", "take")))))
-def test_noted_changes_are_all_taken_and_nothing_else(operations: list[tuple[int, str]]) -> None:
-    changes = Changes(4)
-    entries: list[int] = []
-    tables: set[int] = set()
-    for index, what in operations:
-        if what == "take":
-            assert sorted(changes.take_entries(10**6)) == sorted(entries)
-            assert sorted(changes.take_tables(10**6)) == sorted(tables)
-            entries, tables = [], set()
-            continue
-        changes.note(index, *ENTRIES[what])
-        if not index & 511:
-            tables.add(index >> 9)
-        elif what != "nothing":
-            entries.append(index)
-        assert bool(changes) == bool(entries or tables)
+TABLES = 24
+Noter = Callable[[Changes, int, int, int], None]
 
 
-def test_beyond_its_capacity_whole_tables_are_noted() -> None:
+def note_natively(changes: Changes, index: int, old: int, new: int) -> None:
+    library = native_run.library()
+    assert library is not None
+    function = ctypes.CFUNCTYPE(None, c_uint64, c_uint64, c_uint64, c_uint64)(library.calls["entry_changed"])
+    cpu = KvmFields(changes=ctypes.addressof(changes), shadows=True)
+    function(index, old, new, ctypes.addressof(cpu))
+
+
+@pytest.fixture(params=["native", "python"])
+def note(request: pytest.FixtureRequest) -> Noter:
+    """Who notes changes."""
+    if request.param == "python":
+        return Changes.note
+    if native_run.library() is None:
+        pytest.skip("no native code here")
+    return note_natively
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(
+                st.sampled_from(sorted(ENTRIES)), st.integers(0, TABLES * 512 - 1), st.just(1) | st.integers(1, 3000)
+            ),
+            st.tuples(st.sampled_from(("enter", "come back")), st.integers(0, 2), st.just(0)),
+        ),
+        max_size=60,
+    )
+)
+def test_who_enters_the_guest_rewrites_all_that_nobody_is_known_to_have_rewritten(
+    note: Noter, operations: list[tuple[str, int, int]]
+) -> None:
+    """Three vCPUs: each enters, after a flush, at any time, and comes back at any time later."""
+    changes = Changes(TABLES)
+    indices: list[int] = []  # of all changes so far
+    rewritten: set[int] = set()  # the positions there of those that a vCPU rewrote before it came back
+    rewriting: list[tuple[int, set[int]]] = [(0, set())] * 3
+    for what, first, count in operations:
+        if what == "come back":
+            number, done = rewriting[first]
+            changes.rewritten[first] = max(changes.rewritten[first], number)
+            rewritten |= done
+        elif what == "enter":
+            number, entries, tables = changes.pending()
+            rewriting[first] = number, set(range(len(indices)))
+            needed = {index for position, index in enumerate(indices) if position not in rewritten}
+            assert {index for index in needed if index >> 9 not in tables} <= set(entries)
+            assert not {index for index in needed if not index & 511} - {mfn << 9 for mfn in tables}
+            assert needed or not (entries or tables)
+        else:
+            for index in range(first, min(first + count, TABLES * 512)):
+                note(changes, index, *ENTRIES[what])
+                if what != "nothing" or not index & 511:
+                    indices.append(index)
+
+
+def test_where_too_many_changes_wait_whole_tables_are_rewritten(note: Noter) -> None:
     changes = Changes(64)
-    for number in range(MOST_ENTRIES + 600):
-        changes.note(number % 511 + 1 + (number // 511 << 9), PTE_P, 0)
-    assert len(changes.take_entries(10**6)) == MOST_ENTRIES
-    assert changes.take_tables(10**6) == [8, 9]
+    for number in range(KEPT + 600):
+        note(changes, number % 511 + 1 + (number // 511 << 9), PTE_P, 0)
+    number, entries, tables = changes.pending()
+    assert number == KEPT + 600
+    assert sorted(tables) == [8, 9]
+    assert sorted(entries) == [index for index in range(8 * 512) if index & 511]
+    changes.rewritten[1] = number
+    assert changes.pending() == (number, [], [])
+    note(changes, 77, PTE_P, 0)
+    assert changes.pending() == (number + 1, [77], [])

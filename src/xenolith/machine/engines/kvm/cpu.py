@@ -185,7 +185,7 @@ class KvmCpu(Cpu):
         self._cs = _FLAT_CODE
         self._ss = _FLAT_STACK
         self._selectors = _SELECTORS.unpack(bytes(_SELECTORS.size))
-        self._shared = shared = self._share()
+        self._shared = shared = self._share(number)
         self._native = native_run.library()
         self._calls = EngineCalls(regs=shared.regs, context=ctypes.addressof(shared))
         if self._native is not None:
@@ -214,7 +214,7 @@ class KvmCpu(Cpu):
         shared.syscall_page = self._syscall_page
         self._set_up()
 
-    def _share(self) -> KvmFields:
+    def _share(self, number: int) -> KvmFields:
         """The state that native code works on, too, and what ring 0 calls of it."""
         engine, pages, stubs = self._engine, self._pages, self._stubs
         shared = KvmFields(
@@ -236,6 +236,7 @@ class KvmCpu(Cpu):
             flush_stub=stubs.flush,
             go_stub=stubs.go,
             fd=self._fd,
+            number=number,
             flat=True,
             shadows=engine.traits.shadows_page_tables,
         )
@@ -368,13 +369,15 @@ class KvmCpu(Cpu):
             self._fast_path.follow(modes)
         handler = modes.native_handler if modes is not None and self._native is not None else 0
         self._shared.handler = handler
-        # Changes of page tables are noted by whoever makes them: with several threads, only under Python's lock.
+        # ring0.c does not know yet what other threads of the domain may be doing.
         self._shared.vcpu = modes.address if modes is not None and handler and len(self._engine.cpus) == 1 else 0
 
     def _info_moved(self) -> None:
-        """An entry of the area changed: have KVM drop all it knows of its table."""
-        self._engine.changes.note_table(self._pages.info_table)
-        self._shared.flush = True
+        """An entry of the area changed, which this vCPU alone uses: have KVM drop all it knows of its table."""
+        if self._shared.shadows:
+            self._rewrite_apart([], [self._pages.info_table])
+        else:
+            self._shared.flush = True
 
     def _leave_fast_path(self, stopped_in_it: bool) -> bool:
         """The guest has stopped, its registers are in the register file: take over what the fast path did.
@@ -412,13 +415,15 @@ class KvmCpu(Cpu):
         regs, file = self.regs, self._file
         run, run_q, run_d, run_h = self._run, self._run_q, self._run_d, self._run_h
         frame = self._pages.frame
-        engine = self._engine
+        rewritten = self._engine.changes.rewritten
         fast_path, syscall_page = self._fast_path, self._syscall_page
         fd, native, shared = self._fd, self._native, self._shared
         shared_address = ctypes.addressof(shared)
         unpack_first, pack_first = _FIRST.unpack_from, _FIRST.pack_into
         unpack_selectors = _SELECTORS.unpack_from
         while True:
+            if shared.rewriting:
+                rewritten[shared.number], shared.rewriting = shared.rewriting, 0
             if fast_path is not None:
                 fast_path.enter()
             rip = regs[RIP]
@@ -427,7 +432,6 @@ class KvmCpu(Cpu):
                 if not on_trap(VECTOR_GP, 0, 0):
                     return
                 continue
-            by_stubs = (self._shared.flush or engine.rewriting) and self._prepare_entry()
             rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi = unpack_first(file)
             pack_first(run, _RUN_FIRST, rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp)
             run_q[_RUN_R8 : _RUN_R8 + 8] = regs[R8 : R15 + 1]
@@ -437,7 +441,7 @@ class KvmCpu(Cpu):
             run_q[_RUN_GS_BASE] = regs[GS_BASE]
             run[_RUN_CS] = self._cs
             run[_RUN_SS] = self._ss
-            if by_stubs:
+            if shared.flush:
                 self._divert_to_stubs()
             run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
             status = native.run(shared_address) if native is not None and shared.vcpu else run_ioctl(fd, api.KVM_RUN, 0)
@@ -511,33 +515,19 @@ class KvmCpu(Cpu):
 
     # --- entering by way of the stubs -----------------------------------------------------------------
 
-    def _prepare_entry(self) -> bool:
-        """Before an entry with translations to forget. True: go through the stubs, which do it on the way."""
-        engine = self._engine
-        if not engine.traits.shadows_page_tables:
-            return self._shared.flush
-        self._shared.flush = False  # KVM's shadow follows the tables, but for the entries that are noted
-        if len(engine.cpus) == 1:
-            return bool(engine.changes)
-        # Another vCPU must not slip into the guest while the rewriting is under way.
-        with engine.rewrite_lock:
-            engine.rewriting = True
-            while engine.changes:
-                self._rewrite_apart()
-            engine.rewriting = False
-        return False
-
     def _divert_to_stubs(self) -> None:
         """Make the entry that kvm_run holds go through the stubs that forget translations first."""
-        run_q, stubs, engine = self._run_q, self._stubs, self._engine
-        while engine.changes.entry_count > stubs.MOST or engine.changes.table_count > stubs.MOST:
-            saved = bytes(self._run[_RUN_GUEST])
-            self._rewrite_apart()
-            self._run[_RUN_GUEST] = saved
-        pieces = self._take_changes()
-        if self._shared.flush:
-            self._shared.flush = False
-            pieces.append((stubs.flush, [run_q[_RUN_CR3]]))
+        run_q, stubs, shared = self._run_q, self._stubs, self._shared
+        shared.flush = False
+        if shared.shadows:  # KVM's shadow follows the tables, but for the entries that are noted
+            noted, entries, tables = self._engine.changes.pending()
+            while len(entries) > stubs.MOST or len(tables) > stubs.MOST:
+                self._rewrite_apart(entries[: stubs.MOST], tables[: stubs.MOST])
+                del entries[: stubs.MOST], tables[: stubs.MOST]
+            pieces = self._rewriting(entries, tables)
+            shared.rewriting = noted
+        else:
+            pieces = [(stubs.flush, [run_q[_RUN_CR3]])]
         if not pieces:
             return
         frame = [run_q[_RUN_RIP], area.USER_CODE64, run_q[_RUN_RFLAGS], run_q[_RUN_RSP], area.USER_DATA]
@@ -549,16 +539,13 @@ class KvmCpu(Cpu):
             return
         self._start_stubs(pieces + [(stubs.go, [run_q[_RUN_RDI], *frame])])
 
-    def _take_changes(self) -> list[tuple[int, list[int]]]:
-        """Take noted changes, as many as a list holds, as stubs and their operands."""
-        engine, stubs = self._engine, self._stubs
-        pieces = []
-        taken = engine.changes.take_tables(stubs.MOST)
-        if taken:
-            pieces.append((stubs.rewrite_tables(len(taken)), [area.ALIAS + (mfn << PAGE_SHIFT) + 1 for mfn in taken]))
-        taken = engine.changes.take_entries(stubs.MOST)
-        if taken:
-            pieces.append((stubs.rewrite_entries(len(taken)), [area.ALIAS + (index << 3) for index in taken]))
+    def _rewriting(self, entries: list[int], tables: list[int]) -> list[tuple[int, list[int]]]:
+        """What rewrites these entries and whole tables, as stubs and their operands."""
+        pieces, stubs = [], self._stubs
+        if tables:
+            pieces.append((stubs.rewrite_tables(len(tables)), [area.ALIAS + (mfn << PAGE_SHIFT) + 1 for mfn in tables]))
+        if entries:
+            pieces.append((stubs.rewrite_entries(len(entries)), [area.ALIAS + (index << 3) for index in entries]))
         return pieces
 
     def _start_stubs(self, pieces: list[tuple[int, list[int]]]) -> None:
@@ -575,10 +562,12 @@ class KvmCpu(Cpu):
         self._run[_RUN_CS] = _CODE0
         self._run[_RUN_SS] = _DATA0
 
-    def _rewrite_apart(self) -> None:
-        """Rewrite noted entries in an entry of its own."""
-        self._start_stubs(self._take_changes() + [(self._stubs.done, [])])
+    def _rewrite_apart(self, entries: list[int], tables: list[int]) -> None:
+        """Rewrite these in an entry of its own; what kvm_run holds of the guest stays."""
+        saved = bytes(self._run[_RUN_GUEST])
+        self._start_stubs(self._rewriting(entries, tables) + [(self._stubs.done, [])])
         self._run_stubs()
+        self._run[_RUN_GUEST] = saved
 
     def _run_stubs(self, done: int = area.PORT_ENTRY_DONE) -> None:
         """Run the stubs until they say, by this port, that they are done."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from struct import pack_into, unpack_from
 from typing import Final
 
@@ -56,8 +55,6 @@ class KvmEngine(Engine):
         self.xcr0_mask = traits.xcr0
         self.caches_tables = traits.shadows_page_tables
         self.changes = Changes(memory.frames)
-        self.rewrite_lock = threading.Lock()
-        self.rewriting = False  # a vCPU rewrites changed entries: wait for it
         self.cpus: dict[int, KvmCpu] = {}
         self._cpuid: CpuidTable | None = None
         self._device = api.open_device()

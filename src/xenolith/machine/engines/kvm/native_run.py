@@ -44,6 +44,7 @@ class KvmFields(ctypes.Structure):
     address: int
     vector: int
     handled: int  # traps handled by native code
+    rewriting: int  # changes with lower numbers were rewritten when it is back from the guest; 0: nothing new
     flush: bool  # before the guest is entered
     kicked: bool
     user: bool
@@ -94,10 +95,12 @@ class KvmFields(ctypes.Structure):
         ("error_code", c_uint64),
         ("address", c_uint64),
         ("handled", c_uint64),
+        ("rewriting", c_uint64),
         ("pair_cs", c_uint32),
         ("pair_ss", c_uint32),
         ("vector", c_uint32),
         ("fd", c_int32),
+        ("number", c_uint32),  # of the vCPU
         ("kernel_start", c_uint8 * 5 * 2),  # of its code while the fast path is off, and on
         ("user_start", c_uint8 * 2 * 2),
         ("flat_code", c_uint8 * api.SEGMENT.size),
@@ -159,10 +162,10 @@ def declarations() -> str:
                 "RUN_EVENTS EVENTS_EXCEPTION_INJECTED EVENTS_EXCEPTION_PENDING EVENTS_EXCEPTION_VECTOR",
             ),
             native.define(
-                area, "PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3"
+                area, "MAX_CPUS PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3"
             ),
             native.define(layout, "FLAT_RING3_CS64 FLAT_RING3_SS64"),
-            native.define(changes, "MOST_ENTRIES MAY_NOT_LOSE MAY_NOT_GAIN"),
+            native.define(changes, "KEPT MAY_NOT_LOSE MAY_NOT_GAIN"),
             native.define(
                 data,
                 "KERNEL_SP KERNEL_SS OTHER_GS ENTRY USER_CS USER_SS HOLD VCPU_ID TIMER_FROM TIMER USED SAVED_RCX "
@@ -183,7 +186,7 @@ def declarations() -> str:
                 )
             ),
             native.declare("vcpu", flat.ModeFields, flat.MODES_IN_C),
-            native.declare("changes", changes.ChangesFields, {"tables": "u32 *{}", "noted": "u8 *{}"}),
+            native.declare("changes", changes.ChangesFields, {"tables": "u64 *{}"}),
             native.declare("kvm_cpu", KvmFields, _IN_C),
         )
     )

@@ -54,27 +54,69 @@ void flush_page(u64 va, struct kvm_cpu *k)
     k->flush = true;
 }
 
-static void note_table(struct changes *changes, u64 mfn)
+/* --- changed page-table entries (changes.py, which says why this is enough between threads) ----------- */
+
+/* Changes with lower numbers were rewritten by some vCPU. */
+static u64 rewritten(struct changes *changes)
 {
-    if (!changes->noted[mfn]) {
-        changes->noted[mfn] = 1;
-        changes->tables[changes->table_count++] = mfn;
+    u64 most = 0;
+    for (unsigned i = 0; i < MAX_CPUS; i++) {
+        u64 number = __atomic_load_n(&changes->rewritten[i], __ATOMIC_ACQUIRE);
+        if (number > most)
+            most = number;
     }
+    return most;
 }
 
 void entry_changed(u64 index, u64 old, u64 new, struct kvm_cpu *k)
 {
     struct changes *changes = k->changes;
-    if (!k->shadows)
+    if (!k->shadows || (index & 511 && !(old & ~new & MAY_NOT_LOSE) && !(new & ~old & MAY_NOT_GAIN)))
         return;
-    if (!(index & 511))
-        note_table(changes, index >> 9);
-    else if (old & ~new & MAY_NOT_LOSE || new & ~old & MAY_NOT_GAIN) {
-        if (changes->entry_count == MOST_ENTRIES)
-            note_table(changes, index >> 9);
-        else
-            changes->entries[changes->entry_count++] = index;
+    u64 number = changes->noted;
+    if (number >= changes->room)
+        changes->room = rewritten(changes) + KEPT;
+    if (number < changes->room)
+        __atomic_store_n(&changes->entries[number % KEPT], index, __ATOMIC_RELAXED);
+    else {
+        __atomic_store_n(&changes->tables[index >> 9], number + 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&changes->overflowed, number + 1, __ATOMIC_RELAXED);
     }
+    __atomic_store_n(&changes->noted, number + 1, __ATOMIC_RELEASE);
+}
+
+/* The vCPU is back from the guest, so it has passed the stubs that were on its way. */
+static void confirm_rewritten(struct kvm_cpu *k)
+{
+    if (k->rewriting)
+        __atomic_store_n(&k->changes->rewritten[k->number], k->rewriting, __ATOMIC_RELEASE);
+    k->rewriting = 0;
+}
+
+struct to_rewrite {
+    u64 noted;
+    unsigned entry_count, table_count;
+    u64 entries[MOST], tables[MOST];
+};
+
+/* changes.Changes.pending. False: it is more than a list holds. */
+static bool pending(struct changes *changes, struct to_rewrite *found)
+{
+    u64 noted = __atomic_load_n(&changes->noted, __ATOMIC_ACQUIRE), number = rewritten(changes);
+    found->noted = noted;
+    found->entry_count = found->table_count = 0;
+    if (__atomic_load_n(&changes->overflowed, __ATOMIC_RELAXED) > number)
+        return false;
+    if (number + KEPT < noted)
+        number = noted - KEPT;
+    for (; number < noted; number++) {
+        u64 index = __atomic_load_n(&changes->entries[number % KEPT], __ATOMIC_RELAXED);
+        unsigned *count = index & 511 ? &found->entry_count : &found->table_count;
+        if (*count == MOST)
+            return false;
+        (index & 511 ? found->entries : found->tables)[(*count)++] = index;
+    }
+    return true;
 }
 
 /* --- the fast path (fast_path.py) --------------------------------------------------------------------- */
@@ -239,26 +281,26 @@ static bool same_selectors(struct kvm_cpu *k)
    is too much of it. */
 static bool divert_to_stubs(struct kvm_cpu *k)
 {
-    struct changes *changes = k->changes;
     u64 *regs = run_words(k, RUN_REGS), *list = k->list, first = 0;
-    if (changes->entry_count > MOST || changes->table_count > MOST)
-        return false;
-    if (changes->table_count) {
-        first = k->tables_end - k->table_size * changes->table_count;
-        while (changes->table_count) {
-            u64 mfn = changes->tables[--changes->table_count];
-            changes->noted[mfn] = 0;
-            *list++ = k->alias + (mfn << 12) + 1;
+    struct to_rewrite found;
+    if (k->shadows) {
+        if (!pending(k->changes, &found))
+            return false;
+        k->rewriting = found.noted;
+        if (found.table_count) {
+            first = k->tables_end - k->table_size * found.table_count;
+            while (found.table_count)
+                *list++ = k->alias + (found.tables[--found.table_count] << 3) + 1;
         }
-    }
-    if (changes->entry_count) {
-        u64 stub = k->entries_end - k->entry_size * changes->entry_count;
-        if (first)
-            *list++ = stub;
-        else
-            first = stub;
-        while (changes->entry_count)
-            *list++ = k->alias + (changes->entries[--changes->entry_count] << 3);
+        if (found.entry_count) {
+            u64 stub = k->entries_end - k->entry_size * found.entry_count;
+            if (first)
+                *list++ = stub;
+            else
+                first = stub;
+            while (found.entry_count)
+                *list++ = k->alias + (found.entries[--found.entry_count] << 3);
+        }
     }
     if (!k->shadows) {
         if (first)
@@ -359,7 +401,7 @@ static int tick(struct kvm_cpu *k, struct vcpu *v)
     u64 rip = *run_words(k, RUN_REGS + 128), deadline = k->data ? k->data[TIMER] : 0;
     u16 selector;
     __builtin_memcpy(&selector, k->run + RUN_SREGS + SREGS_CS + 12, 2);
-    if (*__errno_location() != EINTR || k->kicked || !deadline || !k->on || !v->native_timer || !v->now
+    if (*__errno_location() != EINTR || __atomic_load_n(&k->kicked, __ATOMIC_ACQUIRE) || !deadline || !k->on || !v->native_timer || !v->now
         || v->now() < deadline)
         return NOT_HANDLED;
     if (v->native_budget != UNLIMITED && k->data[SWITCHES] > FEW_SYSCALLS)
@@ -411,7 +453,8 @@ int run(struct kvm_cpu *k)
             return TRAPPED;
         }
         k->handled++;
-        if (k->kicked)
+        confirm_rewritten(k);
+        if (__atomic_load_n(&k->kicked, __ATOMIC_ACQUIRE))
             return LEFT;
         if ((k->data && !enter_fast_path(k, v)) || !is_canonical(k->regs[RIP]))
             return AGAIN;
