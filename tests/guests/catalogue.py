@@ -88,6 +88,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("timers"),
     checks("memory"),
     checks("smp", vcpus=3),
+    checks("smp-paging", vcpus=2),
     checks("grants"),
     *(fuzz(seed, calls=2000) for seed in (1, 2, 3)),
     ending("shutdown reason=0", POWEROFF),
