@@ -37,7 +37,7 @@ from xenolith.machine.engines.adaptive import (
     AdaptiveCpu,
     AdaptiveEngine,
 )
-from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED
+from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED, UNLIMITED
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, CpuState
 from xenolith.machine.engines.select import DEAR_EXIT_NS
 
@@ -413,6 +413,27 @@ def test_a_kernel_that_boots_is_not_kept_on_kvm_and_one_with_a_program_is(
     while len(seen) < 2000:
         cpu.run(on_trap)
     assert (seen[0], seen[-1]) == ("kvm", ends_on)
+
+
+def test_of_several_vcpus_none_leaves_kvm_and_native_code_may_handle_any_number_of_traps(
+    machine: AdaptiveMachine,
+) -> None:
+    cpu = machine.adaptive_cpu()
+    machine.engine.cpu(1)
+    cpu.policy = POLICY_MEASURED
+    modes = NativeModes(lambda *_: NOT_HANDLED)
+    cpu.follow(modes)
+    machine.write_code("0f 05 eb fc")
+    cpu.regs[RIP] = CODE
+    seen: list[tuple[str, int]] = []
+
+    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+        seen.append((cpu.running_on, modes.native_budget))
+        return len(seen) < 500
+
+    while len(seen) < 500:
+        cpu.run(on_trap)
+    assert set(seen) == {("kvm", UNLIMITED)}
 
 
 def test_a_program_starts_on_unicorn(machine: AdaptiveMachine) -> None:

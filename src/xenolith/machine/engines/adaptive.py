@@ -548,7 +548,7 @@ class AdaptiveCpu:
             self._modes.new_space = False
         on_kvm = self._active is self._kvm
         self._granted = KVM_WINDOW if on_kvm else NATIVE_WINDOW
-        if self._keeps_to_kvm():
+        if self._keeps_to_kvm() or not self._engine.may_move:
             self._granted = UNLIMITED if on_kvm else 0
         self._grant(self._granted)
         self._syscalls = self._count_syscalls()
