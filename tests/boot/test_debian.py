@@ -89,6 +89,20 @@ def test_parallel_jobs_give_the_hosts_results(xenolith_run: Run, vcpus: int) -> 
     assert processors == str(vcpus)
 
 
+@pytest.mark.parametrize("vcpus", [2, 4])
+def test_programs_start_and_end_on_all_vcpus_at_once(xenolith_run: Run, vcpus: int) -> None:
+    job = "(for i in $(seq 25); do seq $job$i 900 | sort -r | md5sum; done | md5sum) &"
+    done = xenolith_run("--vcpus", str(vcpus), "--", "sh", "-c", f"for job in 1 2 3 4; do {job} done; wait")
+    expected = []
+    for job_number in range(1, 5):
+        sums = ""
+        for i in range(1, 26):
+            numbers = sorted((str(number) for number in range(int(f"{job_number}{i}"), 901)), reverse=True)
+            sums += hashlib.md5("".join(f"{number}\n" for number in numbers).encode()).hexdigest() + "  -\n"
+        expected.append(hashlib.md5(sums.encode()).hexdigest() + "  -")
+    assert sorted(done.stdout.decode().splitlines()) == sorted(expected)
+
+
 @pytest.mark.parametrize("choice", ["off", "auto"])
 def test_with_and_without_mitigations(xenolith_run: Run, choice: str) -> None:
     done = xenolith_run("--cmdline", f"mitigations={choice}", "--", "cat", "/proc/cmdline")

@@ -8,6 +8,9 @@ frame table, what was counted, and the answer to go on or not.
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable
+from functools import partial
 from random import Random
 from struct import pack
 from typing import Any
@@ -47,7 +50,7 @@ from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_L4, TYPE_MASK, 
 from xenolith.hypervisor.guest_memory import copy_to_guest
 from xenolith.hypervisor.traps import trap_handler
 from xenolith.machine import native
-from xenolith.machine.engines.flat import LOOK, NOT_HANDLED, EngineCalls
+from xenolith.machine.engines.flat import LEAVE, LOOK, NOT_HANDLED, EngineCalls
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, Cpu, register_file
 
 from .bare import CALLBACK, DATA, PAGES, STACK, BareMachine
@@ -81,6 +84,8 @@ class RecordingCpu(Cpu):
         self.rflags = 0x202
         self.on = (0, False)
         self.flushes = 0
+        self.kicks = 0
+        self.kicked: Callable[[], None] = lambda: None
         self.executable: list[int] = []
         self.changed: list[tuple[int, int, int]] = []
         self._callbacks = {
@@ -112,6 +117,10 @@ class RecordingCpu(Cpu):
     def flush_page(self, va: int) -> None:
         self.flushes += 1
 
+    def kick(self) -> None:
+        self.kicks += 1
+        self.kicked()
+
     def executable_mapped(self, mfn: int) -> None:
         self.executable.append(mfn)
 
@@ -124,18 +133,25 @@ def _address(function: Any) -> int:
 
 
 class Subject:
-    """A machine with one domain of one vCPU, whose traps are handled natively or not."""
+    """A machine with one domain, whose first vCPU's traps are handled natively or not.
 
-    def __init__(self, natively: bool, caches_tables: bool) -> None:
+    More vCPUs have threads of their own, which are imagined: they leave the guest when they are kicked.
+    """
+
+    def __init__(self, natively: bool, caches_tables: bool, vcpus: int = 1) -> None:
         self.machine = BareMachine()
-        self.domain = domain = self.machine.domain()
+        self.domain = domain = self.machine.domain(vcpus)
         self.vcpu = vcpu = domain.vcpus[0]
         self.cpu = cpu = RecordingCpu()
-        domain.caches_tables, domain.contexts = caches_tables, 1
+        domain.caches_tables, domain.contexts = caches_tables, vcpus
         domain.executable_mapped, domain.entry_changed = cpu.executable_mapped, cpu.entry_changed
         domain.vm_assist = 1 << abi.VMASST_TYPE_writable_pagetables
         cpu.regs[:] = vcpu.state.regs
-        vcpu.cpu, vcpu.regs = cpu, cpu.regs
+        vcpu.cpu, vcpu.regs, vcpu.thread = cpu, cpu.regs, threading.get_ident()
+        self.others = domain.vcpus[1:]
+        for other in self.others:
+            other.cpu = elsewhere = RecordingCpu()
+            elsewhere.kicked = partial(setattr, other, "in_guest", False)
         self.natively = natively
         vcpu.calls = cpu.calls if natively else 0
         vcpu.may_run = True
@@ -199,6 +215,7 @@ class Subject:
             "pages": domain.total_pages,
             "executable": sorted(cpu.executable),
             "changed": sorted(cpu.changed),
+            "others": [(other.in_guest, other.cpu.kicks) for other in self.others],  # type: ignore[union-attr]
         }
 
 
@@ -212,15 +229,17 @@ def same(natively: Subject, reference: Subject) -> None:
     used = slice(0, 256 << 9)  # all that this machine has handed out
     np.testing.assert_array_equal(natively.domain.memory.words[used], reference.domain.memory.words[used])
     assert natively.cpu.flushes >= reference.cpu.flushes
+    for ours_too, theirs_too in zip(natively.others, reference.others, strict=True):
+        assert ours_too.flush_requested >= theirs_too.flush_requested
 
 
 class Pair:
     """Both, and one source of chance for both."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, vcpus: int = 1) -> None:
         self.random = random
         caches_tables = random.random() < 0.5
-        self.natively, self.reference = (Subject(how, caches_tables) for how in (True, False))
+        self.natively, self.reference = (Subject(how, caches_tables, vcpus) for how in (True, False))
         self.each = (self.natively, self.reference)
         r = self.reference
         self.frames = [*r.spare, r.l4, r.l1, r.entry_index(DATA) >> 9, *(self._frame(n) for n in range(PAGES))]
@@ -421,6 +440,12 @@ class Pair:
         for subject in self.each:
             subject.domain.memory.b[subject.vcpu.info] = 0
 
+    def others_go_on(self) -> None:
+        """The other vCPUs come from or go to the guest, having flushed what they were asked to."""
+        for ours, theirs in zip(self.natively.others, self.reference.others, strict=True):
+            ours.in_guest = theirs.in_guest = self.random.random() < 0.5
+            ours.flush_requested = theirs.flush_requested = False
+
     def step(self) -> None:
         kernel = self.reference.vcpu.kernel_mode
         if not kernel and self.random.random() < 0.5:
@@ -437,6 +462,7 @@ class Pair:
                 self.event,
                 self.handle_event,
                 self.handle_event,
+                self.others_go_on,
             )
         )
         action()
@@ -453,9 +479,9 @@ class Pair:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.randoms(use_true_random=False))
-def test_random_traps_leave_two_machines_the_same(random: Random) -> None:
-    pair = Pair(random)
+@given(st.randoms(use_true_random=False), st.integers(1, 3))
+def test_random_traps_leave_two_machines_the_same(random: Random, vcpus: int) -> None:
+    pair = Pair(random, vcpus)
     for _ in range(TRAPS):
         if pair.reference.domain.shut_down:
             break
@@ -465,9 +491,10 @@ def test_random_traps_leave_two_machines_the_same(random: Random) -> None:
     pair.close()
 
 
-def test_most_of_what_a_kernel_does_is_handled_natively() -> None:
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_most_of_what_a_kernel_does_is_handled_natively(vcpus: int) -> None:
     """Or the test above would compare Python with itself."""
-    pair = Pair(Random(1))
+    pair = Pair(Random(1), vcpus)
     subject = pair.natively
     entry = subject.entry_index(DATA + PAGE_SIZE)
     old = subject.domain.memory.q[entry]
@@ -509,4 +536,79 @@ def test_native_code_stops_when_its_budget_is_spent() -> None:
     for _ in range(5):
         pair.trap(VECTOR_PF, 0, DATA - 8)
     assert subject.handled == 2
+    pair.close()
+
+
+def test_a_flush_of_other_vcpus_is_native_unless_one_is_in_the_guest() -> None:
+    """That one has to be stopped, which is Python's."""
+    pair = Pair(Random(4), vcpus=3)
+    subject = pair.natively
+    value = subject.domain.memory.q[subject.entry_index(DATA + PAGE_SIZE)]
+
+    def flush() -> None:
+        for each in pair.each:
+            regs = each.cpu.regs
+            regs[RAX], regs[RDI] = abi.HYPERVISOR_update_va_mapping, DATA + PAGE_SIZE
+            regs[RSI], regs[RDX] = value, abi.UVMF_TLB_FLUSH | abi.UVMF_ALL
+        pair.trap(TRAP_SYSCALL)
+
+    flush()
+    assert subject.handled == 1
+    assert [other.flush_requested for other in subject.others] == [True, True]
+    for each in pair.each:
+        each.others[1].in_guest = True
+        each.others[1].flush_requested = False
+    flush()
+    assert subject.handled == 1
+    assert not subject.others[1].in_guest
+    assert subject.others[1].flush_requested
+    pair.close()
+
+
+def test_a_vcpu_is_out_of_the_guest_while_its_trap_is_handled() -> None:
+    """Whoever holds the domain's lock and flushes waits for that, and holds up the trap."""
+    pair = Pair(Random(5), vcpus=2)
+    vcpu = pair.natively.vcpu
+    vcpu.in_guest = True
+    pair.trap(VECTOR_PF, 0, DATA - 8)
+    assert vcpu.in_guest
+    handler = ctypes.PYFUNCTYPE(ctypes.c_int, WORD, ctypes.c_uint32, WORD, WORD)(pair.natively.native)
+    with pair.natively.domain.lock:
+        assert handler(vcpu.address, VECTOR_PF, 0, DATA - 8) == NOT_HANDLED
+        assert not vcpu.in_guest
+    vcpu.may_run = False
+    assert handler(vcpu.address, VECTOR_PF, 0, DATA - 8) == LEAVE
+    assert not vcpu.in_guest
+    pair.close()
+
+
+def test_a_long_batch_is_pythons_in_the_end() -> None:
+    """It looks between two calls whether others want the vCPU or the lock."""
+    pair = Pair(Random(6))
+    calls, requests = 64, 96
+    frame = pair.reference.spare[5]
+    updates = b"".join(pack("<QQ", frame << 12 | number << 3, number) for number in range(requests))
+    call = pack("<Qq6Q", abi.HYPERVISOR_mmu_update, 0, ARGUMENTS, requests, 0, abi.DOMID_SELF, 0, 0)
+    for each in pair.each:
+        each.write(ARGUMENTS, updates)
+        each.write(DATA + 4 * PAGE_SIZE, call * calls)
+        regs = each.cpu.regs
+        regs[RAX], regs[RDI], regs[RSI] = abi.HYPERVISOR_multicall, DATA + 4 * PAGE_SIZE, calls
+    pair.trap(TRAP_SYSCALL)
+    assert pair.natively.handled == 0
+    assert pair.natively.domain.memory.q[frame << 9 | 95] == 95
+    pair.close()
+
+
+def test_who_waits_for_native_code_lets_other_threads_go_on() -> None:
+    pair = Pair(Random(7))
+    domain = pair.natively.domain
+    domain.lock_word = 1
+    thread = threading.Thread(target=lambda: domain.lock.__enter__(), daemon=True)
+    thread.start()
+    thread.join(0.02)
+    assert thread.is_alive()
+    domain.lock_word = 0
+    thread.join(20)
+    assert not thread.is_alive()
     pair.close()

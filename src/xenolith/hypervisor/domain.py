@@ -50,6 +50,7 @@ class VcpuFields(ModeFields):
     timer_deadline: int
     timer_interval: int
     flush_requested: bool  # flush the TLB before executing guest code again
+    in_guest: bool  # executing guest code, or about to: set under the domain's lock only
     nmi_pending: bool
     iopl: int  # I/O privilege level, as the guest set it
     ldt_entries: int
@@ -77,8 +78,10 @@ class VcpuFields(ModeFields):
         ("cpuid_table", c_uint32 * 6 * CPUID_ANSWERS),
         ("batch", c_uint64 * 2),
         ("batch_done", c_uint32),
+        ("work_left", c_uint32),  # of native code, in the trap at hand
         ("call", c_uint64 * 7),
         ("flush_requested", c_bool),
+        ("in_guest", c_bool),
         ("nmi_pending", c_bool),
         ("begun", c_bool),
         ("batch_begun", c_bool),
@@ -103,7 +106,6 @@ class Vcpu(VcpuFields):
         self.cpu: Cpu | None = None  # the execution context it is loaded on
         self.regs: memoryview = self.state.regs  # cpu.regs while loaded, state.regs otherwise
         self.thread = 0  # identity of the thread that runs its Cpu
-        self.in_guest = False  # set under the domain's lock; executing guest code, or about to
 
         # Address space and mode (Xen: arch.guest_table, guest_table_user, TF_kernel_mode) are in ModeFields.
         self.kernel_mode = True
@@ -287,6 +289,7 @@ class DomainFields(ctypes.Structure):
         ("vcpu_count", c_uint32),
         ("contexts", c_uint32),  # threads that run its vCPUs
         ("lock_word", c_uint32),  # see DomainLock
+        ("vcpu_addresses", c_uint64 * MAX_VCPUS),  # of each vCPU's VcpuFields
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
         ("odd_references", c_bool),
@@ -314,6 +317,7 @@ class Domain(DomainFields):
         self.uuid = bytes(16)
         self.vcpu_count = max_vcpus
         self.vcpus = [Vcpu(self, vcpu_id) for vcpu_id in range(max_vcpus)]
+        self.vcpu_addresses[:max_vcpus] = [vcpu.address for vcpu in self.vcpus]
 
         # Memory. Every frame it owns is in the frame table with its domid; these are the totals.
         self.max_pages = 0

@@ -5,7 +5,12 @@
    comes up, every error included, is NOT_HANDLED, found out before anything is changed (or undone), and then Python
    does all of it.
 
-   A domain's lock is the word `lock_word`, on which nobody waits here: see domain.DomainLock. */
+   A domain's lock is the word `lock_word`, on which nobody waits here: see domain.DomainLock.  Under it the threads of its
+   vCPUs, native or in Python, change its state one at a time.  Outside of it a thread touches its own vCPU's registers and
+   `in_guest`, and nothing else.
+
+   Guest memory that is no page table may change while it is read: the guest's other vCPUs run.  So whatever is checked was
+   first copied, by `fetch`, and is not read again. */
 
 #define MASK_FRAME 0x000ffffffffff000ull
 #define READ (PTE_P | PTE_US)
@@ -18,6 +23,8 @@
 #define ONE_TYPE (1ull << TYPE_SHIFT)
 #define NOWHERE (~0ull)
 #define BATCH 512
+#define ALL_VCPUS (~0ull)
+#define WORK 4096 /* requests and page tables that one trap may take, a few milliseconds; what is left is Python's */
 #define SLOW INT64_MIN /* in place of a hypercall's result: nothing was done that its arguments do not tell of */
 #define ALWAYS_SET (EFLAGS_IF | EFLAGS_RESERVED_ONE)
 #define ENTRY_FLAGS (~(EFLAGS_AC | EFLAGS_VM | EFLAGS_RF | EFLAGS_NT | EFLAGS_TF | EFLAGS_IOPL))
@@ -30,6 +37,13 @@
 static inline void store(u8 *at, u64 value)
 {
     __builtin_memcpy(at, &value, 8);
+}
+
+/* Copy guest memory, once: the compiler must not read it again later, when it may be different. */
+static inline void fetch(void *to, const u8 *from, unsigned size)
+{
+    __builtin_memcpy(to, from, size);
+    __asm__ volatile("" ::: "memory");
 }
 
 static inline u64 *words(struct domain *d)
@@ -77,17 +91,48 @@ static u64 l1_entry_index(struct vcpu *v, u64 va)
     return table << 9 | (va >> 12 & 511);
 }
 
+/* Whether a batch may go on: whoever else wants the domain's lock must not wait long, and Python looks for that. */
+static bool may_go_on(struct vcpu *v)
+{
+    if (!v->work_left)
+        return false;
+    v->work_left--;
+    return true;
+}
+
 /* --- frame types (paging.py) ------------------------------------------------------------------------- */
 
 static bool validate(struct vcpu *v, u64 mfn, u64 kind);
 static void devalidate(struct vcpu *v, u64 mfn, u64 kind);
 
-static bool flush_domain(struct vcpu *v)
+/* Whether any of these vCPUs but this one is executing guest code: then Python has to get it out.  One that is not cannot
+   begin before this one gives the domain's lock back. */
+static bool others_in_guest(struct vcpu *v, u64 vcpus)
 {
     struct domain *d = v->domain_address;
-    if (d->contexts != 1)
-        return false; /* other threads have to be told */
-    d->flush_epoch++;
+    for (u32 i = 0; i < d->vcpu_count; i++)
+        if (vcpus >> i & 1 && i != v->vcpu_id && __atomic_load_n(&d->vcpu_addresses[i]->in_guest, __ATOMIC_ACQUIRE))
+            return true;
+    return false;
+}
+
+/* Those of these vCPUs that have threads of their own flush before they next execute guest code: they are not doing so. */
+static void flush_others(struct vcpu *v, u64 vcpus)
+{
+    struct domain *d = v->domain_address;
+    if (d->contexts == 1)
+        return; /* they are not loaded, and flushed when they are */
+    for (u32 i = 0; i < d->vcpu_count; i++)
+        if (vcpus >> i & 1 && i != v->vcpu_id)
+            d->vcpu_addresses[i]->flush_requested = true;
+}
+
+static bool flush_domain(struct vcpu *v)
+{
+    if (others_in_guest(v, ALL_VCPUS))
+        return false;
+    v->domain_address->flush_epoch++;
+    flush_others(v, ALL_VCPUS);
     v->calls->flush_tlb(v->calls->context);
     return true;
 }
@@ -237,6 +282,7 @@ static bool validate(struct vcpu *v, u64 mfn, u64 kind)
 {
     struct domain *d = v->domain_address;
     u64 *table = words(d) + (mfn << 9);
+    may_go_on(v); /* what was begun is finished, and counts */
     if (kind == TYPE_L1)
         return validate_l1(v, mfn);
     if (d->odd_references)
@@ -263,6 +309,7 @@ static void devalidate(struct vcpu *v, u64 mfn, u64 kind)
     struct domain *d = v->domain_address;
     u64 *table = words(d) + (mfn << 9);
     bool any = kind != TYPE_L1;
+    may_go_on(v); /* what was begun is finished, and counts */
     for (int slot = 0; slot < 512; slot++) {
         u64 entry = table[slot], target = (entry & MASK_FRAME) >> 12;
         if (!(entry & PTE_P) || xens(kind, slot))
@@ -391,7 +438,7 @@ static bool done_before(struct vcpu *v, u64 done_va, u64 count, u32 *before)
     if (place == NOWHERE)
         return false;
     if (done_va && count & MMU_UPDATE_PREEMPTED)
-        __builtin_memcpy(before, (u8 *)words(v->domain_address) + place, 4);
+        fetch(before, (u8 *)words(v->domain_address) + place, 4);
     return true;
 }
 
@@ -422,50 +469,61 @@ static i64 do_mmu_update(struct vcpu *v, u64 *a)
     if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_before(v, a[2], a[1], &before))
         return SLOW;
     for (i = 0; i < count; i++) {
-        u64 va = a[0] + 16 * i, at = va & 7 ? NOWHERE : translate(v, va, 16, READ);
-        if (at == NOWHERE || !update(v, load64(memory + at), load64(memory + at + 8)))
+        u64 va = a[0] + 16 * i, at = va & 7 ? NOWHERE : translate(v, va, 16, READ), request[2];
+        if (at == NOWHERE || !may_go_on(v))
+            break;
+        fetch(request, memory + at, sizeof request);
+        if (!update(v, request[0], request[1]))
             break;
     }
     return batch_done(v, a, i, count, 16, before);
 }
 
-/* Whether a flush of these vCPUs (as in update_va_mapping: LOCAL, ALL, or the address of a bitmap) is this one's
-   alone, -1: Python has to see.  Others on the same thread are not loaded: they are flushed when they are. */
-static int flushes_here(struct vcpu *v, bool all, u64 mask_va)
+/* The vCPUs that a bitmap in guest memory names. False: Python has to see, or one of them is executing guest code. */
+static bool vcpus_of_mask(struct vcpu *v, u64 mask_va, u64 *vcpus)
 {
     struct domain *d = v->domain_address;
-    if (!all && !mask_va)
-        return 1;
-    if (d->contexts != 1)
-        return -1;
-    if (all)
-        return 1;
-    u64 at = translate(v, mask_va, (d->vcpu_count + 7) / 8, READ);
+    unsigned size = (d->vcpu_count + 7) / 8;
+    u64 at = translate(v, mask_va, size, READ);
+    *vcpus = 0;
     if (at == NOWHERE)
-        return -1;
-    return ((u8 *)words(d))[at + (v->vcpu_id >> 3)] >> (v->vcpu_id & 7) & 1;
+        return false;
+    fetch(vcpus, (u8 *)words(d) + at, size);
+    return !others_in_guest(v, *vcpus);
+}
+
+/* None of these vCPUs, of which no other executes guest code, uses translations that it has (of one page, unless `all`). */
+static void flush(struct vcpu *v, u64 vcpus, bool all, u64 va)
+{
+    flush_others(v, vcpus);
+    if (!(vcpus >> v->vcpu_id & 1))
+        return;
+    if (all)
+        v->calls->flush_tlb(v->calls->context);
+    else
+        v->calls->flush_page(va, v->calls->context);
 }
 
 static i64 do_update_va_mapping(struct vcpu *v, u64 *a)
 {
     struct domain *d = v->domain_address;
-    u64 va = a[0], kind = a[2] & UVMF_FLUSHTYPE_MASK, target = a[2] & ~UVMF_FLUSHTYPE_MASK;
+    u64 va = a[0], kind = a[2] & UVMF_FLUSHTYPE_MASK, target = a[2] & ~UVMF_FLUSHTYPE_MASK, vcpus = 1ull << v->vcpu_id;
     u64 index = l1_entry_index(v, va);
-    bool flushes = kind == UVMF_TLB_FLUSH || kind == UVMF_INVLPG, all = target == UVMF_ALL;
-    if (index == NOWHERE || (flushes && flushes_here(v, all, target) < 0))
+    bool flushes = kind == UVMF_TLB_FLUSH || kind == UVMF_INVLPG, masked = flushes && target && target != UVMF_ALL;
+    if (target == UVMF_ALL)
+        vcpus = ALL_VCPUS;
+    if (index == NOWHERE || (masked && (d->contexts != 1 || !vcpus_of_mask(v, target, &vcpus)))
+        || (flushes && others_in_guest(v, vcpus)))
         return SLOW;
     u64 info = d->type_info_address[index >> 9];
     if ((info & TYPE_MASK) != TYPE_L1 || !(info & TYPE_COUNT) || d->owner_address[index >> 9] != d->domid)
         return SLOW;
     if (!modify_l1(v, index, a[1]))
         return SLOW;
-    int here = flushes ? flushes_here(v, all, target) : 0;
-    if (here < 0)
+    if (masked && !vcpus_of_mask(v, target, &vcpus))
         return -(i64)EFAULT; /* the bitmap was what this mapped */
-    if (here && kind == UVMF_TLB_FLUSH)
-        v->calls->flush_tlb(v->calls->context);
-    else if (here)
-        v->calls->flush_page(va, v->calls->context);
+    if (flushes)
+        flush(v, vcpus, kind == UVMF_TLB_FLUSH, va);
     return 0;
 }
 
@@ -517,7 +575,7 @@ static bool unpin(struct vcpu *v, u64 mfn)
 static bool extended_operation(struct vcpu *v, u32 command, u64 argument1, u64 argument2, bool *base_changed)
 {
     const struct engine_calls *calls = v->calls;
-    int here;
+    u64 vcpus;
     switch (command) {
     case MMUEXT_PIN_L1_TABLE ... MMUEXT_PIN_L4_TABLE:
         return pin(v, argument1, (command - MMUEXT_PIN_L1_TABLE + 1) * ONE_TYPE);
@@ -537,13 +595,9 @@ static bool extended_operation(struct vcpu *v, u32 command, u64 argument1, u64 a
         return true;
     case MMUEXT_TLB_FLUSH_MULTI:
     case MMUEXT_INVLPG_MULTI:
-        here = argument2 ? flushes_here(v, false, argument2) : -1;
-        if (here < 0)
+        if (!argument2 || !vcpus_of_mask(v, argument2, &vcpus))
             return false;
-        if (here && command == MMUEXT_TLB_FLUSH_MULTI)
-            calls->flush_tlb(calls->context);
-        else if (here)
-            calls->flush_page(argument1, calls->context);
+        flush(v, vcpus, command == MMUEXT_TLB_FLUSH_MULTI, argument1);
         return true;
     }
     return false;
@@ -558,9 +612,11 @@ static i64 do_mmuext_op(struct vcpu *v, u64 *a)
     if ((a[3] & 0xffffffff) != DOMID_SELF || count > BATCH || !done_before(v, a[2], a[1], &before))
         return SLOW;
     for (i = 0; i < count; i++) {
-        u64 at = translate(v, a[0] + 24 * i, 24, READ);
-        if (at == NOWHERE
-            || !extended_operation(v, load64(memory + at), load64(memory + at + 8), load64(memory + at + 16), &base_changed))
+        u64 at = translate(v, a[0] + 24 * i, 24, READ), operation[3];
+        if (at == NOWHERE || !may_go_on(v))
+            break;
+        fetch(operation, memory + at, sizeof operation);
+        if (!extended_operation(v, operation[0], operation[1], operation[2], &base_changed))
             break;
     }
     if (base_changed) {
@@ -629,10 +685,10 @@ static i64 do_multicall(struct vcpu *v, u64 *a)
         return SLOW;
     for (done = 0; done < calls; done++) {
         u64 va = a[0] + 64 * done, at = va & 7 ? NOWHERE : translate(v, va, 64, WRITE), entry[7], begun[7];
-        if (at == NOWHERE)
+        if (at == NOWHERE || !may_go_on(v))
             break;
-        __builtin_memcpy(entry, memory + at, 8);
-        __builtin_memcpy(entry + 1, memory + at + 16, 48);
+        fetch(entry, memory + at, 8);
+        fetch(entry + 1, memory + at + 16, 48);
         __builtin_memcpy(begun, entry, sizeof begun);
         i64 result = hypercall(v, begun[0], begun + 1);
         if (result == SLOW) {
@@ -753,7 +809,7 @@ static bool do_iret(struct vcpu *v)
     u8 *memory = (u8 *)words(v->domain_address);
     if (at == NOWHERE || v->nmi_masked || v->compatibility)
         return false;
-    __builtin_memcpy(frame, memory + at, sizeof frame);
+    fetch(frame, memory + at, sizeof frame);
     u64 rip = frame[4], cs = frame[5] & 0xffff, rflags = frame[6], ss = frame[8] & 0xffff;
     if (rflags & EFLAGS_TF || !is_canonical(rip) || !is_flat(v, cs | 3, ss | 3))
         return false;
@@ -797,7 +853,7 @@ static bool carry_out(struct vcpu *v, u64 index, u64 va)
     if (at == NOWHERE)
         return false;
     u8 code[15], *c = code, rex = 0, opcode, modrm;
-    __builtin_memcpy(code, (u8 *)words(v->domain_address) + at, 15);
+    fetch(code, (u8 *)words(v->domain_address) + at, 15);
     if (*c == 0xf0)
         c++;
     if ((*c & 0xf0) == 0x40)
@@ -958,8 +1014,11 @@ static int cpuid(struct vcpu *v)
 static bool general_protection(struct vcpu *v, u64 error_code)
 {
     u64 *rip = &v->calls->regs[RIP], at = translate(v, *rip, 1, READ);
-    const u8 *code = (u8 *)words(v->domain_address) + at;
-    if (error_code || !v->kernel_mode || !v->iopl || v->compatibility || at == NOWHERE || (*code != CLI && *code != STI))
+    u8 code;
+    if (error_code || !v->kernel_mode || !v->iopl || v->compatibility || at == NOWHERE)
+        return false;
+    fetch(&code, (u8 *)words(v->domain_address) + at, 1);
+    if (code != CLI && code != STI)
         return false;
     ++*rip;
     v->domain_address->trap_counts[COUNT_PRIVILEGED]++;
@@ -978,8 +1037,8 @@ static bool handle(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 
 /* --- the lock, and the way in ------------------------------------------------------------------------ */
 
-/* Another vCPU of the domain's holds it for a microsecond, Python for longer. */
-static bool try_lock(u32 *word)
+/* Another vCPU of the domain's holds it for a microsecond, most of the time; Python for longer. */
+bool try_lock(u32 *word)
 {
     for (int attempts = 0; attempts < 50; attempts++) {
         if (!__atomic_load_n(word, __ATOMIC_RELAXED) && !__atomic_exchange_n(word, 1, __ATOMIC_ACQUIRE))
@@ -989,13 +1048,30 @@ static bool try_lock(u32 *word)
     return false;
 }
 
+static void unlock(struct domain *d)
+{
+    __atomic_store_n(&d->lock_word, 0, __ATOMIC_RELEASE);
+}
+
 int sched_yield(void);
 
-/* For Python, which holds its own lock: only a trap handled here can be in the way, and none takes long. */
-void take_lock(u32 *word)
+/* For Python, which holds the domain's other lock: only a trap handled here can be in the way.  A batch may take
+   milliseconds, so this is to be called without the interpreter's lock, on which all other domains wait. */
+void wait_for_lock(u32 *word)
 {
     while (!try_lock(word))
         sched_yield();
+}
+
+/* Take the domain's lock. False: it is taken, or all is Python's. */
+static bool begin(struct domain *d)
+{
+    if (!try_lock(&d->lock_word))
+        return false;
+    if (!d->python_only) /* set under the lock */
+        return true;
+    unlock(d);
+    return false;
 }
 
 /* The end of what was handled: an event that is pending is delivered. */
@@ -1014,22 +1090,22 @@ static int finish(struct vcpu *v)
         v->flush_requested = false;
         v->calls->flush_tlb(v->calls->context);
     }
+    __atomic_store_n(&v->in_guest, answer == GO_ON, __ATOMIC_RELEASE);
     return answer;
-}
-
-static void unlock(struct domain *d)
-{
-    __atomic_store_n(&d->lock_word, 0, __ATOMIC_RELEASE);
 }
 
 int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
 {
     struct domain *d = v->domain_address;
-    if (vector == TRAP_CPUID && v->calls && !v->compatibility)
+    if (vector == TRAP_CPUID && v->calls && !v->compatibility && d->contexts == 1)
         return cpuid(v);
-    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF && vector != VECTOR_GP) || !v->calls || d->python_only || !v->native_budget
-        || (v->new_space && v->native_budget != UNLIMITED) || !try_lock(&d->lock_word))
+    if ((vector != TRAP_SYSCALL && vector != VECTOR_PF && vector != VECTOR_GP) || !v->calls || !v->native_budget
+        || (v->new_space && v->native_budget != UNLIMITED))
         return NOT_HANDLED;
+    __atomic_store_n(&v->in_guest, false, __ATOMIC_RELEASE); /* as Python's handler, which gets what is not handled */
+    if (!begin(d))
+        return NOT_HANDLED;
+    v->work_left = WORK;
     int answer = NOT_HANDLED;
     if (handle(v, vector, error_code, address)) {
         v->native_budget -= v->native_budget != UNLIMITED;
@@ -1053,11 +1129,12 @@ static void set_pending(struct vcpu *v, u32 port)
         info[UPCALL_PENDING] = 1;
 }
 
-/* The singleshot timer, which the guest has set to `deadline`, is due: time.VcpuTimers.set_singleshot_late. */
+/* The singleshot timer, which the guest has set to `deadline`, is due: time.VcpuTimers.set_singleshot_late.  What is not
+   handled may go on in the guest without a look at flushes, so `in_guest` stays set until then. */
 int handle_timer(struct vcpu *v, u64 deadline)
 {
     struct domain *d = v->domain_address;
-    if (!v->calls || d->python_only || !try_lock(&d->lock_word))
+    if (!v->calls || !begin(d))
         return NOT_HANDLED;
     u64 interval = deadline - v->timer_deadline;
     v->timer_deadline = deadline;

@@ -29,6 +29,7 @@ _DOMAIN_POINTERS = {
     "type_info_address": "u64 *{}",
     "count_info_address": "u64 *{}",
     "stamp_address": "u32 *{}",
+    "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
 }
 _VCPU_POINTERS = {**flat.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
@@ -72,6 +73,8 @@ def declarations() -> str:
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
             native.define(errno, "EFAULT"),
+            native.define(domain, "MAX_VCPUS"),
+            "struct vcpu;\n",
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
             native.declare("engine_calls", flat.EngineCalls, flat.CALLS_IN_C),
             native.declare("vcpu", domain.VcpuFields, _VCPU_POINTERS),
@@ -113,6 +116,12 @@ def lock_taker() -> Callable[[int], None] | None:
     library = _library()
     if library is None:
         return None
-    take: Callable[[int], None] = library["take_lock"]
-    take.argtypes, take.restype = (ctypes.c_uint64,), None  # type: ignore[attr-defined]
+    try_lock = library["try_lock"]
+    try_lock.argtypes, try_lock.restype = (ctypes.c_uint64,), ctypes.c_bool
+    wait = ctypes.CFUNCTYPE(None, ctypes.c_uint64)(native.function_address(library["wait_for_lock"]))
+
+    def take(word: int) -> None:
+        if not try_lock(word):
+            wait(word)  # gives up the interpreter's lock
+
     return take

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from ctypes import c_int, c_uint32, c_uint64
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,12 +14,15 @@ from hypothesis import strategies as st
 
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
+    PAGE_SHIFT,
     PTE_A,
     PTE_NX,
     PTE_P,
     PTE_RW,
     RAX,
     RBX,
+    RCX,
+    RDI,
     RIP,
     VECTOR_PF,
     VECTOR_UD,
@@ -25,11 +30,12 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.flat import GO_ON, LEAVE, LOOK, NOT_HANDLED, UNLIMITED, ModeFields
 from xenolith.machine.engines.kvm import fast_path, native_run
 from xenolith.machine.engines.kvm.changes import KEPT, Changes
+from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.kvm.native_run import KvmFields
 from xenolith.machine.engines.protocol import TRAP_NOTHING
 
-from .bare import CODE, Machine
+from .bare import CODE, DATA, TABLE, Machine, in_thread, run_to_trap
 from .test_fast_path import FLAT, KERNEL, KERNEL_GS, KERNEL_SP, SET_TIMER, Guest, set_timer
 from .test_kicks import kicking
 
@@ -225,6 +231,59 @@ def test_a_timer_that_is_due_takes_no_python(machine: Machine, loop: str) -> Non
     assert (seen, modes.timers, modes.calls) == ([], [], [])
     assert modes.kernel_mode
     assert KERNEL + 19 <= guest.cpu.regs[RIP] <= KERNEL + 23
+
+
+# again: mov [rax], rax (it faults); cmp [rdi], rbx; jne wrong; dec rcx; jnz again; ud2; wrong: ud2
+USE = "48 89 00 48 39 1f 75 07 48 ff c9 75 f3 0f 0b 0f 0b"
+TURNS = 2000
+
+
+@pytest.mark.parametrize("handlers", ["native", "python"])
+def test_two_vcpus_change_and_use_one_page_table_at_once(machine: Machine, handlers: str) -> None:
+    """Each fault maps another page at an address of the vCPU's own; the next instruction has to find that one."""
+    if handlers == "native" and native_run.library() is None:
+        pytest.skip("no native code here")
+    for page in range(64):
+        machine.set_word(1000 + page, page=page)
+    machine.write_code(USE)
+    lock = threading.Lock()  # the domain's
+    cpus = [machine.cpu(number) for number in range(2)]
+    kept: list[NativeModes] = []
+    handled = [0, 0]
+
+    def mover(number: int, cpu: KvmCpu) -> Handler:
+        va = DATA + (100 + number) * 0x1000
+        index = machine.entry(va)
+        cpu.regs[RAX], cpu.regs[RCX], cpu.regs[RDI] = UNMAPPED, TURNS, va
+        cpu.regs[RIP] = CODE
+
+        def move(vector: int, _error_code: int, _address: int) -> int:
+            if vector != VECTOR_PF:
+                return LEAVE
+            with lock:
+                page = handled[number] * 7 % 32 + 32 * number
+                machine.change_entry(index, machine.data[page] << PAGE_SHIFT | TABLE)
+                cpu.flush_page(va)
+                handled[number] += 1
+            cpu.regs[RBX] = 1000 + page
+            cpu.regs[RIP] += 3
+            return GO_ON
+
+        return move
+
+    threads = []
+    for number, cpu in enumerate(cpus):
+        move = mover(number, cpu)
+        if handlers == "native":
+            kept.append(NativeModes(move))
+            cpu.follow(kept[-1])
+            threads.append(in_thread(partial(run_to_trap, cpu)))
+        else:
+            threads.append(in_thread(partial(cpu.run, lambda *trap, move=move: move(*trap) == GO_ON)))
+    for thread in threads:
+        thread.join(60)
+    assert handled == [TURNS, TURNS]
+    assert [cpu.regs[RIP] - CODE for cpu in cpus] == [len(bytes.fromhex(USE)) - 4] * 2
 
 
 # --- what is noted of changed entries ------------------------------------------------------------------

@@ -369,8 +369,7 @@ class KvmCpu(Cpu):
             self._fast_path.follow(modes)
         handler = modes.native_handler if modes is not None and self._native is not None else 0
         self._shared.handler = handler
-        # ring0.c does not know yet what other threads of the domain may be doing.
-        self._shared.vcpu = modes.address if modes is not None and handler and len(self._engine.cpus) == 1 else 0
+        self._shared.vcpu = modes.address if modes is not None and handler else 0
 
     def _info_moved(self) -> None:
         """An entry of the area changed, which this vCPU alone uses: have KVM drop all it knows of its table."""
