@@ -53,7 +53,8 @@ class KvmEngine(Engine):
         self.memory = memory
         self.traits = traits
         self.xcr0_mask = traits.xcr0
-        self.caches_tables = traits.shadows_page_tables
+        # A shadow does; and a processor that walks the guest's tables has paging-structure caches (SDM vol. 3, 4.10.3).
+        self.caches_tables = True
         self.changes = Changes(memory.frames)
         self.cpus: dict[int, KvmCpu] = {}
         self._cpuid: CpuidTable | None = None
@@ -166,7 +167,7 @@ class KvmEngine(Engine):
         It may stay in force until the next flush, as on any processor.  Entry 0 stands for its whole table: report
         it when a frame stops being a page table.
         """
-        if self.caches_tables:
+        if self.traits.shadows_page_tables:
             self.changes.note(index, old, new)
 
     def has_view(self, l4_mfn: int, view: int) -> bool:
