@@ -89,7 +89,7 @@ def test_a_shell_on_a_terminal_until_the_guest_powers_off(terminal: Terminal) ->
     assert terminal.raw
     terminal.type(b"echo $((6 * 7))\r")
     terminal.expect(b"42")
-    # By a process group of its own: the shell itself, before it has handed the terminal over, would ignore the next key.
+    # By a process group of its own: the shell, before it has handed the terminal over, would ignore the next key.
     terminal.type(b"sh -c 'echo; echo sleeping; sleep 1000'\r")
     terminal.expect(b"\nsleeping")
     terminal.type(b"\x03")  # the guest's Ctrl-C, not ours

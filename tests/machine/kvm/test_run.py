@@ -286,6 +286,16 @@ def test_two_vcpus_change_and_use_one_page_table_at_once(machine: Machine, handl
     assert [cpu.regs[RIP] - CODE for cpu in cpus] == [len(bytes.fromhex(USE)) - 4] * 2
 
 
+@given(st.integers(1, 10**17), st.integers(1, 10**8), st.sampled_from((1_000_000, 3_333_333, 4_000_000)))
+def test_an_alarm_that_waits_for_the_hosts_tick_is_late_by_less_than_one(now: int, left: int, tick: int) -> None:
+    library = native_run.library()
+    if library is None:
+        pytest.skip("no native code here")
+    later = library.until_host_tick(now, left, tick)
+    assert left <= later < left + tick
+    assert (now + later) % tick == 0
+
+
 # --- what is noted of changed entries ------------------------------------------------------------------
 
 ENTRIES = {"lose": (PTE_P | PTE_RW, PTE_P), "gain": (PTE_P, PTE_P | PTE_NX), "nothing": (PTE_P, PTE_P | PTE_A)}

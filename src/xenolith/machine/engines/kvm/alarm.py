@@ -6,12 +6,18 @@ It needs no thread of its own, which would have to wake, take Python's lock and 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import re
 import threading
+import time
 from struct import Struct
 from typing import Final
 
 _CLOCK_MONOTONIC: Final = 1
+_CLOCK_MONOTONIC_COARSE: Final = 6
+LONGEST_HOST_TICK: Final = 4_000_000  # ns for which a guest's tick may wait for it
+ALIGNED_SINCE: Final = 6, 4  # the Linux whose ticks come at multiples of their length
 _SIGEV_THREAD_ID: Final = 4
 _SIGEVENT: Final = Struct("<qiii44x")  # value, signal, how to notify, thread
 _ITIMERSPEC: Final = Struct("<4q")  # interval and time, each in s and ns
@@ -20,6 +26,16 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.timer_create.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p))
 _libc.timer_settime.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _libc.timer_delete.argtypes = (ctypes.c_void_p,)
+
+
+@functools.cache
+def host_tick_ns() -> int:
+    """The length of this host's own tick, which comes at multiples of it on CLOCK_MONOTONIC; 0: not known, or long."""
+    version = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if version is None or (int(version[1]), int(version[2])) < ALIGNED_SINCE:
+        return 0
+    length = round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
+    return length if length <= LONGEST_HOST_TICK else 0
 
 
 class Alarm:

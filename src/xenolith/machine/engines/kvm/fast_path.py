@@ -46,6 +46,7 @@ from xenolith.abi.x86 import (
     is_canonical,
 )
 from xenolith.machine.engines.kvm import area
+from xenolith.machine.engines.kvm.alarm import host_tick_ns
 from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
@@ -450,6 +451,7 @@ class FastPath:
         """The alarm goes to another thread now, and has to be set anew."""
         self._shared.look = 0
         self._shared.alarm, self._shared.has_alarm = self._alarm.timer, True
+        self._shared.host_tick = host_tick_ns()
 
     @property
     def on(self) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import functools
 from collections.abc import Callable
-from ctypes import c_bool, c_int32, c_uint8, c_uint32, c_uint64
+from ctypes import c_bool, c_int32, c_int64, c_uint8, c_uint32, c_uint64
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Final
@@ -40,6 +40,9 @@ class KvmFields(ctypes.Structure):
     look: int  # when the alarm goes off
     alarm: int  # the timer, if there is one
     has_alarm: bool
+    host_tick: int  # ns, see alarm.host_tick_ns
+    syscalls: int  # as of when the alarm was last set
+    quiet: int  # how often it was set since the last system call
     error_code: int  # of a trap that is Python's
     address: int
     vector: int
@@ -91,6 +94,8 @@ class KvmFields(ctypes.Structure):
         ("flush_stub", c_uint64),
         ("go_stub", c_uint64),
         ("alarm", c_uint64),
+        ("host_tick", c_uint64),
+        ("syscalls", c_uint64),
         ("signals", c_uint8 * 128),  # a sigset_t of the kick signal
         ("error_code", c_uint64),
         ("address", c_uint64),
@@ -99,6 +104,7 @@ class KvmFields(ctypes.Structure):
         ("pair_cs", c_uint32),
         ("pair_ss", c_uint32),
         ("vector", c_uint32),
+        ("quiet", c_uint32),
         ("fd", c_int32),
         ("number", c_uint32),  # of the vCPU
         ("kernel_start", c_uint8 * 5 * 2),  # of its code while the fast path is off, and on
@@ -201,6 +207,9 @@ class Library:
         run = library["run"]
         run.argtypes, run.restype = (c_uint64,), ctypes.c_int
         self.run: Callable[[int], int] = run
+        until = library["until_host_tick"]
+        until.argtypes, until.restype = (c_uint64, c_int64, c_uint64), c_int64
+        self.until_host_tick: Callable[[int, int, int], int] = until
         self.calls = {name: native.function_address(library[name]) for name in _CALLS}
 
 

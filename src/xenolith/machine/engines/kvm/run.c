@@ -5,6 +5,8 @@
 
 #define SYS_TIMER_SETTIME 223l
 #define FEW_SYSCALLS 8 /* from one tick to the next */
+#define QUIET 10       /* ticks without a system call: a program that computes */
+#define CLOCK_MONOTONIC 1
 #define IRET 23 /* hypercall number */
 #define PAGE (~0xfffull)
 #define SEGMENT_SIZE 24
@@ -18,6 +20,7 @@ int *__errno_location(void);
 int sigtimedwait(const void *set, void *info, const i64 *timeout);
 long syscall(long number, ...); /* a plain reference to timer_settime is one to its oldest version */
 int ioctl(int fd, unsigned long request, ...);
+int clock_gettime(int clock, i64 *time);
 
 static u64 *run_words(struct kvm_cpu *k, unsigned offset)
 {
@@ -136,6 +139,30 @@ static void turn(struct kvm_cpu *k, bool on)
     k->list[GATE_OUT_RIP] = on ? k->gate_rips[1] : 0;
 }
 
+/* `left` ns, or more by less than a host's tick: until one of those. */
+i64 until_host_tick(u64 now, i64 left, u64 tick)
+{
+    u64 past = (now + left) % tick;
+    return past ? left + (i64)(tick - past) : left;
+}
+
+/* Set the alarm for the next tick of the guest's. */
+static bool set_alarm(struct kvm_cpu *k, struct vcpu *v)
+{
+    i64 left = v->timer_look - v->now(), time[2];
+    k->quiet = v->untrapped_syscalls == k->syscalls ? k->quiet + 1 : 0;
+    k->syscalls = v->untrapped_syscalls;
+    if (left < 1)
+        left = 1;
+    else if (k->quiet > QUIET && k->host_tick && !clock_gettime(CLOCK_MONOTONIC, time))
+        left = until_host_tick(time[0] * 1000000000 + time[1], left, k->host_tick);
+    struct itimerspec alarm = {{0, 0}, {left / 1000000000, left % 1000000000}};
+    if (syscall(SYS_TIMER_SETTIME, k->alarm, 0l, &alarm, NULL))
+        return false;
+    k->look = v->timer_look;
+    return true;
+}
+
 /* Before the guest runs. False: Python has to see. */
 static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
 {
@@ -165,17 +192,8 @@ static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
         k->pair_ss = k->regs[SS] & 0xffff;
     }
     if (v->timer_look && v->timer_look != k->look) {
-        if (!k->has_alarm || !v->now)
+        if (!k->has_alarm || !v->now || !set_alarm(k, v))
             return false;
-        i64 left = v->timer_look - v->now();
-        struct itimerspec alarm = {{0, 0}, {0, 1}};
-        if (left > 0) {
-            alarm.value[0] = left / 1000000000;
-            alarm.value[1] = left % 1000000000;
-        }
-        if (syscall(SYS_TIMER_SETTIME, k->alarm, 0l, &alarm, NULL))
-            return false;
-        k->look = v->timer_look;
     }
     bool known = false;
     for (unsigned i = 0; i < FLAT_PAIRS; i++)
