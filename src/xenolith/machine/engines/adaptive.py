@@ -91,7 +91,7 @@ KVM_WINDOW: Final = 12  # ... or so many on KVM, where each costs fifty times as
 DECODED: Final = 256  # instructions kept decoded
 PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
-START_NS: Final = 3_000_000  # CPU time on Unicorn after a new address space: a program may start
+START_NS: Final = 5_000_000  # CPU time, but for translation, on Unicorn after a new address space: a program may start
 ASKED_NS: Final = 300_000  # likewise after the first CPUID in that time
 
 # Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
@@ -195,7 +195,7 @@ class AdaptiveCpu:
         self._since_need = AFTER_NEED  # traps on Unicorn since only Unicorn would do
         self._traps = 0
         self._window_start = 0
-        self._start_ends = 0  # until this CPU time the vCPU stays on Unicorn, because a program may start
+        self._start_ends = 0  # until this time (`_time`) the vCPU stays on Unicorn, because a program may start
         self._held = 0  # windows for which it has stayed on KVM for its vector registers' sake
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
@@ -302,7 +302,7 @@ class AdaptiveCpu:
         def on_unicorn(vector: int, error_code: int, address: int) -> bool:
             if vector == TRAP_CPUID:
                 self._answer_cpuid()
-                self._start_ends = min(self._start_ends, time.thread_time_ns() + ASKED_NS)
+                self._start_ends = min(self._start_ends, self._time() + ASKED_NS)
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
                 instruction = self._instruction()
@@ -499,9 +499,9 @@ class AdaptiveCpu:
         """Ask the policy, once a window of traps or of time."""
         here = self._active
         if self._modes is not None and self._modes.new_space:
-            self._start_ends = time.thread_time_ns() + START_NS
+            self._start_ends = self._time() + START_NS
         if self._start_ends:
-            if time.thread_time_ns() >= self._start_ends:
+            if self._time() >= self._start_ends:
                 self._start_ends = 0
             self._start_window()
             return self._unicorn if self._start_ends else here
@@ -523,6 +523,10 @@ class AdaptiveCpu:
         if self._held <= PATIENT_WINDOWS and extended.in_use(self._kvm.extended_image(), self._components):
             return here
         return self._unicorn
+
+    def _time(self) -> int:
+        """CPU time of this thread, ns, but for what Unicorn needed to translate."""
+        return time.thread_time_ns() - self._unicorn.translation_ns
 
     def _grant(self, traps: int) -> None:
         if self._modes is not None:
