@@ -169,8 +169,9 @@ def test_a_sleeper_that_wakes_does_not_wait_for_the_end_of_a_quantum(make: MakeM
         while True:
             yield machine.compute(MS)
 
-    machine.run(sleeper, sleeps())
+    # In this order: a domain that starts just when a sleeper wakes has had no more of the CPU, and gets its quantum.
     machine.run(busy, computes_for_ever())
+    machine.run(sleeper, sleeps())
     assert ended.wait(DEADLINE)
     assert sleeper.shutdown_reason == 0
     assert len(late) == 10
