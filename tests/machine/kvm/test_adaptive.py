@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import pack, unpack
 
 import pytest
@@ -70,6 +70,24 @@ class AdaptiveMachine(Machine):
         cpu.request_move(engine)
         cpu.regs[RIP] = CODE + offset
         return self.go_on(cpu)
+
+    def engines(
+        self, cpu: AdaptiveCpu, code: str, count: int, meanwhile: Callable[[int], None] = lambda _: None
+    ) -> list[str]:
+        """Where each of `count` traps of this code finds the vCPU; `meanwhile` gets each one's number, from 1 on."""
+        self.write_code(code)
+        cpu.code_written(self.code)
+        cpu.regs[RIP] = CODE
+        seen: list[str] = []
+
+        def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
+            seen.append(cpu.running_on)
+            meanwhile(len(seen))
+            return len(seen) < count
+
+        while len(seen) < count:
+            cpu.run(on_trap)
+        return seen
 
     def go_on(self, cpu: AdaptiveCpu) -> tuple[int, int, int]:
         traps: list[tuple[int, int, int]] = []
@@ -373,18 +391,7 @@ def test_the_task_switched_flag_is_honoured_on_every_host(machine: AdaptiveMachi
 def test_a_vcpu_returns_to_kvm_when_nothing_needs_unicorn_any_more(machine: AdaptiveMachine) -> None:
     cpu = machine.adaptive_cpu()
     cpu.policy = POLICY_KVM
-    machine.write_code("0f 05 eb fc")
-    cpu.code_written(machine.code)
-    cpu.regs[RIP] = CODE
-    seen: list[str] = []
-
-    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
-        seen.append(cpu.running_on)
-        cpu.set_task_switched(len(seen) < 10)
-        return len(seen) < 200
-
-    while len(seen) < 200:
-        cpu.run(on_trap)
+    seen = machine.engines(cpu, "0f 05 eb fc", 200, lambda number: cpu.set_task_switched(number < 10))
     assert seen[5] == ("kvm" if machine.engine.kvm.traits.traps_task_switched else "unicorn")
     assert seen[-1] == "kvm"
 
@@ -401,17 +408,7 @@ def test_a_kernel_that_boots_is_not_kept_on_kvm_and_one_with_a_program_is(
     modes.user_l4 = machine.l4 if program else 0
     cpu.follow(modes)
     cpu.request_move("kvm")
-    machine.write_code("0f 05 eb fc")
-    cpu.code_written(machine.code)
-    cpu.regs[RIP] = CODE
-    seen: list[str] = []
-
-    def on_trap(_vector: int, _error_code: int, _address: int) -> bool:
-        seen.append(cpu.running_on)
-        return len(seen) < 2000
-
-    while len(seen) < 2000:
-        cpu.run(on_trap)
+    seen = machine.engines(cpu, "0f 05 eb fc", 2000)
     assert (seen[0], seen[-1]) == ("kvm", ends_on)
 
 

@@ -302,7 +302,8 @@ class AdaptiveCpu:
         def on_unicorn(vector: int, error_code: int, address: int) -> bool:
             if vector == TRAP_CPUID:
                 self._answer_cpuid()
-                self._start_ends = min(self._start_ends, self._time() + ASKED_NS)
+                if self._start_ends:
+                    self._start_ends = min(self._start_ends, self._time() + ASKED_NS)
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
                 instruction = self._instruction()

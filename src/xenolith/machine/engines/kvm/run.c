@@ -319,12 +319,8 @@ static bool divert_to_stubs(struct kvm_cpu *k)
             while (found.entry_count)
                 *list++ = k->alias + (found.entries[--found.entry_count] << 3);
         }
-    }
-    if (!k->shadows) {
-        if (first)
-            *list++ = k->flush_stub;
-        else
-            first = k->flush_stub;
+    } else {
+        first = k->flush_stub;
         *list++ = *run_words(k, RUN_SREGS + SREGS_CR3);
     }
     k->flush = false;
@@ -419,8 +415,8 @@ static int tick(struct kvm_cpu *k, struct vcpu *v)
     u64 rip = *run_words(k, RUN_REGS + 128), deadline = k->data ? k->data[TIMER] : 0;
     u16 selector;
     __builtin_memcpy(&selector, k->run + RUN_SREGS + SREGS_CS + 12, 2);
-    if (*__errno_location() != EINTR || __atomic_load_n(&k->kicked, __ATOMIC_ACQUIRE) || !deadline || !k->on || !v->native_timer || !v->now
-        || v->now() < deadline)
+    if (*__errno_location() != EINTR || __atomic_load_n(&k->kicked, __ATOMIC_ACQUIRE) || !deadline || !k->on
+        || !v->native_timer || !v->now || v->now() < deadline)
         return NOT_HANDLED;
     if (v->native_budget != UNLIMITED && k->data[SWITCHES] > FEW_SYSCALLS)
         return NOT_HANDLED; /* who has given a budget may want the vCPU elsewhere */
