@@ -183,6 +183,7 @@ class Control:
             q[l2 << 9 | number] = l1 << 12 | WINDOW_TABLE
         for vcpu in domain.vcpus:
             descriptors.set_up_window(vcpu)
+            vcpu.shared_info = domain.shared_info
             vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
             vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
             vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1

@@ -17,7 +17,7 @@ from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from xenolith.abi import layout
-from xenolith.abi.hypercalls import NR_VIRQS, RUNSTATE_offline
+from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
 from xenolith.hypervisor import ring0
 from xenolith.hypervisor.console_io import EmergencyConsole
@@ -46,9 +46,6 @@ CPUID_ANSWERS: Final = 128  # kept for each vCPU; a guest may ask for any number
 class VcpuFields(ModeFields):
     """What of a vCPU native code shares (design decision 4); ModeFields has what engines see, too."""
 
-    event_callback: int
-    timer_deadline: int
-    timer_interval: int
     flush_requested: bool  # flush the TLB before executing guest code again
     in_guest: bool  # executing guest code, or about to: set under the domain's lock only
     nmi_pending: bool
@@ -66,10 +63,6 @@ class VcpuFields(ModeFields):
     _fields_: ClassVar[Fields] = (
         ("domain_address", c_uint64),
         ("calls", c_uint64),  # address of the EngineCalls of the Cpu that it is loaded on, 0: its traps are Python's
-        ("event_callback", c_uint64),
-        ("timer_deadline", c_uint64),  # of the singleshot timer, as it was last set, ns since boot
-        ("timer_interval", c_uint64),  # from the one before, modulo 2**64
-        ("virq_port", c_uint32 * NR_VIRQS),  # 0: not bound
         ("trap_address", c_uint64 * 256),
         ("trap_flags", c_uint8 * 256),
         ("iopl", c_uint32),
@@ -155,6 +148,11 @@ class Vcpu(VcpuFields):
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
 
     @property
+    def timer_port(self) -> int:
+        """Event channel of VIRQ_TIMER, 0: not bound."""
+        return int(self.virq_port[VIRQ_TIMER])
+
+    @property
     def syscalls(self) -> int:
         """System calls of its domain's programs so far."""
         return int(self.domain.trap_counts[COUNT_SYSCALL_BOUNCE]) + self.untrapped_syscalls
@@ -189,6 +187,13 @@ class Vcpu(VcpuFields):
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""
         self.untrapped_syscalls += count
+
+    def count_ticks(self, count: int, length: int) -> None:
+        """So many events of the singleshot timer, `length` ns apart, were delivered without a trap."""
+        self.untrapped_ticks += count
+        self.timer_deadline += count * length
+        if self.timer_look:
+            self.timer_look += count * length
 
     def restart_hypercall(self, number: int, *arguments: int) -> int:
         """Let the guest make this hypercall again with these arguments, so that nothing else has to wait for it.

@@ -57,11 +57,12 @@ class Counters:
 
 def counters(domain: Domain) -> Counters:
     """A snapshot, the largest counts first."""
-    traps = list(domain.trap_counts)
-    traps[COUNT_SYSCALL_UNTRAPPED] = sum(vcpu.untrapped_syscalls for vcpu in domain.vcpus)
+    counts = list(domain.trap_counts)
+    counts[COUNT_SYSCALL_UNTRAPPED] = sum(vcpu.untrapped_syscalls for vcpu in domain.vcpus)
+    counts[traps.COUNT_UPCALL] += sum(vcpu.untrapped_ticks for vcpu in domain.vcpus)
     return Counters(
         domain.cpu_time,
-        _by_name(traps, TRAP_NAMES, "trap"),
+        _by_name(counts, TRAP_NAMES, "trap"),
         _by_name(list(domain.hypercall_counts), HYPERCALL_NAMES, "hypercall"),
     )
 

@@ -42,7 +42,7 @@ KERNEL = CODE + 0x800  # the guest kernel's code
 USER_GS, KERNEL_GS = DATA + 0x100, DATA + 0x200
 FLAT = (FLAT_RING3_CS64, FLAT_RING3_SS64)
 R12 = 12
-INFO_PAGE, KERNEL_STACK_PAGE = 10, 11
+INFO_PAGE, KERNEL_STACK_PAGE, SHARED_PAGE = 10, 11, 12
 KERNEL_SP = DATA + (KERNEL_STACK_PAGE + 1) * 0x1000
 
 # inc qword [counter]; pop rcx; pop r11; push VGCF_in_syscall; push rcx; push r11; push rax; mov eax, iret; syscall
@@ -54,7 +54,11 @@ class Modes:
     kernel_l4: int
     user_l4: int
     info: int
+    shared_info: int
     vcpu_id: int = 0
+    event_callback: int = 0
+    timer_port: int = 0
+    ticks: int = 0  # delivered without a trap
     timer_look: int = 0
     timers: list[int] = field(default_factory=list)
     kernel_mode: bool = False
@@ -75,6 +79,9 @@ class Modes:
     def count_syscalls(self, count: int) -> None:
         self.syscalls += count
 
+    def count_ticks(self, count: int, length: int) -> None:
+        self.ticks += count
+
     def set_timer_late(self, deadline: int) -> None:
         self.timers.append(deadline)
 
@@ -92,7 +99,8 @@ class Guest:
         memory.page(self.kernel_l4)[:] = memory.page(machine.l4)
         memory.q[self.kernel_l4 << 9 | area.SLOT] = engine.area.kernel_l4_entry
         self.cpu: KvmCpu = machine.cpu()
-        self.modes = Modes(self.kernel_l4, machine.l4, machine.data[INFO_PAGE] << PAGE_SHIFT)
+        info, shared_info = (machine.data[page] << PAGE_SHIFT for page in (INFO_PAGE, SHARED_PAGE))
+        self.modes = Modes(self.kernel_l4, machine.l4, info, shared_info)
         self.cpu.follow(self.modes)
         self.cpu.regs[CS], self.cpu.regs[SS] = FLAT
         self.cpu.regs[GS_BASE] = USER_GS
@@ -142,20 +150,21 @@ def loop(count: int) -> str:
     return LOOP.format(count=count.to_bytes(4, "little").hex())
 
 
-@pytest.mark.parametrize("name", ["USER_CODE", "KERNEL_CODE", "GATE_IN", "GATE_OUT"])
+@pytest.mark.parametrize("name", ["USER_CODE", "KERNEL_CODE", "GATE_IN", "GATE_OUT", "GATE_TICK"])
 def test_the_listings_say_what_they_encode(name: str) -> None:
     codes = {
         "USER_CODE": fast_path._USER,
         "KERNEL_CODE": fast_path.kernel_code(0),
         "GATE_IN": fast_path.GATE_IN_CODE,
         "GATE_OUT": fast_path.GATE_OUT_CODE,
+        "GATE_TICK": fast_path.GATE_TICK_CODE,
     }
     listing = [line[32:] for line in getattr(fast_path, name).splitlines() if line[:1] == " "]
     formatter = Formatter(FormatterSyntax.NASM)
     instructions = list(Decoder(64, codes[name].code, ip=0))
     assert sum(instruction.len for instruction in instructions) == len(codes[name].code)
     mnemonics = [formatter.format_mnemonic(instruction) for instruction in instructions]
-    texts = [text.split()[0] for text in listing]
+    texts = [text.replace("lock ", "lock_").split()[0].replace("_", " ") for text in listing]
     assert [each for each in mnemonics if each != "nop"] == [each for each in texts if each != "nop"]
 
 

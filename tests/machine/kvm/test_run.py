@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xenolith.abi.hypercalls import VIRQ_TIMER
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     PAGE_SHIFT,
@@ -65,11 +66,18 @@ class NativeModes(ModeFields):
         self.native_handler = ctypes.cast(self._handler, ctypes.c_void_p).value or 0
 
     @property
+    def timer_port(self) -> int:
+        return int(self.virq_port[VIRQ_TIMER])
+
+    @property
     def syscalls(self) -> int:
         return self.untrapped_syscalls
 
     def count_syscalls(self, count: int) -> None:
         self.untrapped_syscalls += count
+
+    def count_ticks(self, count: int, length: int) -> None:
+        self.untrapped_ticks += count
 
     def set_timer_late(self, deadline: int) -> None:
         self.timers.append(deadline)

@@ -9,6 +9,7 @@ import ctypes
 from ctypes import c_bool, c_uint32, c_uint64
 from typing import ClassVar, Final
 
+from xenolith.abi.hypercalls import NR_VIRQS
 from xenolith.machine.native import Fields
 
 FLAT_PAIRS: Final = 8
@@ -20,6 +21,7 @@ GO_ON: Final = 1  # handled: go on in the guest
 NOT_HANDLED: Final = 2  # nothing was changed: it is Python's
 LOOK: Final = 3  # handled, but Python is to look for events: a TRAP_NOTHING
 
+
 class ModeFields(ctypes.Structure):
     """A vCPU, as far as an engine may know it: see protocol.GuestModes."""
 
@@ -29,9 +31,15 @@ class ModeFields(ctypes.Structure):
     kernel_ss: int
     other_gs_base: int  # of the mode it is not in: swapped on every mode switch
     syscall_callback: int
+    event_callback: int
+    shared_info: int  # machine address, bytes
     info: int  # machine address of its vcpu_info, bytes
     timer_look: int  # until then (ns since boot) an engine may keep a singleshot timer of that time to itself; 0: none
+    timer_deadline: int  # of the singleshot timer, as it was last set, ns since boot
+    timer_interval: int  # from the one before, modulo 2**64
+    virq_port: ctypes.Array[c_uint32]  # by VIRQ_*: its event channel, 0: not bound
     untrapped_syscalls: int  # system calls of its programs that were carried out without a trap
+    untrapped_ticks: int  # likewise, events of the singleshot timer
     vcpu_id: int
     kernel_mode: bool
     compatibility: bool  # runs on CS/SS that are not 64-bit flat
@@ -60,15 +68,21 @@ class ModeFields(ctypes.Structure):
         ("kernel_ss", c_uint64),
         ("other_gs_base", c_uint64),
         ("syscall_callback", c_uint64),
+        ("event_callback", c_uint64),
+        ("shared_info", c_uint64),
         ("info", c_uint64),
         ("timer_look", c_uint64),
+        ("timer_deadline", c_uint64),
+        ("timer_interval", c_uint64),
         ("untrapped_syscalls", c_uint64),
+        ("untrapped_ticks", c_uint64),
         ("native_handler", c_uint64),
         ("native_timer", c_uint64),
         ("native_budget", c_uint64),
         ("now", c_uint64),
         ("flat_pairs", c_uint32 * FLAT_PAIRS),  # cs << 16 | ss of selectors known to be 64-bit flat, 0: none
         ("vcpu_id", c_uint32),
+        ("virq_port", c_uint32 * NR_VIRQS),
         ("kernel_mode", c_bool),
         ("compatibility", c_bool),
         ("syscall_masks_events", c_bool),

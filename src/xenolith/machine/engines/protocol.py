@@ -75,6 +75,8 @@ class GuestModes(Protocol):
     kernel_ss: int
     other_gs_base: int
     syscall_callback: int
+    event_callback: int
+    shared_info: int
     syscall_masks_events: bool
     nmi_masked: bool
     compatibility: bool
@@ -87,6 +89,10 @@ class GuestModes(Protocol):
     new_space: bool
 
     @property
+    def timer_port(self) -> int:
+        """Event channel of VIRQ_TIMER, 0: not bound."""
+
+    @property
     def address(self) -> int:
         """Of its flat.ModeFields."""
 
@@ -96,6 +102,9 @@ class GuestModes(Protocol):
 
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""
+
+    def count_ticks(self, count: int, length: int) -> None:
+        """So many events of its singleshot timer, `length` ns apart, were delivered without a trap."""
 
     def set_timer_late(self, deadline: int) -> None:
         """The guest has set its singleshot timer some time ago. The Cpu makes a TRAP_NOTHING next, or `run` returns."""

@@ -31,19 +31,24 @@ KVM_GET_SREGS: Final = 0x8138AE83
 KVM_SET_SREGS: Final = 0x4138AE84
 KVM_SET_MSRS: Final = 0x4008AE89
 KVM_SET_SIGNAL_MASK: Final = 0x4004AE8B
+KVM_GET_LAPIC: Final = 0x8400AE8E
+KVM_SET_LAPIC: Final = 0x4400AE8F
 KVM_SET_CPUID2: Final = 0x4008AE90
+KVM_SET_MP_STATE: Final = 0x4004AE99
 KVM_GET_VCPU_EVENTS: Final = 0x8040AE9F
 KVM_SET_VCPU_EVENTS: Final = 0x4040AEA0
 KVM_GET_DEBUGREGS: Final = 0x8080AEA1
 KVM_SET_DEBUGREGS: Final = 0x4080AEA2
 KVM_SET_XSAVE: Final = 0x5000AEA5
 KVM_GET_XSAVE: Final = 0x9000AEA4
+KVM_ENABLE_CAP: Final = 0x4068AEA3
 KVM_SET_XCRS: Final = 0x4188AEA7
 
 KVM_API_VERSION: Final = 12
 KVM_CAP_NR_MEMSLOTS: Final = 10
 KVM_CAP_SYNC_REGS: Final = 74
 KVM_CAP_MAX_VCPUS: Final = 66
+KVM_CAP_SPLIT_IRQCHIP: Final = 121
 KVM_SYNC_X86_REGS: Final = 1
 KVM_SYNC_X86_SREGS: Final = 2
 KVM_SYNC_X86_EVENTS: Final = 4
@@ -99,6 +104,7 @@ SREGS_CR2: Final = 232
 SREGS_CR3: Final = 240
 SREGS_CR4: Final = 248
 SREGS_EFER: Final = 264
+SREGS_INTERRUPTS: Final = 280  # bitmap of vectors: one that waits for delivery
 SREGS_SIZE: Final = 312
 SEGMENT: Final = Struct("<QIHBBBBBBBBBx")  # base limit selector type present dpl db s l g avl unusable
 DTABLE: Final = Struct("<QH6x")  # base limit
@@ -115,9 +121,23 @@ VCPU_EVENTS_SIZE: Final = 64
 EVENTS_EXCEPTION_INJECTED: Final = 0
 EVENTS_EXCEPTION_VECTOR: Final = 1
 EVENTS_EXCEPTION_PENDING: Final = 3
+EVENTS_INTERRUPT_INJECTED: Final = 8
 DEBUGREGS: Final = Struct("<4QQQQ72x")  # db[4] dr6 dr7 flags
 XCRS: Final = Struct("<II" + "IIQ" * 16 + "128x")  # nr_xcrs flags {xcr reserved value}[16]
 XSAVE_SIZE: Final = 4096
+ENABLE_CAP: Final = Struct("<IIQ88x")  # cap flags args[0]
+IRQCHIP_ROUTES: Final = 24  # of an I/O APIC that user space would have
+
+# --- the local APIC (Intel SDM vol. 3, ch. 11): registers of struct kvm_lapic_state; KVM counts ns -------
+LAPIC_SIZE: Final = 1024
+LAPIC_SPURIOUS: Final = 0xF0
+LAPIC_TIMER: Final = 0x320
+LAPIC_INITIAL_COUNT: Final = 0x380
+LAPIC_CURRENT_COUNT: Final = 0x390
+LAPIC_DIVIDE: Final = 0x3E0
+LAPIC_ENABLED: Final = 0x1FF
+LAPIC_PERIODIC: Final = 1 << 17
+LAPIC_DIVIDE_BY_1: Final = 0xB
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ioctl_pointer = ctypes.CDLL(None, use_errno=True).ioctl

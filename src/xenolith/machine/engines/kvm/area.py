@@ -4,14 +4,14 @@ A guest runs at CPL 3, and the virtual processor delivers its traps as any x86-6
 IDT, to CPL 0, on the stack that the TSS names (Intel SDM vol. 3, ch. 6 and 7).  There each trap finds three bytes,
 `out vector, al` and `hlt`: the OUT makes KVM return to Python, which reads the frame from the stack.
 
-    +0x0000 IDT              32 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault [view]
+    +0x0000 IDT              33 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault [view]
     +0x1000 trap stubs       `out vector, al; hlt` for each
     +0x2000 GDT              CPL-0 code and data for the stubs, the flat CPL-3 pair
     +0x3000 syscall page     where LSTAR points; the only page that CPL 3 can reach (it may execute it)
     +0x4000 entry stubs      what runs at CPL 0 before a guest is entered, see EntryStubs
     +0x5000 gates            of the fast path, see fast_path [view]
     +0x10000 + n * 0x8000    TSS with I/O bitmap, trap stack and entry list of vCPU n, each on its own page; then
-                             the fast path's: code [view], data and vcpu_info
+                             the fast path's: code [view], data, vcpu_info and shared_info
     +0x40000000              on hosts that shadow page tables: all machine memory (supervisor, never executable)
 
 Everything but the syscall page and the fast path's is for CPL 0 alone.  The alias of machine memory is used by the
@@ -19,7 +19,7 @@ entry stubs only, and is left out on hosts whose processor walks the guest's tab
 share the processor's speculation, and nothing needs it.
 
 Where there is a fast path, the area has two views, by which L4 entry maps it: pages marked [view] differ, and the
-fast path's data and vcpu_info are in the guest kernel's view alone.
+fast path's data, vcpu_info and shared_info are in the guest kernel's view alone.
 """
 
 from __future__ import annotations
@@ -55,14 +55,18 @@ ENTRY_STUBS: Final = AREA + 0x4000
 GATES: Final = AREA + 0x5000
 PER_CPU: Final = AREA + 0x1_0000
 PER_CPU_SIZE: Final = 0x8000
-CPU_STACK, CPU_LIST, CPU_CODE, CPU_DATA, CPU_INFO = (page * PAGE_SIZE for page in range(1, 6))  # after the TSS
+CPU_STACK, CPU_LIST, CPU_CODE, CPU_DATA, CPU_INFO, CPU_SHARED = (
+    page * PAGE_SIZE for page in range(1, 7)
+)  # after the TSS
 ALIAS: Final = AREA + 0x4000_0000
 MAX_CPUS: Final = (0x20_0000 - 0x1_0000) // PER_CPU_SIZE
 
 # --- ports: how a stub says what happened ----------------------------------------------------------
 TRAP_VECTORS: Final = 32  # ports 0..31 are exception vectors
+VECTOR_TICK: Final = 32  # of the local timer
 PORT_ENTRY_DONE: Final = 0x40
 PORT_SYSCALL32: Final = 0x41
+PORT_TICK: Final = 0x42
 PORT_SYSCALL: Final = 0xFB  # the one port that CPL 3 may reach, where SYSCALL arrives at CPL 3; nothing real uses it
 
 # --- selectors and descriptors ---------------------------------------------------------------------
@@ -79,10 +83,10 @@ _DESCRIPTORS: Final = {
     USER_CODE64: 0x00AF_FB00_0000_FFFF,
 }
 GDT_LIMIT: Final = (USER_CODE64 | 7) & 0xFF
-IDT_LIMIT: Final = TRAP_VECTORS * 16 - 1
+IDT_LIMIT: Final = (VECTOR_TICK + 1) * 16 - 1
 _INTERRUPT_GATE: Final = 0x8E
 _GATES_FOR_CPL3: Final = (3, 4)
-GATE_SPACING: Final = 0x100  # from the user's gate to the kernel's, in their page
+GATE_SPACING: Final = 0x100  # from the user's gate to the kernel's, and to that for ticks, in their page
 USER_VIEW, KERNEL_VIEW = 0, 1
 
 # --- TSS -------------------------------------------------------------------------------------------
@@ -93,8 +97,9 @@ _IO_BITMAP_PORTS: Final = 256
 TSS_LIMIT: Final = _TSS_SIZE + _IO_BITMAP_PORTS // 8  # one byte of ones after the bitmap
 
 LIST_WORDS: Final = PAGE_SIZE // 8
-# The last words of the list are the gates': RIP behind the vCPU's own INT3s, and the tables to go to.
-GATE_IN_RIP, GATE_OUT_RIP, KERNEL_CR3, USER_CR3 = range(LIST_WORDS - 4, LIST_WORDS)
+# The last words of the list are the gates': RIP behind the vCPU's own INT3s, the tables to go to, where ticks go.
+GATE_IN_RIP, GATE_OUT_RIP, KERNEL_CR3, USER_CR3, TICK_CR3, TICK_RIP = range(LIST_WORDS - 6, LIST_WORDS)
+NO_CR3: Final = 1 << 62  # raises #GP
 FRAME_WORDS: Final = 6  # of a trap, from the top of the stack down: SS RSP RFLAGS CS RIP error code
 
 _TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
@@ -155,13 +160,14 @@ class CpuPages:
     """
 
     def __init__(
-        self, memory: MachineMemory, number: int, mfns: list[int], info_entry: memoryview, info_table: int
+        self, memory: MachineMemory, number: int, mfns: list[int], info_entries: memoryview, info_table: int
     ) -> None:
         tss_mfn, stack_mfn, list_mfn, *fast_path = mfns
         self.tss_va = PER_CPU + number * PER_CPU_SIZE
         self.list_va = self.tss_va + CPU_LIST
         self.code_va = self.tss_va + CPU_CODE
-        self._info_entry = info_entry
+        self.shared_va = self.tss_va + CPU_SHARED
+        self._info_entries = info_entries
         self.info_table = info_table  # MFN of the table it is in
         stack_top = self.tss_va + CPU_STACK + PAGE_SIZE
         end = (stack_mfn + 1) * ENTRIES
@@ -177,9 +183,11 @@ class CpuPages:
             self.user_code, self.kernel_code = memory.page(user_code), memory.page(kernel_code)
             self.data = memory.q[data * ENTRIES : (data + 1) * ENTRIES]
 
-    def map_info(self, mfn: int) -> bool:
-        """Map the frame with its vcpu_info for the fast path. True: another was mapped before."""
-        before, self._info_entry[0] = self._info_entry[0], mfn << PAGE_SHIFT | _KERNEL_DATA
+    def map_info(self, info_mfn: int, shared_mfn: int) -> bool:
+        """Map the frames with its vcpu_info and the shared_info for the fast path. True: others were mapped before."""
+        before = self._info_entries[0]
+        for index, mfn in enumerate((info_mfn, shared_mfn)):
+            self._info_entries[index] = mfn << PAGE_SHIFT | _KERNEL_DATA
         return before != 0
 
     def allow_syscall_port(self) -> None:
@@ -215,12 +223,13 @@ class HypervisorArea:
             self._kernel_l1 = l1
             self._map(IDT, idt, _SUPERVISOR | PTE_NX, view)
             if not gates:
-                self._write_idt(memory.page(idt), None)
+                self._write_idt(memory.page(idt), {})
             else:
                 page = next(mfns)
                 self._map(GATES, page, _SUPERVISOR, view)
                 memory.page(page)[:] = gates[view]
-                self._write_idt(memory.page(idt), GATES + view * GATE_SPACING)
+                ticks = {VECTOR_TICK: GATES + 2 * GATE_SPACING} if view == USER_VIEW else {}
+                self._write_idt(memory.page(idt), {VECTOR_BP: GATES + view * GATE_SPACING, **ticks})
             if alias:
                 self._map_alias(l3, aliases)
             l4_entries.append(l3 << PAGE_SHIFT | _TABLE)
@@ -229,8 +238,8 @@ class HypervisorArea:
             self._map(GDT, gdt, _SUPERVISOR | PTE_RW | PTE_NX, view)  # the processor sets descriptors' accessed bits
             self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | PTE_US, view)
             self._map(ENTRY_STUBS, entry, _SUPERVISOR, view)
-        for vector in range(TRAP_VECTORS):
-            memory.page(traps)[vector * _STUB_SIZE :][:3] = bytes((0xE6, vector)) + _HLT
+        for number, port in enumerate((*range(TRAP_VECTORS), PORT_TICK)):
+            memory.page(traps)[number * _STUB_SIZE :][:3] = bytes((0xE6, port)) + _HLT
         for selector, descriptor in _DESCRIPTORS.items():
             memory.q[(gdt << 9) + (selector >> 3)] = descriptor
         out = bytes((0xE6, PORT_SYSCALL)) + _HLT
@@ -258,7 +267,7 @@ class HypervisorArea:
             self._map(start + CPU_CODE, kernel_code, _SUPERVISOR | PTE_US, KERNEL_VIEW)
             self._map(start + CPU_DATA, data, _KERNEL_DATA, KERNEL_VIEW)
         index = start + CPU_INFO - AREA >> PAGE_SHIFT
-        return CpuPages(self._memory, number, mfns, self._l1s[-1][index : index + 1], self._kernel_l1)
+        return CpuPages(self._memory, number, mfns, self._l1s[-1][index : index + 2], self._kernel_l1)
 
     def release(self) -> None:
         """Give the frames back. Nothing may map them any more."""
@@ -276,10 +285,10 @@ class HypervisorArea:
                 if address < self._memory.size:
                     q[(l2 << 9) + slot] = address | _SUPERVISOR | PTE_RW | PTE_NX | PTE_PSE
 
-    def _write_idt(self, page: memoryview, gate: int | None) -> None:
-        """All vectors lead to their stubs, but #BP to this gate of the fast path if there is one."""
-        for vector in range(TRAP_VECTORS):
-            handler = gate if gate and vector == VECTOR_BP else TRAP_STUBS + vector * _STUB_SIZE
+    def _write_idt(self, page: memoryview, gates: dict[int, int]) -> None:
+        """All vectors lead to their stubs, but these to gates of the fast path."""
+        for vector in range(VECTOR_TICK + 1):
+            handler = gates.get(vector, TRAP_STUBS + vector * _STUB_SIZE)
             kind = _INTERRUPT_GATE | (3 << 5 if vector in _GATES_FOR_CPL3 else 0)
             entry = pack("<HHBBHII", handler & 0xFFFF, CODE0, 0, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
             page[vector * 16 : vector * 16 + 16] = entry

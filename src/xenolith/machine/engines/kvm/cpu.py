@@ -62,6 +62,7 @@ from xenolith.abi.x86 import (
     RCX,
     RFLAGS,
     RIP,
+    RSP,
     SEGMENT_BASE,
     SS,
     VECTOR_BP,
@@ -144,6 +145,7 @@ _RUN_EXIT_REASON: Final = api.RUN_EXIT_REASON // 4
 _RUN_DIRTY: Final = api.RUN_DIRTY_REGS // 8
 _RUN_PORT: Final = api.RUN_IO_PORT // 2
 
+_RUN_INTERRUPTS: Final = slice(api.RUN_SREGS + api.SREGS_INTERRUPTS, api.RUN_SREGS + api.SREGS_SIZE)
 _RUN_EVENTS: Final = slice(api.RUN_EVENTS, api.RUN_EVENTS + api.VCPU_EVENTS_SIZE)
 _RUN_GUEST: Final = slice(api.RUN_REGS, api.RUN_SREGS + api.SREGS_SIZE)
 _PAGE: Final = -0x1000 & (1 << 64) - 1
@@ -213,6 +215,9 @@ class KvmCpu(Cpu):
             self._syscall_page = self._pages.code_va
         shared.syscall_page = self._syscall_page
         self._set_up()
+        self._lapic = bytearray(api.LAPIC_SIZE)
+        if engine.has_ticks:
+            self._set_up_ticks()
 
     def _share(self, number: int) -> KvmFields:
         """The state that native code works on, too, and what ring 0 calls of it."""
@@ -378,24 +383,63 @@ class KvmCpu(Cpu):
         else:
             self._shared.flush = True
 
-    def _leave_fast_path(self, stopped_in_it: bool) -> bool:
+    def _leave_fast_path(self, stopped_in_it: bool) -> int | None:
         """The guest has stopped, its registers are in the register file: take over what the fast path did.
 
-        `stopped_in_it`: it was in its code.  True: the stop counts as a system call.
+        `stopped_in_it`: it was in its code.  The trap that the stop counts as: TRAP_SYSCALL, TRAP_NOTHING or None.
         """
         fast_path, run_q = self._fast_path, self._run_q
         assert fast_path is not None
         l4_mfn = run_q[_RUN_CR3] >> PAGE_SHIFT
-        syscall = False
+        trap = None
         if stopped_in_it:
-            l4_mfn, syscall = fast_path.roll_back(l4_mfn)
+            l4_mfn, trap = fast_path.roll_back(l4_mfn)
             self.regs[RFLAGS] = self.regs[RFLAGS] & ENTRY_FLAGS | ALWAYS_SET
             run_q[_RUN_CR3] = l4_mfn << PAGE_SHIFT
         kernel_mode = fast_path.leave(l4_mfn)
         if kernel_mode is not None:
             self._shared.l4_mfn = l4_mfn
             self._shared.user = not kernel_mode
-        return syscall
+        return trap
+
+    # --- ticks ----------------------------------------------------------------------------------------
+
+    def start_ticks(self, first: int, length: int) -> None:
+        """Let the local timer interrupt the guest in `first` ns and then every `length` ns, until the next exit.
+
+        Before `run`, where the engine `has_ticks`, with the vCPU in the modes in which the guest is entered.
+        """
+        fast_path, shared = self._fast_path, self._shared
+        assert fast_path is not None and shared.lapic
+        fast_path.start_ticks(first, length)
+        shared.ticking = True
+        self.set_timer(first, length)
+
+    def set_timer(self, first: int, length: int) -> None:
+        """The local timer, where the engine `has_ticks`: off if `first` is 0."""
+        for register, value in ((api.LAPIC_INITIAL_COUNT, length), (api.LAPIC_CURRENT_COUNT, first)):
+            pack_into("<I", self._lapic, register, value)
+        ioctl(self._fd, api.KVM_SET_LAPIC, self._lapic)
+
+    def _stop_ticks(self) -> None:
+        """The guest has stopped: no interrupt of the local timer may be left."""
+        assert self._fast_path is not None
+        self._shared.ticking = False
+        self.set_timer(0, 0)
+        self._run[_RUN_INTERRUPTS] = bytes(_RUN_INTERRUPTS.stop - _RUN_INTERRUPTS.start)
+        if self._run[_RUN_EVENTS][api.EVENTS_INTERRUPT_INJECTED]:
+            self._clear_events(api.EVENTS_INTERRUPT_INJECTED)
+        self._fast_path.stop_ticks()
+
+    def _tick(self, on_trap: TrapHandler) -> bool:
+        """The local timer has interrupted something that is not for the fast path; the registers are in the file."""
+        _, rip, selector, flags, rsp, _ = self._pages.frame
+        regs = self.regs
+        regs[RIP], regs[RSP], regs[RFLAGS] = rip, rsp, flags & ENTRY_FLAGS | ALWAYS_SET
+        if selector != self._hardware_cs:
+            self._code_segment_changed(selector)
+        trap = self._leave_fast_path(rip & _PAGE == self._syscall_page)
+        return on_trap(TRAP_NOTHING if trap is None else trap, 0, 0)
 
     # --- running ------------------------------------------------------------------------------------
 
@@ -444,6 +488,8 @@ class KvmCpu(Cpu):
                 self._divert_to_stubs()
             run_q[_RUN_DIRTY] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS
             status = native.run(shared_address) if native is not None and shared.vcpu else run_ioctl(fd, api.KVM_RUN, 0)
+            if shared.ticking:
+                self._stop_ticks()
             if status > native_run.RAN:
                 if status == native_run.TRAPPED:
                     more = on_trap(shared.vector, shared.error_code, shared.address)
@@ -484,8 +530,9 @@ class KvmCpu(Cpu):
                 error_code, rip, selector, regs[RFLAGS], rsp, _ = frame
                 regs[RIP] = rip
                 pack_first(file, 0, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi)
-                if fast_path is not None and self._leave_fast_path(rip & _PAGE == syscall_page):
-                    more = on_trap(TRAP_SYSCALL, 0, 0)
+                trap = None if fast_path is None else self._leave_fast_path(rip & _PAGE == syscall_page)
+                if trap is not None:
+                    more = on_trap(trap, 0, 0)
                 elif vector == VECTOR_PF:
                     more = on_trap(VECTOR_PF, error_code, run_q[_RUN_CR2])
                 else:
@@ -495,13 +542,16 @@ class KvmCpu(Cpu):
                 if vector == area.PORT_SYSCALL and run_q[_RUN_RIP] & _PAGE == syscall_page:
                     if self._cs is not _FLAT_CODE:
                         self._code_segment_changed(area.USER_CODE64)
+                    trap = TRAP_SYSCALL
                     if fast_path is None:
                         regs[RIP] = rcx
                         regs[RFLAGS] = run_q[_RUN_R8 + 3] & ENTRY_FLAGS | ALWAYS_SET
                     else:
                         regs[RIP] = run_q[_RUN_RIP]
-                        self._leave_fast_path(True)
-                    more = on_trap(TRAP_SYSCALL, 0, 0)
+                        trap = self._leave_fast_path(True) or TRAP_NOTHING
+                    more = on_trap(trap, 0, 0)
+                elif vector == area.PORT_TICK and not run[_RUN_CPL] & 3:
+                    more = self._tick(on_trap)
                 else:
                     if fast_path is not None:
                         self._leave_fast_path(False)
@@ -741,7 +791,7 @@ class KvmCpu(Cpu):
         else:
             self._forget_exception()  # of an instruction that counts as not executed
             self._read_registers()
-        if self._leave_fast_path(regs[RIP] & _PAGE == self._syscall_page):
+        if self._leave_fast_path(regs[RIP] & _PAGE == self._syscall_page) == TRAP_SYSCALL:
             regs[RIP] = regs[RIP] - 2 & _MASK64
         return True
 
@@ -774,9 +824,7 @@ class KvmCpu(Cpu):
 
     def _forget_exception(self) -> None:
         """Take back an exception that KVM holds queued."""
-        self._clear_events(
-            api.EVENTS_EXCEPTION_INJECTED, api.EVENTS_EXCEPTION_PENDING, api.EVENTS_EXCEPTION_VECTOR
-        )
+        self._clear_events(api.EVENTS_EXCEPTION_INJECTED, api.EVENTS_EXCEPTION_PENDING, api.EVENTS_EXCEPTION_VECTOR)
 
     def _clear_events(self, *offsets: int) -> None:
         """Clear these bytes of struct kvm_vcpu_events."""
@@ -936,11 +984,11 @@ class KvmCpu(Cpu):
             raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
         self._run[api.RUN_SREGS : api.RUN_SREGS + api.SREGS_SIZE] = sregs
         self._note_selectors()
-        self._run_q[api.RUN_VALID_REGS // 8] = (
-            api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS | api.KVM_SYNC_X86_EVENTS
-        )
+        self._run_q[api.RUN_VALID_REGS // 8] = api.KVM_SYNC_X86_REGS | api.KVM_SYNC_X86_SREGS | api.KVM_SYNC_X86_EVENTS
         # STAR: SYSCALL loads CS and SS from bits 47..32; SYSRET is never executed.
-        flags_cleared = EFLAGS_TF | EFLAGS_IF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
+        flags_cleared = EFLAGS_TF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
+        if self._fast_path is None:  # which is at CPL 3 and cannot set it again: the local timer would stay silent
+            flags_cleared |= EFLAGS_IF
         entries = (
             (MSR_STAR, area.CODE0 << 32 | area.USER_CODE32 << 48),
             (_MSR_LSTAR, self._syscall_page),
@@ -951,6 +999,20 @@ class KvmCpu(Cpu):
         table += b"".join(api.MSR_ENTRY.pack(index, 0, value) for index, value in entries)
         if ioctl(self._fd, api.KVM_SET_MSRS, bytearray(table)) != len(entries):
             raise EngineError("KVM refuses the system-call registers of a 64-bit guest")
+
+    def _set_up_ticks(self) -> None:
+        """Bring the local APIC into the state in which `start_ticks` needs to set but times."""
+        fd, lapic = self._fd, self._lapic
+        ioctl(fd, api.KVM_SET_MP_STATE, bytearray(4))  # runs: only vCPU 0 does by itself
+        ioctl(fd, api.KVM_GET_LAPIC, lapic)
+        for register, value in (
+            (api.LAPIC_SPURIOUS, api.LAPIC_ENABLED),
+            (api.LAPIC_TIMER, api.LAPIC_PERIODIC | area.VECTOR_TICK),
+            (api.LAPIC_DIVIDE, api.LAPIC_DIVIDE_BY_1),
+        ):
+            pack_into("<I", lapic, register, value)
+        self.set_timer(0, 0)
+        self._shared.lapic = buffer_address(lapic)
 
     def _load_debug(self) -> None:
         db0, db1, db2, db3, _, _, dr6, dr7 = self._debug

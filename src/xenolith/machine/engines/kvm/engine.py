@@ -62,6 +62,7 @@ class KvmEngine(Engine):
         self._vm = -1
         try:
             self._open_vm()
+            self.has_ticks = traits.ticks and fast_path and self._has_local_timers()
         except OSError as error:
             self.close()
             raise EngineError(f"/dev/kvm cannot make a virtual machine: {error.strerror}") from error
@@ -86,6 +87,14 @@ class KvmEngine(Engine):
             api.KVM_SET_USER_MEMORY_REGION,
             bytearray(api.MEMORY_REGION.pack(0, 0, 0, size, self.memory.address)),
         )
+
+    def _has_local_timers(self) -> bool:
+        """Give every vCPU to come a local APIC, if KVM can do that without other interrupt controllers."""
+        if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SPLIT_IRQCHIP):
+            return False
+        request = api.ENABLE_CAP.pack(api.KVM_CAP_SPLIT_IRQCHIP, 0, api.IRQCHIP_ROUTES)
+        ioctl(self._vm, api.KVM_ENABLE_CAP, bytearray(request))
+        return True
 
     # --- what the processor is --------------------------------------------------------------------------
 

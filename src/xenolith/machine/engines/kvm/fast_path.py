@@ -14,8 +14,13 @@ write, at any time.  The gates lead to nothing but the vCPU's own two tables, wh
 CPL 3, so a guest kernel can only confuse itself; what Python takes back from the data (`leave`) it checks.  A program
 can reach only its own view: the gate, which goes on at `landing`.
 
+**Ticks.**  While a program computes, KVM's local timer interrupts it in time for each tick of its kernel, and the gate
+for that leads to code which does what the hypervisor would: the event becomes pending, the upcall is bounced.  `run.c`
+sets the timer (`start_ticks`); any exit ends it.
+
 **Interruptions.**  Whatever stops the vCPU within this code, a kick or a fault, is undone by `roll_back`: the
-SYSCALL instruction has just been executed, and Python, which remains the reference for all of it, carries it out.
+SYSCALL instruction has just been executed, and Python, which remains the reference for all of it, carries it out.  A
+tick becomes a timer that is due.
 
 Listings: a line is a label, or an encoding and its text; `{name}` is a constant (of 4 bytes, with `:2` of 2), `{.name}`
 the distance to a label (`:1` of one byte) and `{@name}` that to a field of the data page.
@@ -28,7 +33,13 @@ from collections.abc import Callable
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
-from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
+from xenolith.abi.layout import (
+    FLAT_RING3_CS64,
+    FLAT_RING3_SS64,
+    SHARED_EVTCHN_MASK,
+    SHARED_EVTCHN_PENDING,
+    VCPU_INFO_PENDING_SEL,
+)
 from xenolith.abi.x86 import (
     CS,
     EFLAGS_IF,
@@ -47,6 +58,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.kvm import area
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
+from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL
 from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
@@ -81,6 +93,16 @@ FIELDS: Final = {
             "saved_r11",
             "saved_rsp",
             "switches",  # system calls not yet counted
+            "ticks_left",  # that may be delivered here
+            "tick_now",  # ns since boot at the local timer's last interrupt
+            "tick_length",
+            "tick_entry",  # the guest's event callback
+            "tick_word",  # address in shared_info of the word with the port's bit, among those that are pending
+            "tick_bit",
+            "tick_selector",  # the word's bit in evtchn_pending_sel
+            "tick_rip",  # where the program was interrupted
+            "tick_flags",
+            "tick_stack",
         )
     )
 }
@@ -89,6 +111,7 @@ NO_SELECTOR: Final = 1 << 16
 _pack_fields = Struct("<11Q").pack_into  # those before `rip`
 NO_TIMER: Final = (1 << 64) - 1
 TIMER_SLOP: Final = 50_000  # ns by which a timer may be late (Xen: timer_slop)
+TICKS: Final = 250  # before the hypervisor looks again
 
 # --- code ----------------------------------------------------------------------------------------------
 USER_CODE: Final = """
@@ -144,6 +167,78 @@ landing_slow:
     e6 {port:1}                 out PORT_SYSCALL, al
     f4                          hlt
 landing_end:
+
+tick:
+    48 89 25 {@saved_rsp}       mov [saved_rsp], rsp
+tick_stack:
+    48 8d 25 {@tick_stack}      lea rsp, [tick_stack]
+tick_moved:
+    9c                          pushf
+    48 89 0d {@saved_rcx}       mov [saved_rcx], rcx
+    4c 89 1d {@saved_r11}       mov [saved_r11], r11
+tick_saved:
+    48 8b 0d {@tick_now}        mov rcx, [tick_now]
+    48 03 0d {@tick_length}     add rcx, [tick_length]
+    48 89 0d {@tick_now}        mov [tick_now], rcx
+    4c 8b 1d {@timer}           mov r11, [timer]
+    49 ff cb                    dec r11
+    49 39 cb                    cmp r11, rcx
+    0f 83 {.tick_slow}          jae tick_slow
+    48 83 3d {@ticks_left} 00   cmp qword [ticks_left], 0
+    0f 84 {.tick_slow}          je tick_slow
+    66 83 3d {@@pending} 00     cmp word [vcpu_info.evtchn_upcall_pending], 0
+    0f 85 {.tick_slow}          jne tick_slow
+    8b 0d {@user_cs}            mov ecx, [user_cs]
+    c1 e9 10                    shr ecx, 16
+    0f 85 {.tick_slow}          jne tick_slow
+    8b 0d {@tick_flags}         mov ecx, [tick_flags]
+    f7 c1 {other_flags}         test ecx, OTHER_FLAGS
+    0f 85 {.tick_slow}          jne tick_slow
+    48 8b 0d {@tick_rip}        mov rcx, [tick_rip]
+    48 c1 e9 2f                 shr rcx, 47
+    0f 85 {.tick_slow}          jne tick_slow
+    48 8b 0d {@tick_bit}        mov rcx, [tick_bit]
+    4c 8b 1d {@tick_word}       mov r11, [tick_word]
+    49 85 0b                    test [r11], rcx
+    0f 85 {.tick_slow}          jne tick_slow
+    49 85 8b {mask_distance}    test [r11+MASK-PENDING], rcx
+    0f 85 {.tick_slow}          jne tick_slow
+    48 8b 25 {@kernel_sp}       mov rsp, [kernel_sp]
+    48 83 e4 f0                 and rsp, -16
+    ff 35 {@user_ss}            push qword [user_ss]
+    ff 35 {@saved_rsp}          push qword [saved_rsp]
+    ff 35 {@tick_flags}         push qword [tick_flags]
+    ff 35 {@user_cs}            push qword [user_cs]
+    ff 35 {@tick_rip}           push qword [tick_rip]
+    ff 35 {@saved_r11}          push qword [saved_r11]
+    ff 35 {@saved_rcx}          push qword [saved_rcx]
+    f3 48 0f ae c9              rdgsbase rcx
+    4c 8b 1d {@other_gs}        mov r11, [other_gs]
+tick_commit:
+    f3 49 0f ae db              wrgsbase r11
+tick_store:
+    48 89 0d {@other_gs}        mov [other_gs], rcx
+tick_stored:
+    c6 05 {@used} 03            mov byte [used], 3
+    66 c7 05 {@@pending} 01 01  mov word [vcpu_info.evtchn_upcall_pending], 0x101
+tick_masked:
+    48 8b 0d {@tick_selector}   mov rcx, [tick_selector]
+    f0 48 09 0d {@@selector}    lock or [vcpu_info.evtchn_pending_sel], rcx
+    48 8b 0d {@tick_bit}        mov rcx, [tick_bit]
+    4c 8b 1d {@tick_word}       mov r11, [tick_word]
+    f0 49 09 0b                 lock or [r11], rcx
+    48 8b 0d {@tick_length}     mov rcx, [tick_length]
+    48 01 0d {@timer_from}      add [timer_from], rcx
+    48 ff 0d {@ticks_left}      dec qword [ticks_left]
+    31 c9                       xor ecx, ecx
+    48 89 0d {@timer}           mov [timer], rcx
+    4c 8b 1d {@saved_r11}       mov r11, [saved_r11]
+    48 8b 0d {@saved_rcx}       mov rcx, [saved_rcx]
+    ff 25 {@tick_entry}         jmp [tick_entry]
+tick_slow:
+    e6 {port:1}                 out PORT_SYSCALL, al
+    f4                          hlt
+tick_end:
 
 hypercall:
     48 83 f8 17                 cmp rax, HYPERVISOR_iret
@@ -302,6 +397,21 @@ other:
     e6 03                       out 3, al
     f4                          hlt
 """
+# Without an error code: the word below RIP is free.  What is left in the kernel's view begins at `tail`.
+GATE_TICK: Final = """
+    50                          push rax
+    48 8b 84 24 {tick_cr3}      mov rax, [rsp+tick_cr3]
+    0f 22 d8                    mov cr3, rax
+tail:
+    48 8b 84 24 {tick}          mov rax, [rsp+tick]
+    48 87 44 24 08              xchg [rsp+0x8], rax
+exchanged:
+    48 89 84 24 {tick_rip}      mov [rsp+tick_rip], rax
+stored:
+    58                          pop rax
+    48 cf                       iretq
+end:
+"""
 
 _USER_FLAGS: Final = 0x0020_0ED7  # ID, OF, DF, IF, SF, ZF, AF, PF, CF, the reserved one
 _TOKEN: Final = re.compile(r"\{(\.|@@|@)?(\w+)(?::(\d))?\}|\b([0-9a-f]{2})\b")
@@ -327,7 +437,7 @@ class Code:
         targets = {
             ".": self.labels,
             "@": {name: data + place for name, place in FIELDS.items()},
-            "@@": {"pending": info, "mask": info + 1},
+            "@@": {"pending": info, "mask": info + 1, "selector": info + VCPU_INFO_PENDING_SEL},
         }
         self.code = b""
         for end, tokens in lines:
@@ -353,6 +463,7 @@ _CONSTANTS: Final = {
     "cs": FLAT_RING3_CS64,
     "user_flags": _USER_FLAGS,
     "other_flags": ~_USER_FLAGS,
+    "mask_distance": SHARED_EVTCHN_MASK - SHARED_EVTCHN_PENDING,
     # A fault leaves RF set, for instruction breakpoints, which there are none of where the fast path is used.
     "not_user_flags": ~(_USER_FLAGS | EFLAGS_RF) | EFLAGS_IF,
 }
@@ -371,7 +482,7 @@ _WITHOUT_RCX: Final = (("gs_check", "gs_checked"), ("timer_check", "timer_checke
 assert _AT["landing"] == _USER.labels["gate"] + 1
 
 
-def _gates() -> tuple[Code, Code]:
+def _gates() -> tuple[Code, Code, Code]:
     # Offsets from RSP after the gate's push: the trap stack ends where the page of entry lists begins.
     top = 48
     words = {
@@ -379,21 +490,29 @@ def _gates() -> tuple[Code, Code]:
         "out_rip": area.GATE_OUT_RIP,
         "kernel_cr3": area.KERNEL_CR3,
         "user_cr3": area.USER_CR3,
+        "tick_cr3": area.TICK_CR3,
+        "tick": area.TICK_RIP,
     }
     places = {name: top + word * 8 for name, word in words.items()}
-    places["rip"] = top + area.CPU_DATA - area.CPU_LIST + FIELDS["rip"]
-    return Code(GATE_IN, **places), Code(GATE_OUT, **places)
+    for name in ("rip", "tick_rip"):
+        places[name] = top + area.CPU_DATA - area.CPU_LIST + FIELDS[name]
+    return Code(GATE_IN, **places), Code(GATE_OUT, **places), Code(GATE_TICK, **places)
 
 
-GATE_IN_CODE, GATE_OUT_CODE = _gates()
+GATE_IN_CODE, GATE_OUT_CODE, GATE_TICK_CODE = _gates()
 GATE_IN_AT: Final = area.GATES
 GATE_OUT_AT: Final = area.GATES + area.GATE_SPACING
+GATE_TICK_AT: Final = area.GATES + 2 * area.GATE_SPACING
 
 
 def gate_pages() -> tuple[bytes, bytes]:
     """The page of gates in the user's and in the kernel's view: each gate's end is in the view it leads to as well."""
     pages = bytearray(PAGE_SIZE), bytearray(PAGE_SIZE)
-    for gate, place, view in ((GATE_IN_CODE, GATE_IN_AT, 0), (GATE_OUT_CODE, GATE_OUT_AT, 1)):
+    for gate, place, view in (
+        (GATE_IN_CODE, GATE_IN_AT, area.USER_VIEW),
+        (GATE_OUT_CODE, GATE_OUT_AT, area.KERNEL_VIEW),
+        (GATE_TICK_CODE, GATE_TICK_AT, area.USER_VIEW),
+    ):
         start, tail = place - area.GATES, place - area.GATES + gate.labels["tail"]
         pages[view][start : start + len(gate.code)] = gate.code
         end = gate.code[gate.labels["tail"] :]
@@ -436,6 +555,8 @@ class FastPath:
             shared.kernel_start[on][:] = b"\xe9" + (_AT["hypercall" if on else "slow"] - 5).to_bytes(4, "little")
             shared.user_start[on][:] = _USER.code[:2] if on else bytes((0xEB, _USER.labels["slow"] - 2))
         shared.gate_rips[:] = code + _AT["landing"], code + _AT["gate"] + 1
+        shared.shared_va = pages.shared_va
+        pages.list[area.TICK_CR3], pages.list[area.TICK_RIP] = area.NO_CR3, code + _AT["tick"]
         pages.user_code[: len(_USER.code)] = _USER.code
         self._make_kernel_code(0)
         self._turn(False)
@@ -525,15 +646,15 @@ class FastPath:
             regs[CS], regs[SS] = (FLAT_RING3_CS64, FLAT_RING3_SS64) if kernel else pair
         return kernel
 
-    def roll_back(self, l4_mfn: int) -> tuple[int, bool]:
+    def roll_back(self, l4_mfn: int) -> tuple[int, int | None]:
         """The vCPU stopped in this code at CPL 3, its registers are in the register file; it was on this table.
 
-        The table to be on, and whether a system call is to be carried out: its instruction was just executed.  If not,
-        the guest goes on at RIP.
+        The table to be on, and what the stop counts as: TRAP_SYSCALL, just executed, TRAP_NOTHING,
+        or None if the guest goes on at RIP.
         """
         regs, data = self._regs, self._data
         at = regs[RIP] - self._pages.code_va
-        syscall = True
+        trap: int | None = TRAP_SYSCALL
         if not self.on or l4_mfn == self._shared.user_l4:
             pass
         elif _AT["landing"] <= at < _AT["landing_end"]:
@@ -545,10 +666,22 @@ class FastPath:
                 self._restore_saved()
                 regs[RSP] = data[_WORD["saved_rsp"]]
             l4_mfn = self._shared.user_l4
+        elif _AT["tick"] <= at < _AT["tick_end"]:
+            if at > _AT["tick_stack"]:
+                regs[RSP] = data[_WORD["saved_rsp"]]
+            if at >= _AT["tick_saved"]:
+                if _AT["tick_commit"] < at < _AT["tick_slow"]:
+                    self._undo_gs(at == _AT["tick_store"])
+                if _AT["tick_masked"] <= at < _AT["tick_slow"]:
+                    self._memory.b[self._info + 1] = 0
+                self._restore_saved()
+            if at > _AT["tick_moved"]:
+                regs[RFLAGS] = data[_WORD["tick_flags"]]
+            return self._to_interrupted(data[_WORD["tick_rip"]]), TRAP_NOTHING
         elif _AT["iret"] <= at < _AT["iret_end"]:
             if _AT["gate"] <= at < _AT["iret_slow"]:
                 regs[RIP] = data[_WORD["rip"]] & _USER_RIP
-                return self._shared.user_l4, False
+                return self._shared.user_l4, None
             if at >= _AT["iret_saved"]:
                 if _AT["iret_commit"] < at < _AT["gate"]:
                     self._undo_gs(at == _AT["iret_store"])
@@ -557,14 +690,14 @@ class FastPath:
                 self._restore_saved()
             regs[RAX] = IRET
         elif at == _AT["back"]:
-            syscall = False
+            trap = None
         elif at == _AT["done_flags"]:
             regs[RSP] = regs[RSP] + 8 & _MASK64
         elif any(_AT[first] <= at < _AT[last] for first, last in _WITHOUT_RCX):
             regs[RCX] = data[_WORD["saved_rcx"]]
         regs[RIP] = regs[RCX]
         regs[RFLAGS] = regs[R11]
-        return l4_mfn, syscall
+        return l4_mfn, trap
 
     def finish_gate(self, rip: int) -> int | None:
         """The vCPU stopped at CPL 0, at `rip`: if in a gate, it is as if it stopped before or behind it.
@@ -572,13 +705,13 @@ class FastPath:
         The table to be on; None: not in a gate, or not by this vCPU's own INT3.
         """
         regs, frame = self._regs, self._pages.frame
+        pushed, returns_to, _, flags, stack, _ = frame
         for gate, start, own in (
             (GATE_IN_CODE, GATE_IN_AT, area.GATE_IN_RIP),
             (GATE_OUT_CODE, GATE_OUT_AT, area.GATE_OUT_RIP),
         ):
             at, labels = rip - start, gate.labels
             if 0 <= at < labels["other"]:
-                pushed, returns_to, _, flags, stack, _ = frame
                 if at < labels["checked"] and returns_to != self._list[own]:
                     return None
                 if 0 < at <= labels["tail"]:
@@ -588,11 +721,50 @@ class FastPath:
                 if gate is GATE_OUT_CODE:
                     regs[RIP] = self._data[_WORD["rip"]] & _USER_RIP
                 return self._shared.user_l4
-        return None
+        at, labels = rip - GATE_TICK_AT, GATE_TICK_CODE.labels
+        if not 0 <= at < labels["end"]:
+            return None
+        if at == labels["exchanged"]:
+            returns_to = regs[RAX]
+        elif at > labels["exchanged"]:
+            returns_to = self._data[_WORD["tick_rip"]]
+        if 0 < at <= labels["stored"]:
+            regs[RAX] = pushed
+        regs[RSP], regs[RFLAGS] = stack, flags
+        return self._to_interrupted(returns_to)
 
-    def owns(self, rip: int) -> bool:
-        """Whether this is an address in the code at CPL 3."""
-        return rip & -PAGE_SIZE == self._pages.code_va
+    def _to_interrupted(self, rip: int) -> int:
+        """The vCPU is to go on where the local timer interrupted it, on the table that this gives."""
+        self.timer_told = True
+        self._regs[RIP] = rip
+        return self._shared.user_l4
+
+    def start_ticks(self, first: int, length: int) -> None:
+        """The local timer interrupts the vCPU in `first` ns and then every `length` ns: as start_ticks of run.c."""
+        modes = self._modes
+        assert modes is not None
+        data, (word, bit) = self._data, divmod(modes.timer_port, 64)
+        for name, value in (
+            ("ticks_left", TICKS),
+            ("tick_now", modes.timer_look - modes.until(modes.timer_look) + first - length),
+            ("tick_length", length),
+            ("tick_entry", modes.event_callback),
+            ("tick_word", self._pages.shared_va + SHARED_EVTCHN_PENDING + word * 8),
+            ("tick_bit", 1 << bit),
+            ("tick_selector", 1 << word),
+        ):
+            data[_WORD[name]] = value
+        self._shared.look = modes.timer_look  # in place of the alarm
+        self._shared.tick_length = length
+        self._list[area.TICK_CR3] = modes.kernel_l4 << PAGE_SHIFT
+
+    def stop_ticks(self) -> None:
+        """There are no more: take over what was delivered."""
+        self._list[area.TICK_CR3] = area.NO_CR3
+        self._shared.look = 0  # nor is there an alarm
+        count = TICKS - self._data[_WORD["ticks_left"]]
+        if self._modes is not None and 0 < count <= TICKS:
+            self._modes.count_ticks(count, self._shared.tick_length)
 
     def _undo_gs(self, in_rcx: bool) -> None:
         regs, data = self._regs, self._data
@@ -617,7 +789,7 @@ class FastPath:
         if not (self._has_view(kernel, area.KERNEL_VIEW) and self._has_view(user, area.USER_VIEW)):
             return
         if modes.info != self._info:
-            if self._pages.map_info(modes.info >> PAGE_SHIFT):
+            if self._pages.map_info(modes.info >> PAGE_SHIFT, modes.shared_info >> PAGE_SHIFT):
                 self._info_moved()
             self._make_kernel_code(modes.info & PAGE_SIZE - 1)
             self._info = modes.info

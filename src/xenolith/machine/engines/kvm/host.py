@@ -6,9 +6,11 @@ for its module is not looked at: what counts is behaviour.  All of it takes some
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
+import threading
 import time
 from typing import Final, NamedTuple
 
@@ -36,7 +38,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.kvm import area
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.kvm.traits import CAUTIOUS, HostTraits
-from xenolith.machine.engines.protocol import TRAP_SYSCALL, CpuState, EngineError
+from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, CpuState, EngineError
 from xenolith.machine.memory import MachineMemory
 
 _FRAMES: Final = 512
@@ -44,6 +46,9 @@ _CODE: Final = 0x40_0000
 _DATA: Final = 0x60_0000
 _OTHER: Final = 0x60_1000
 _TABLE: Final = PTE_P | PTE_RW | PTE_US
+_TIMER_NS: Final = 300_000
+_TIMER_ROUNDS: Final = 3
+_TIMER_DEADLINE: Final = 0.2  # s
 _MARKED_LEAF: Final = 0x4000_0000
 _MARK: Final = 0x6E65_5821
 
@@ -112,6 +117,35 @@ class ProbeMachine:
         self.engine.entry_changed(index, old, value)
         self.cpu.flush_tlb()
 
+    def is_interrupted(self) -> bool:
+        """Whether the local timer stops an endless loop in guest-kernel mode, more than once. Each time is an exit."""
+        cpu = self.cpu
+        if not self.engine.has_ticks:
+            return False
+        self.memory.q[self.second_l4 << 9 | area.SLOT] = self.engine.area.kernel_l4_entry
+        cpu.switch_mode(self.second_l4, False)
+        start = self.code << PAGE_SHIFT
+        self.memory.b[start : start + 2] = b"\xeb\xfe"
+        cpu.regs[RIP] = _CODE
+        interrupted: list[int] = []
+
+        def on_trap(vector: int, _error_code: int, _address: int) -> bool:
+            interrupted.append(vector)
+            return False
+
+        kick = threading.Timer(_TIMER_DEADLINE, cpu.kick)
+        kick.start()
+        cpu.set_timer(_TIMER_NS, _TIMER_NS)
+        while len(interrupted) < _TIMER_ROUNDS:
+            before = len(interrupted)
+            cpu.run(on_trap)
+            if len(interrupted) == before:  # kicked
+                break
+        kick.cancel()
+        kick.join()
+        cpu.set_timer(0, 0)
+        return interrupted == [TRAP_NOTHING] * _TIMER_ROUNDS
+
     def close(self) -> None:
         self.engine.close()
         self.memory.close()
@@ -137,10 +171,12 @@ def host_traits() -> HostTraits:
             xcr0_settable=xcr0_settable,
             null_clears_base=_null_clears_base(machine),
             writes_bases=_writes_bases(machine),
+            ticks=False,
             exit_cost_ns=_exit_cost_ns(machine),
         )
     finally:
         machine.close()
+    traits = dataclasses.replace(traits, ticks=traits.has_fast_path and _ticks(traits))
     _check_cures(traits)
     return traits
 
@@ -288,6 +324,18 @@ def _xcr0(machine: ProbeMachine, native: bool) -> tuple[int, bool]:
     if regs[RIP] == _CODE and trap.vector == VECTOR_UD:
         return 3, False
     return regs[RDX] << 32 | regs[RAX] & 0xFFFF_FFFF, settable
+
+
+def _ticks(traits: HostTraits) -> bool:
+    """Whether KVM's local timer interrupts guest code, and needs no end of interrupt to do it again.
+
+    A write to the local APIC would cost what the fast path saves.
+    """
+    machine = ProbeMachine(dataclasses.replace(traits, ticks=True))
+    try:
+        return machine.is_interrupted()
+    finally:
+        machine.close()
 
 
 def _check_cures(traits: HostTraits) -> None:

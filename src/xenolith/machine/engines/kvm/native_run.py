@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Final
 
-from xenolith.abi import layout, x86
+from xenolith.abi import hypercalls, layout, x86
 from xenolith.machine import native
 from xenolith.machine.engines import flat, protocol
 from xenolith.machine.engines.kvm import api, area, changes, fast_path
@@ -41,6 +41,10 @@ class KvmFields(ctypes.Structure):
     alarm: int  # the timer, if there is one
     has_alarm: bool
     host_tick: int  # ns, see alarm.host_tick_ns
+    lapic: int  # address of the local APIC's registers, as start_ticks sets them; 0: there are no ticks
+    ticking: bool  # the local timer is on
+    tick_length: int  # then: ns
+    shared_va: int  # of shared_info, for the fast path
     syscalls: int  # as of when the alarm was last set
     quiet: int  # how often it was set since the last system call
     error_code: int  # of a trap that is Python's
@@ -95,6 +99,9 @@ class KvmFields(ctypes.Structure):
         ("go_stub", c_uint64),
         ("alarm", c_uint64),
         ("host_tick", c_uint64),
+        ("lapic", c_uint64),
+        ("tick_length", c_uint64),
+        ("shared_va", c_uint64),
         ("syscalls", c_uint64),
         ("signals", c_uint8 * 128),  # a sigset_t of the kick signal
         ("error_code", c_uint64),
@@ -121,6 +128,7 @@ class KvmFields(ctypes.Structure):
         ("masks_events", c_bool),
         ("shadows", c_bool),
         ("has_alarm", c_bool),
+        ("ticking", c_bool),
         ("info_mapped", c_bool),
     )
 
@@ -136,6 +144,7 @@ _IN_C: Final = {
     "kernel_code": "u8 *{}",
     "user_code": "u8 *{}",
     "memory": "u8 *{}",
+    "lapic": "u8 *{}",
     "changes": "struct changes *{}",
 }
 _CALLS: Final = ("get_rflags", "set_rflags", "switch_mode", "flush_tlb", "flush_page", "entry_changed")
@@ -153,6 +162,7 @@ def declarations() -> str:
         NO_SELECTOR=fast_path.NO_SELECTOR,
         NO_TIMER=fast_path.NO_TIMER,
         TIMER_SLOP=fast_path.TIMER_SLOP,
+        TICKS=fast_path.TICKS,
     )
     return "".join(
         (
@@ -163,23 +173,27 @@ def declarations() -> str:
             ),
             native.define(
                 api,
-                "KVM_RUN KVM_EXIT_IO KVM_SYNC_X86_REGS KVM_SYNC_X86_SREGS RUN_EXIT_REASON RUN_IO_PORT RUN_DIRTY_REGS "
+                "KVM_RUN KVM_SET_LAPIC LAPIC_INITIAL_COUNT LAPIC_CURRENT_COUNT KVM_EXIT_IO "
+                "KVM_SYNC_X86_REGS KVM_SYNC_X86_SREGS RUN_EXIT_REASON RUN_IO_PORT RUN_DIRTY_REGS "
                 "RUN_REGS RUN_SREGS SREGS_CS SREGS_SS SREGS_DS SREGS_FS SREGS_GS SREGS_CR2 SREGS_CR3 "
                 "RUN_EVENTS EVENTS_EXCEPTION_INJECTED EVENTS_EXCEPTION_PENDING EVENTS_EXCEPTION_VECTOR",
             ),
             native.define(
-                area, "MAX_CPUS PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3"
+                area,
+                "MAX_CPUS PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3 TICK_CR3",
             ),
-            native.define(layout, "FLAT_RING3_CS64 FLAT_RING3_SS64"),
+            native.define(layout, "FLAT_RING3_CS64 FLAT_RING3_SS64 SHARED_EVTCHN_PENDING"),
             native.define(changes, "KEPT MAY_NOT_LOSE MAY_NOT_GAIN"),
             native.define(
                 data,
                 "KERNEL_SP KERNEL_SS OTHER_GS ENTRY USER_CS USER_SS HOLD VCPU_ID TIMER_FROM TIMER USED SAVED_RCX "
-                "SAVED_R11 SAVED_RSP SWITCHES",
+                "SAVED_R11 SAVED_RSP SWITCHES TICKS_LEFT TICK_NOW TICK_LENGTH TICK_ENTRY "
+                "TICK_WORD TICK_BIT TICK_SELECTOR",
             ),
-            native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP"),
+            native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP TICKS"),
             native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS UNLIMITED"),
             native.define(protocol, "TRAP_SYSCALL"),
+            native.define(hypercalls, "VIRQ_TIMER"),
             native.define(errno, "EINTR"),
             "".join(
                 f"#define {name} {value}\n"

@@ -20,6 +20,7 @@ class HostTraits:
     xcr0_settable: bool
     null_clears_base: bool  # loading a null selector into FS or GS clears its base
     writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
+    ticks: bool  # KVM's local timer interrupts guest code, again and again without an end of interrupt
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
@@ -56,6 +57,7 @@ CAUTIOUS = HostTraits(
     xcr0_settable=False,
     null_clears_base=False,
     writes_bases=False,
+    ticks=False,
     exit_cost_ns=0,
 )
 """Traits to find out the real ones with: every cure is on."""
