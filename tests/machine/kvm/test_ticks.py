@@ -33,8 +33,10 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED
 from xenolith.machine.engines.kvm import area, fast_path, native_run
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
+from xenolith.machine.engines.kvm.cpu import _CODE0, _DATA0
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL
+from xenolith.machine.engines.unicorn import paging
 
 from .bare import CODE, DATA, STACK_TOP, Machine
 from .test_fast_path import (
@@ -272,7 +274,10 @@ def test_a_fault_anywhere_on_the_way_leaves_the_event_to_python(guest: TickingGu
     assert not word or (upcall and selector)  # or setting it again would do nothing
 
 
-@pytest.mark.parametrize("at", [int(each.ip) for each in Decoder(64, fast_path.GATE_TICK_CODE.code, ip=0)])
+GATE = [int(each.ip) for each in Decoder(64, fast_path.GATE_TICK_CODE.code, ip=0)]
+
+
+@pytest.mark.parametrize("at", [at for at in GATE if at < fast_path.GATE_TICK_CODE.labels["other"]])
 def test_a_stop_anywhere_in_the_gate_is_one_before_it(guest: TickingGuest, at: int) -> None:
     assert guest.run("0f 0b") == [VECTOR_UD]
     regs, labels = guest.cpu.regs, fast_path.GATE_TICK_CODE.labels
@@ -282,7 +287,8 @@ def test_a_stop_anywhere_in_the_gate_is_one_before_it(guest: TickingGuest, at: i
     guest.cpu._pages.frame[:] = memoryview(
         (ctypes.c_uint64 * 6)(rax, stub if exchanged else interrupted, 0x33, 0x246, STACK_TOP - 64, 0x2B)
     ).cast("B").cast("Q")
-    regs[RAX] = rax if at == 0 or at > labels["stored"] else interrupted if at == labels["exchanged"] else 0x9999
+    on_stack = labels["pushed"] <= at <= labels["stored"]
+    regs[RAX] = rax if not on_stack else interrupted if at == labels["exchanged"] else 0x9999
     guest.data[fast_path.FIELDS["tick_rip"] // 8] = interrupted if stored else 0
     assert fast.finish_gate(fast_path.GATE_TICK_AT + at) == guest.machine.l4
     assert (regs[RAX], regs[RIP], regs[RSP], regs[RFLAGS]) == (rax, interrupted, STACK_TOP - 64, 0x246)
@@ -341,6 +347,32 @@ def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: TickingGuest) -> Non
 def test_a_program_cannot_raise_the_interrupt_itself(guest: TickingGuest) -> None:
     assert guest.run(f"cd {area.VECTOR_TICK:02x}") == [13]
     assert not guest.modes.kernel_mode
+
+
+@pytest.mark.parametrize("pointer", [area.PER_CPU + area.CPU_DATA + 0x1000, area.IDT + 0x800], ids=["data", "IDT"])
+def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest, pointer: int) -> None:
+    """As in the stub for SYSCALL by 32-bit code, which starts on the guest's RSP: that may point anywhere."""
+    assert guest.run("0f 0b") == [VECTOR_UD]
+    cpu, memory = guest.cpu, guest.machine.memory
+    regs = cpu.regs
+    stub = memory.page(int(guest.machine.engine.area._frames[2]))[3:5]
+    assert bytes(stub) == bytes((0xE6, area.PORT_SYSCALL32))
+    stub[:] = b"\xeb\xfe"
+    tables = {"user": guest.machine.l4, "kernel": guest.kernel_l4}
+    mapped = [paging.read(memory, l4, pointer - 64, 64) for l4 in tables.values()]
+    guest.start_ticks(LENGTH, LENGTH)
+    cpu._cs, cpu._ss = _CODE0, _DATA0
+    regs[RIP], regs[RSP] = area.HypervisorArea.SYSCALL32_STUB, pointer
+    regs[RCX], regs[R11] = CODE + 0x40, EFLAGS_IF | 2
+    seen: list[tuple[int, int, int]] = []
+
+    def on_trap(vector: int, _error_code: int, _address: int) -> bool:
+        seen.append((vector, regs[RIP], regs[RSP]))
+        return False
+
+    cpu.run(on_trap)
+    assert seen == [(TRAP_SYSCALL, CODE + 0x40, pointer)]
+    assert [paging.read(memory, l4, pointer - 64, 64) for l4 in tables.values()] == mapped
 
 
 def test_no_interrupt_is_left_when_ticks_end(guest: TickingGuest) -> None:

@@ -91,6 +91,7 @@ USER_VIEW, KERNEL_VIEW = 0, 1
 
 # --- TSS -------------------------------------------------------------------------------------------
 _TSS_RSP0: Final = 4
+_TSS_IST1: Final = 36
 _TSS_IO_BITMAP: Final = 102
 _TSS_SIZE: Final = 104
 _IO_BITMAP_PORTS: Final = 256
@@ -175,7 +176,8 @@ class CpuPages:
         self.list = memory.q[list_mfn * ENTRIES : (list_mfn + 1) * ENTRIES]
         tss = memory.page(tss_mfn)
         tss[:] = bytes(_TSS_SIZE) + b"\xff" * (PAGE_SIZE - _TSS_SIZE)
-        pack_into("<Q", tss, _TSS_RSP0, stack_top)
+        for place in (_TSS_RSP0, _TSS_IST1):
+            pack_into("<Q", tss, place, stack_top)
         pack_into("<H", tss, _TSS_IO_BITMAP, _TSS_SIZE)
         self._syscall_bits = tss[_TSS_SIZE + PORT_SYSCALL // 8 :]
         if fast_path:
@@ -290,5 +292,7 @@ class HypervisorArea:
         for vector in range(VECTOR_TICK + 1):
             handler = gates.get(vector, TRAP_STUBS + vector * _STUB_SIZE)
             kind = _INTERRUPT_GATE | (3 << 5 if vector in _GATES_FOR_CPL3 else 0)
-            entry = pack("<HHBBHII", handler & 0xFFFF, CODE0, 0, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
+            # SYSCALL of 32-bit code leaves CPL 0 on the guest's stack, where an interrupt must not put its frame.
+            ist = 1 if vector == VECTOR_TICK else 0
+            entry = pack("<HHBBHII", handler & 0xFFFF, CODE0, ist, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
             page[vector * 16 : vector * 16 + 16] = entry

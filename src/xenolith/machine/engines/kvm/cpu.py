@@ -435,6 +435,12 @@ class KvmCpu(Cpu):
         """The local timer has interrupted something that is not for the fast path; the registers are in the file."""
         _, rip, selector, flags, rsp, _ = self._pages.frame
         regs = self.regs
+        if not selector & 3:
+            if rip & _PAGE != area.SYSCALL_PAGE:
+                raise EngineError(f"a tick in the engine's own code at {rip:#x}")
+            regs[RIP], regs[RSP], regs[RFLAGS] = regs[RCX], rsp, regs[R11] & ENTRY_FLAGS | ALWAYS_SET
+            self._leave_fast_path(False)
+            return on_trap(TRAP_SYSCALL, 0, 0)
         regs[RIP], regs[RSP], regs[RFLAGS] = rip, rsp, flags & ENTRY_FLAGS | ALWAYS_SET
         if selector != self._hardware_cs:
             self._code_segment_changed(selector)

@@ -399,7 +399,10 @@ other:
 """
 # Without an error code: the word below RIP is free.  What is left in the kernel's view begins at `tail`.
 GATE_TICK: Final = """
+    f6 44 24 08 03              test byte [rsp+0x8], 3
+    74 {.other:1}               je other
     50                          push rax
+pushed:
     48 8b 84 24 {tick_cr3}      mov rax, [rsp+tick_cr3]
     0f 22 d8                    mov cr3, rax
 tail:
@@ -410,7 +413,9 @@ exchanged:
 stored:
     58                          pop rax
     48 cf                       iretq
-end:
+other:
+    e6 {tick_port:1}            out PORT_TICK, al
+    f4                          hlt
 """
 
 _USER_FLAGS: Final = 0x0020_0ED7  # ID, OF, DF, IF, SF, ZF, AF, PF, CF, the reserved one
@@ -496,6 +501,7 @@ def _gates() -> tuple[Code, Code, Code]:
     places = {name: top + word * 8 for name, word in words.items()}
     for name in ("rip", "tick_rip"):
         places[name] = top + area.CPU_DATA - area.CPU_LIST + FIELDS[name]
+    places["tick_port"] = area.PORT_TICK
     return Code(GATE_IN, **places), Code(GATE_OUT, **places), Code(GATE_TICK, **places)
 
 
@@ -705,7 +711,7 @@ class FastPath:
         The table to be on; None: not in a gate, or not by this vCPU's own INT3.
         """
         regs, frame = self._regs, self._pages.frame
-        pushed, returns_to, _, flags, stack, _ = frame
+        pushed, returns_to, selector, flags, stack, _ = frame
         for gate, start, own in (
             (GATE_IN_CODE, GATE_IN_AT, area.GATE_IN_RIP),
             (GATE_OUT_CODE, GATE_OUT_AT, area.GATE_OUT_RIP),
@@ -722,13 +728,13 @@ class FastPath:
                     regs[RIP] = self._data[_WORD["rip"]] & _USER_RIP
                 return self._shared.user_l4
         at, labels = rip - GATE_TICK_AT, GATE_TICK_CODE.labels
-        if not 0 <= at < labels["end"]:
+        if not 0 <= at < labels["other"] or not selector & 3:
             return None
         if at == labels["exchanged"]:
             returns_to = regs[RAX]
         elif at > labels["exchanged"]:
             returns_to = self._data[_WORD["tick_rip"]]
-        if 0 < at <= labels["stored"]:
+        if labels["pushed"] <= at <= labels["stored"]:
             regs[RAX] = pushed
         regs[RSP], regs[RFLAGS] = stack, flags
         return self._to_interrupted(returns_to)
