@@ -145,3 +145,30 @@ def test_32_bit_programs_with_thread_local_storage_run_side_by_side(xenolith_run
     script = f"for job in a b c d; do ({job}) & done; wait"
     done = xenolith_run("--file", f"{program}:/usr/bin/i386", "--", "sh", "-c", script)
     assert sorted(done.stdout.decode().splitlines()) == [f"{job} {expected_status(job)}" for job in "abcd"]
+
+
+# No system call for some 20,000 rounds, then a look for the file. The first line of /proc/interrupts is the timer's.
+COMPUTES = """
+(sleep 1; echo woke; >/woke) &
+read uptime rest </proc/uptime
+read line cpu ticks rest <<END
+$(head -2 /proc/interrupts | tail -1) -
+END
+before=$cpu start=${uptime%.*}${uptime#*.}
+i=0
+while [ $((i % 20000)) -ne 0 ] || [ ! -e /woke ] || [ $i -lt 200000 ]; do i=$((i+1)); done
+read uptime rest </proc/uptime
+read line cpu rest <<END
+$(head -2 /proc/interrupts | tail -1) -
+END
+echo $((cpu - before)) ticks in $((${uptime%.*}${uptime#*.} - start))
+"""
+
+
+def test_a_program_that_computes_is_interrupted_by_ticks(xenolith_run: Run) -> None:
+    """They count its time, and let another program run when it is time for that."""
+    done = xenolith_run("--", "sh", "-c", COMPUTES)
+    woke, (ticks, *_, hundredths) = (line.split() for line in done.stdout.decode().splitlines())
+    assert woke == ["woke"]
+    assert int(hundredths) >= 90
+    assert int(hundredths) * 2.5 * 0.2 < int(ticks) < int(hundredths) * 2.5 * 1.2  # 250 a second, if the host has time

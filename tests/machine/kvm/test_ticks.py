@@ -309,8 +309,8 @@ def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: TickingGuest) -> Non
     rng = random.Random(1)
 
     def on_trap(vector: int, _error_code: int, _address: int) -> bool:
-        if vector == TRAP_SYSCALL and modes.kernel_mode:
-            regs[RIP] -= 2  # let it make the hypercall again, without an event in the way
+        if vector == TRAP_SYSCALL:
+            regs[RIP] -= 2  # let it make the call again, without an event in the way
         elif vector != TRAP_NOTHING:
             traps.append(vector)
         return False

@@ -381,18 +381,19 @@ other:
 """
 GATE_OUT: Final = """
     50                          push rax
-    48 8b 84 24 {out_rip}       mov rax, [rsp+out_rip]
-    48 39 44 24 08              cmp [rsp+0x8], rax
+    48 8b 84 24 {rip}           mov rax, [rsp+rip]
+    48 87 44 24 08              xchg [rsp+0x8], rax
+exchanged:
+    48 39 84 24 {out_rip}       cmp [rsp+out_rip], rax
     75 {.other:1}               jne other
 checked:
-    48 8b 84 24 {rip}           mov rax, [rsp+rip]
-    48 89 44 24 08              mov [rsp+0x8], rax
     48 8b 84 24 {user_cr3}      mov rax, [rsp+user_cr3]
     0f 22 d8                    mov cr3, rax
 tail:
     58                          pop rax
     48 cf                       iretq
 other:
+    48 89 44 24 08              mov [rsp+0x8], rax
     58                          pop rax
     e6 03                       out 3, al
     f4                          hlt
@@ -718,6 +719,8 @@ class FastPath:
         ):
             at, labels = rip - start, gate.labels
             if 0 <= at < labels["other"]:
+                if "exchanged" in labels and labels["exchanged"] <= at < labels["checked"]:
+                    returns_to = regs[RAX]
                 if at < labels["checked"] and returns_to != self._list[own]:
                     return None
                 if 0 < at <= labels["tail"]:

@@ -155,8 +155,8 @@ static bool start_ticks(struct kvm_cpu *k, struct vcpu *v, u64 now, i64 first)
     u64 *data = k->data, length = k->host_tick;
     u32 port = v->virq_port[VIRQ_TIMER], setting[2] = {length, first > SETTING_TAKES ? first - SETTING_TAKES : 1};
     i64 longer = v->timer_interval - length;
-    if (!k->lapic || !port || longer > SAME_LENGTH || longer < -SAME_LENGTH)
-        return false;
+    if (!k->lapic || !port || longer > SAME_LENGTH || longer < -SAME_LENGTH || first > (i64)length)
+        return false; /* KVM would take `length` for a longer `first` */
     data[TICKS_LEFT] = TICKS;
     data[TICK_NOW] = now + first - length;
     data[TICK_LENGTH] = k->tick_length = length;
