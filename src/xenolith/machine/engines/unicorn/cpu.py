@@ -385,6 +385,9 @@ class UnicornCpu:
         if native is not None:
             callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
             invalid_callback, cpuid_callback = native.deliver_invalid, native.deliver_cpuid
+            if self._instance.softmmu is not None:
+                self._instance.softmmu.system_call = function_address(callback)
+                self._instance.softmmu.hook = ctypes.addressof(self._hook)
         hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
         hook(library.UC_HOOK_INSN_INVALID, stubs.INVALID, deliver_invalid=invalid_callback)
         for instruction, trap in (

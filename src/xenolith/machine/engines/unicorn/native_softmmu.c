@@ -257,13 +257,27 @@ u8 *make_block(u8 *cpu, u64 pc, u64 cs_base, u32 flags, u32 cflags)
     return tb;
 }
 
-/* In place of tcg_gen_callN: the calls of helper_lookup_tb_ptr become calls of next_code */
+/* In place of helper_syscall, which before it calls Unicorn's hook looks up the block that it is in, for registers that
+   have been stored.  As stubs.SYSTEM_CALL. */
+void system_call(u8 *env, int length)
+{
+    u8 *cpu = env + (i64)CPU_STATE;
+    struct softmmu *s = softmmu_of(cpu);
+    AT(u64, env, EIP) += length;
+    if (!s->system_call(TRAP_SYSCALL, 0, 0, s->hook))
+        library.stop(AT(u8 *, cpu, CPU_UC - CPU_STATE));
+}
+
+/* In place of tcg_gen_callN: the calls of two helpers become calls of ours */
 void gen_call(u8 *tcg, u8 *function, u8 *result, int count, u8 **arguments)
 {
     library.gen_call(tcg, function, result, count, arguments);
     u8 *uc = AT(u8 *, tcg, TCG_UC);
-    if (function == library.lookup_tb_ptr && softmmu_of(AT(u8 *, uc, UC_CPU)))
+    struct softmmu *s = softmmu_of(AT(u8 *, uc, UC_CPU));
+    if (function == library.lookup_tb_ptr && s)
         AT(void *, AT(u8 *, tcg, TCG_LAST_OP), CALL_FUNCTION) = next_code;
+    else if (function == library.system_call && s && s->system_call)
+        AT(void *, AT(u8 *, tcg, TCG_LAST_OP), CALL_FUNCTION) = system_call;
 }
 
 /* --- filling the TLB ------------------------------------------------------------------------------- */

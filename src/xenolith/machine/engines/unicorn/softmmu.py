@@ -7,6 +7,9 @@ lies, and a block is taken only if the TLB has this frame for its page now: it o
 *Filling the TLB.*  Page tables are read where they lie, not through QEMU's address spaces; and a page of which no block
 was translated is not marked as one with code first, to be unmarked at its first store.
 
+*System calls.*  What their handler needs is stored before they are looked at; Unicorn does it once more before it calls
+a hook.
+
 *Emptying it.*  It is noted which entries were filled, and these are emptied, not the whole table; nor tb_jmp_cache, of
 which only what was used since the last flush is.  So a large TLB costs nothing, and it stays large.
 
@@ -26,6 +29,7 @@ from typing import Final
 
 from xenolith.abi import x86
 from xenolith.machine import native
+from xenolith.machine.engines import protocol
 from xenolith.machine.engines.unicorn import layout, linkage, stubs
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
@@ -52,6 +56,8 @@ REPLACED: Final = {  # functions of the library, by our name for them
 CALLED: Final = {
     "gen_call": "tcg_gen_callN_x86_64",
     "lookup_tb_ptr": "helper_lookup_tb_ptr_x86_64",
+    "system_call": "helper_syscall_x86_64",
+    "stop": "uc_emu_stop",
     "page_of_code": "get_page_addr_code_x86_64",
     "fill_tlb": "x86_cpu_tlb_fill_x86_64",
     "reset_dirty": "tlb_reset_dirty_x86_64",
@@ -74,6 +80,8 @@ IN_C: Final = {
     "flush_tlbs": "void (*{})(u8 *cpu, u16 mmus)",
     "gen_call": "void (*{})(u8 *tcg, u8 *function, u8 *result, int count, u8 **arguments)",
     "lookup_tb_ptr": "u8 *{}",
+    "system_call": "u8 *{}",
+    "stop": "int (*{})(u8 *uc)",
     "page_of_code": "u64 (*{})(u8 *env, u64 va)",
     "reset_dirty": "void (*{})(u8 *cpu, u64 address, u64 size)",
     "invalidate": "void (*{})(u8 *uc, u64 start, u64 end)",
@@ -91,6 +99,8 @@ class Softmmu(ctypes.Structure):
         ("checksums", c_uint64),  # host address of Instance's checksums of frames
         ("unverified", c_uint64),  # of a byte for each: compare it with its checksum before its code is executed
         ("fetching", c_uint64),  # in QEMU's tlb_fill: for an instruction
+        ("system_call", c_uint64),  # deliver.c's function for them, if they are native code's; and what it gets
+        ("hook", c_uint64),
         ("translating", c_uint64),  # TSC ticks that translation has taken so far
         ("jumps", c_uint64),  # entries of tb_jmp_cache that may be other than empty
         ("jump", c_uint32 * JUMPS),
@@ -156,7 +166,8 @@ def declarations() -> str:
         + native.define(x86, ABI)
         + "".join(f"#define {name} {number}\n" for name, number in numbers.items())
         + native.declare("library", Originals, IN_C)
-        + native.declare("softmmu", Softmmu)
+        + native.define(protocol, "TRAP_SYSCALL")
+        + native.declare("softmmu", Softmmu, {"system_call": "bool (*{})(u32 trap, u64 error_code, u64 va, u64 hook)"})
     )
 
 
