@@ -46,20 +46,21 @@ WHERE_WE_LOSE = """\
 ## Where we lose, and why
 
 - System calls, against QEMU TCG: a PV kernel calls its hypervisor for what others do in the guest, here twice for each
-  (the entry and the iret). On Unicorn both are C and take 0.1 us together; leaving translated code for them and coming
-  back is the rest of the half microsecond. The same for page faults, which are two or three traps each.
+  (the entry and the iret). On Unicorn both are C and take 0.1 us together. A fourth of the rest is finding the next
+  block of translated code, at each return and indirect call. Page faults are two or three traps each.
 - The KVM engine where KVM has neither VMX nor SVM, as here: an exit costs 31 us in the host's kernel, around 1 us of
   ours; system calls and returns from them cost 16 us each by the fast path. Page-table updates and page faults are most
   of a fork, an exec and a boot.
-- The adaptive engine has to find out where a guest is faster, and programs that started on KVM use its wide vector
-  registers, which calls the vCPU back there: forks, small files and databases take 1.2 to 3.3 times as long as on
-  Unicorn alone.
+- The adaptive engine has to find out where a guest is faster, moves for it, and its kernel sees the processor, for
+  whose sake it takes detours at each return (against SRSO): fork and exec take 1.1 to 1.3 times as long as on Unicorn
+  alone.
 - Computing on Unicorn: translated code is 5 times slower than the processor, vector code (SHA-256, which gcc
   vectorises; its SSE instructions are calls of C functions) 15 times, floating point 130 times: what the adaptive
   engine is for.
-- Computing on KVM: 78 us for each of Linux's 250 ticks a second, 2 %: the exit (30), the guest's own tick (some 40), 8
-  of ours. `python -m bench.computing` compares in turns of a quarter of a second, which a changing machine does not
-  disturb.
+- Computing on KVM: some 45 us more than natively for each of Linux's 250 ticks a second, 1.1 %: the interrupt and the
+  change of page tables (some 15), the guest's own tick (10 to 15), the gate back to the program (14); and what an empty
+  TLB costs afterwards. `python -m bench.computing` compares in turns of a quarter of a second, which a changing machine
+  does not disturb.
 - Against User-Mode Linux: its kernel is a process, so that context switches, TCP and file operations run natively
   between system calls. It cannot run a stock kernel.
 """
