@@ -13,11 +13,15 @@ import ctypes
 import mmap
 import os
 import threading
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
+
+LOCAL_APIC_MFN: Final = 0xFEE00
+"""Where processors have their local APIC: emulated accesses to this frame are not accesses to memory, under KVM."""
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -37,7 +41,8 @@ class MachineMemory:
 
     Views of all of it, indexed by machine address divided by the item's size:
     `b` bytes, `h` 16-bit, `d` 32-bit, `q` 64-bit words; `words` is `q` as a numpy array (uint64).
-    MFN 0 is never handed out, so that 0 can mean "none".  Allocation and freeing may be done by any thread.
+    MFN 0 is never handed out, so that 0 can mean "none", nor is LOCAL_APIC_MFN.  Allocation and freeing may be done by
+    any thread.
     """
 
     def __init__(self, frames: int) -> None:
@@ -55,6 +60,8 @@ class MachineMemory:
         self._starts = [1]  # free extents, ascending and never adjacent
         self._lengths = [frames - 1]
         self.free_frames = frames - 1
+        if frames > LOCAL_APIC_MFN:
+            self._take(0, LOCAL_APIC_MFN, 1)
         self._lock = threading.Lock()  # the innermost lock of all: nothing else is taken under it
 
     def page(self, mfn: int) -> memoryview:

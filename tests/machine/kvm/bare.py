@@ -23,8 +23,8 @@ DATA_PAGES = 300
 class Machine:
     """Pages at CODE, DATA (DATA_PAGES of them), below STACK_TOP and at GDT; any number of vCPUs on one page table."""
 
-    def __init__(self) -> None:
-        self.memory = MachineMemory(4096)
+    def __init__(self, frames: int = 4096) -> None:
+        self.memory = MachineMemory(frames)
         self.engine = self.make_engine()
         self.l4 = self.new_l4()
         self.code = self.map_new(CODE)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from iced_x86 import Decoder
 
 from xenolith.abi.hypercalls import VIRQ_TIMER
-from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64, SHARED_EVTCHN_MASK, SHARED_EVTCHN_PENDING
+from xenolith.abi.layout import (
+    FLAT_RING3_CS32,
+    FLAT_RING3_CS64,
+    FLAT_RING3_SS32,
+    FLAT_RING3_SS64,
+    SHARED_EVTCHN_MASK,
+    SHARED_EVTCHN_PENDING,
+)
 from xenolith.abi.x86 import (
     CS,
     EFLAGS_IF,
     GS_BASE,
+    PAGE_SHIFT,
     R8,
     R11,
     RAX,
@@ -31,14 +40,16 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED
-from xenolith.machine.engines.kvm import area, fast_path, native_run
+from xenolith.machine.engines.kvm import api, area, fast_path, native_run
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
+from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.cpu import _CODE0, _DATA0
 from xenolith.machine.engines.kvm.host import host_traits
-from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL
+from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
 from xenolith.machine.engines.unicorn import paging
+from xenolith.machine.memory import LOCAL_APIC_MFN, MachineMemory
 
-from .bare import CODE, DATA, STACK_TOP, Machine
+from .bare import CODE, DATA, STACK_TOP, TABLE, Machine
 from .test_fast_path import (
     FLAT,
     INFO_PAGE,
@@ -60,13 +71,12 @@ from .test_run import NOW, NativeModes
 
 PORT = 70  # the second word's
 CALLBACK = KERNEL + 0x200
-LENGTH = 4_000_000  # ns
-FIRST = 20_000_000  # later than the program's start takes, even on a busy machine
+LENGTH = 20_000_000  # ns: longer than the program's start takes, even on a busy machine
 LOOK = 10**9
 INFO, SHARED = DATA + INFO_PAGE * 0x1000, DATA + SHARED_PAGE * 0x1000
 COUNTER = DATA + 8
 DEADLINE = DATA + 0x2000  # where SET_TIMER takes it from
-ENOUGH = 20
+ENOUGH = 8
 
 
 def dword(value: int) -> str:
@@ -144,15 +154,29 @@ class TickingGuest(Guest):
         """Run the program, with ticks, until it traps."""
         self.machine.write_code(code)
         self.cpu.regs[RIP] = CODE
-        self.start_ticks(FIRST, LENGTH)
+        self.start_ticks(LENGTH, LENGTH)
         return self.go()
 
     def start_ticks(self, first: int, length: int) -> None:
         """As the loop in C does, when everything is ready for the guest."""
-        self.cpu._enter_thread()
-        self.cpu._shared.look = LOOK  # instead of an alarm
+        cpu, modes, shared = self.cpu, self.modes, self.cpu._shared
+        cpu._enter_thread()
+        shared.look = LOOK  # instead of an alarm
         self.fast_path.enter()
-        self.cpu.start_ticks(first, length)
+        word, bit = divmod(modes.timer_port, 64)
+        for name, value in (
+            ("ticks_left", fast_path.TICKS),
+            ("tick_now", LOOK - 100_000 + first - length),
+            ("tick_length", length),
+            ("tick_entry", modes.event_callback),
+            ("tick_word", cpu._pages.shared_va + SHARED_EVTCHN_PENDING + word * 8),
+            ("tick_bit", 1 << bit),
+            ("tick_selector", 1 << word),
+        ):
+            self.data[fast_path.FIELDS[name] // 8] = value
+        shared.tick_length, shared.ticking = length, True
+        cpu._pages.list[area.TICK_CR3] = modes.kernel_l4 << PAGE_SHIFT
+        cpu.set_timer(first, length)
 
     @property
     def fast_path(self) -> fast_path.FastPath:
@@ -234,7 +258,7 @@ def test_a_tick_that_needs_more_goes_to_python(guest: TickingGuest, why: str) ->
     program = "0f 05" + end + "b9 23 01 00 00 eb fe"
     guest.machine.write_code(program)
     regs[RIP] = CODE
-    guest.start_ticks(FIRST, LENGTH)
+    guest.start_ticks(LENGTH, LENGTH)
     if why == "count":
         guest.data[fast_path.FIELDS["ticks_left"] // 8] = 0
     before = regs[RSP]
@@ -253,6 +277,28 @@ def test_a_tick_in_guest_kernel_mode_goes_to_python(guest: TickingGuest) -> None
     guest.machine.write_code(SET_TIMER + "eb fe", KERNEL - CODE)
     assert guest.tick("0f 05") == [TRAP_NOTHING]
     assert (guest.cpu.regs[RIP], guest.modes.kernel_mode, guest.modes.timers) == (KERNEL + 19, True, [LOOK])
+
+
+USER_CODE = [int(each.ip) for each in Decoder(64, fast_path._USER.code, ip=0)]
+
+
+@pytest.mark.parametrize("at", [at for at in USER_CODE if at <= fast_path._USER.labels["gate"]])
+@pytest.mark.parametrize("kicked", [False, True], ids=["tick", "kick on the way"])
+def test_a_tick_between_the_system_call_and_the_gate_is_the_system_call(
+    guest: TickingGuest, at: int, kicked: bool
+) -> None:
+    """The program must not be left within the engine's code: it may go on where that is not."""
+    assert guest.run("0f 0b") == [VECTOR_UD]
+    guest.cpu._pages.user_code[at : at + 2] = b"\xeb\xfe"
+    if kicked:
+        stop_at(guest, fast_path._AT["tick_saved"])
+    guest.data[fast_path.FIELDS["timer"] // 8] = LOOK
+    regs = guest.cpu.regs
+    regs[RAX] = 0x1234
+    before = regs[RSP]
+    assert guest.tick("90 90 0f 05") == [TRAP_SYSCALL]
+    assert (regs[RAX], regs[RIP], regs[RSP], regs[GS_BASE]) == (0x1234, CODE + 4, before, USER_GS)
+    assert (guest.modes.kernel_mode, guest.mask) == (False, 0)
 
 
 @pytest.mark.parametrize("at", [at for at in offsets("tick", "tick_end") if at < fast_path._AT["tick_slow"]])
@@ -373,6 +419,48 @@ def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest,
     cpu.run(on_trap)
     assert seen == [(TRAP_SYSCALL, CODE + 0x40, pointer)]
     assert [paging.read(memory, l4, pointer - 64, 64) for l4 in tables.values()] == mapped
+
+
+def test_a_tick_of_32_bit_code_does_not_reach_the_kernels_table(guest: TickingGuest) -> None:
+    """IRETQ would go to the address of `tick`, cut to 32 bits, where a program could have code of its own."""
+    assert guest.run("0f 0b") == [VECTOR_UD]
+    regs, cs, ss = guest.cpu.regs, FLAT_RING3_CS32, FLAT_RING3_SS32
+    guest.modes.flat_selectors.add((cs, ss))
+    guest.cpu.set_code_stack(cs, ss)
+    regs[RAX] = 0
+    assert guest.tick("40 eb fd") == [TRAP_NOTHING]  # again: inc eax; jmp again
+    assert (regs[RIP] in (CODE, CODE + 1), guest.modes.kernel_mode) == (True, False)
+    assert guest.cpu.l4_mfn == guest.machine.l4
+    assert regs[RAX] > 0
+
+
+def test_the_local_apic_is_not_in_memory() -> None:
+    """A store by 32-bit code, which KVM emulates, to where a PC has it, on a machine that has memory there."""
+    if not host_traits().ticks:
+        pytest.skip("no local APIC on this host: " + host_traits().kind)
+    memory = MachineMemory(LOCAL_APIC_MFN + 16)
+    try:
+        assert LOCAL_APIC_MFN not in memory.allocate(memory.free_frames)
+    finally:
+        memory.close()
+    machine = Machine(LOCAL_APIC_MFN + 4096)
+    try:
+        cpu = machine.cpu()
+        machine.memory.q[machine.entry(DATA + 0x40_0000)] = LOCAL_APIC_MFN << PAGE_SHIFT | TABLE
+        cpu.set_code_stack(FLAT_RING3_CS32, FLAT_RING3_SS32)
+        cpu.regs[RDI], cpu.regs[RAX] = DATA + 0x40_0000, 0x44500  # INIT to itself
+        before = bytearray(api.LAPIC_SIZE)
+        ioctl(cpu._fd, api.KVM_GET_LAPIC, before)
+        with suppress(EngineError):  # KVM may stop at an access of which it knows nothing
+            machine.execute(cpu, "89 87 00 03 00 00 0f 0b")  # mov [edi + 0x300], eax; ud2
+        after = bytearray(api.LAPIC_SIZE)
+        ioctl(cpu._fd, api.KVM_GET_LAPIC, after)
+        assert after == before
+        sregs = bytearray(api.SREGS_SIZE)
+        ioctl(cpu._fd, api.KVM_GET_SREGS, sregs)
+        assert int.from_bytes(sregs[api.SREGS_CR0 :][:8], "little") >> 31 & 1  # not in real mode
+    finally:
+        machine.close()
 
 
 def test_no_interrupt_is_left_when_ticks_end(guest: TickingGuest) -> None:

@@ -104,6 +104,7 @@ SREGS_CR2: Final = 232
 SREGS_CR3: Final = 240
 SREGS_CR4: Final = 248
 SREGS_EFER: Final = 264
+SREGS_APIC_BASE: Final = 272
 SREGS_INTERRUPTS: Final = 280  # bitmap of vectors: one that waits for delivery
 SREGS_SIZE: Final = 312
 SEGMENT: Final = Struct("<QIHBBBBBBBBBx")  # base limit selector type present dpl db s l g avl unusable
@@ -138,6 +139,7 @@ LAPIC_DIVIDE: Final = 0x3E0
 LAPIC_ENABLED: Final = 0x1FF
 LAPIC_PERIODIC: Final = 1 << 17
 LAPIC_DIVIDE_BY_1: Final = 0xB
+X2APIC: Final = 3 << 10  # in IA32_APIC_BASE: enabled, and not in memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ioctl_pointer = ctypes.CDLL(None, use_errno=True).ioctl

@@ -76,6 +76,7 @@ USER_CODE32: Final = 0x23
 USER_DATA: Final = 0x2B
 USER_CODE64: Final = 0x33
 TSS_SELECTOR: Final = 0x40
+# No USER_CODE32: the gate for ticks relies on IRETQ into 32-bit code, whose addresses are short, faulting.
 _DESCRIPTORS: Final = {
     CODE0: 0x00AF_9B00_0000_FFFF,
     DATA0: 0x00CF_9300_0000_FFFF,

@@ -404,17 +404,6 @@ class KvmCpu(Cpu):
 
     # --- ticks ----------------------------------------------------------------------------------------
 
-    def start_ticks(self, first: int, length: int) -> None:
-        """Let the local timer interrupt the guest in `first` ns and then every `length` ns, until the next exit.
-
-        Before `run`, where the engine `has_ticks`, with the vCPU in the modes in which the guest is entered.
-        """
-        fast_path, shared = self._fast_path, self._shared
-        assert fast_path is not None and shared.lapic
-        fast_path.start_ticks(first, length)
-        shared.ticking = True
-        self.set_timer(first, length)
-
     def set_timer(self, first: int, length: int) -> None:
         """The local timer, where the engine `has_ticks`: off if `first` is 0."""
         for register, value in ((api.LAPIC_INITIAL_COUNT, length), (api.LAPIC_CURRENT_COUNT, first)):
@@ -521,6 +510,8 @@ class KvmCpu(Cpu):
                     continue
             elif run_d[_RUN_EXIT_REASON] != api.KVM_EXIT_IO:
                 self._unexpected_exit()
+                if fast_path is not None:
+                    self._leave_fast_path(False)
                 if not on_trap(VECTOR_UD, 0, 0):
                     return
                 continue
@@ -984,6 +975,9 @@ class KvmCpu(Cpu):
             (api.SREGS_EFER, _EFER),
         ):
             pack_into("<Q", sregs, offset, value)
+        if engine.has_ticks:  # guests must not find the local APIC in memory, whatever frames they have
+            (base,) = unpack_from("<Q", sregs, api.SREGS_APIC_BASE)
+            pack_into("<Q", sregs, api.SREGS_APIC_BASE, base | api.X2APIC)
         try:
             ioctl(self._fd, api.KVM_SET_SREGS, sregs)
         except OSError as error:
@@ -1007,7 +1001,7 @@ class KvmCpu(Cpu):
             raise EngineError("KVM refuses the system-call registers of a 64-bit guest")
 
     def _set_up_ticks(self) -> None:
-        """Bring the local APIC into the state in which `start_ticks` needs to set but times."""
+        """Bring the local APIC into the state in which start_ticks of run.c needs to set but times."""
         fd, lapic = self._fd, self._lapic
         ioctl(fd, api.KVM_SET_MP_STATE, bytearray(4))  # runs: only vCPU 0 does by itself
         ioctl(fd, api.KVM_GET_LAPIC, lapic)

@@ -90,10 +90,11 @@ class KvmEngine(Engine):
 
     def _has_local_timers(self) -> bool:
         """Give every vCPU to come a local APIC, if KVM can do that without other interrupt controllers."""
-        if not ioctl(self._device, api.KVM_CHECK_EXTENSION, api.KVM_CAP_SPLIT_IRQCHIP):
-            return False
         request = api.ENABLE_CAP.pack(api.KVM_CAP_SPLIT_IRQCHIP, 0, api.IRQCHIP_ROUTES)
-        ioctl(self._vm, api.KVM_ENABLE_CAP, bytearray(request))
+        try:
+            ioctl(self._vm, api.KVM_ENABLE_CAP, bytearray(request))
+        except OSError:
+            return False
         return True
 
     # --- what the processor is --------------------------------------------------------------------------

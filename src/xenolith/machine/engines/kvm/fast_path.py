@@ -398,7 +398,9 @@ other:
     e6 03                       out 3, al
     f4                          hlt
 """
-# Without an error code: the word below RIP is free.  What is left in the kernel's view begins at `tail`.
+# Without an error code: the word below RIP is free.  CPL 0 is the stub for SYSCALL by 32-bit code; for 32-bit code
+# itself IRETQ faults, as that has no descriptor, and the tick is rolled back.  What is left in the kernel's view begins
+# at `tail`.
 GATE_TICK: Final = """
     f6 44 24 08 03              test byte [rsp+0x8], 3
     74 {.other:1}               je other
@@ -684,7 +686,9 @@ class FastPath:
                 self._restore_saved()
             if at > _AT["tick_moved"]:
                 regs[RFLAGS] = data[_WORD["tick_flags"]]
-            return self._to_interrupted(data[_WORD["tick_rip"]]), TRAP_NOTHING
+            l4_mfn = self._to_interrupted(data[_WORD["tick_rip"]])
+            if regs[RIP] & -PAGE_SIZE != self._pages.code_va:
+                return l4_mfn, TRAP_NOTHING
         elif _AT["iret"] <= at < _AT["iret_end"]:
             if _AT["gate"] <= at < _AT["iret_slow"]:
                 regs[RIP] = data[_WORD["rip"]] & _USER_RIP
@@ -747,25 +751,6 @@ class FastPath:
         self.timer_told = True
         self._regs[RIP] = rip
         return self._shared.user_l4
-
-    def start_ticks(self, first: int, length: int) -> None:
-        """The local timer interrupts the vCPU in `first` ns and then every `length` ns: as start_ticks of run.c."""
-        modes = self._modes
-        assert modes is not None
-        data, (word, bit) = self._data, divmod(modes.timer_port, 64)
-        for name, value in (
-            ("ticks_left", TICKS),
-            ("tick_now", modes.timer_look - modes.until(modes.timer_look) + first - length),
-            ("tick_length", length),
-            ("tick_entry", modes.event_callback),
-            ("tick_word", self._pages.shared_va + SHARED_EVTCHN_PENDING + word * 8),
-            ("tick_bit", 1 << bit),
-            ("tick_selector", 1 << word),
-        ):
-            data[_WORD[name]] = value
-        self._shared.look = modes.timer_look  # in place of the alarm
-        self._shared.tick_length = length
-        self._list[area.TICK_CR3] = modes.kernel_l4 << PAGE_SHIFT
 
     def stop_ticks(self) -> None:
         """There are no more: take over what was delivered."""

@@ -331,7 +331,10 @@ def _ticks(traits: HostTraits) -> bool:
 
     A write to the local APIC would cost what the fast path saves.
     """
-    machine = ProbeMachine(dataclasses.replace(traits, ticks=True))
+    try:
+        machine = ProbeMachine(dataclasses.replace(traits, ticks=True))
+    except EngineError:
+        return False
     try:
         return machine.is_interrupted()
     finally:

@@ -7,7 +7,7 @@
 #define FEW_SYSCALLS 8 /* from one tick to the next */
 #define QUIET 10       /* ticks without a system call: a program that computes */
 #define CLOCK_MONOTONIC 1
-#define SAME_LENGTH 100000  /* ns by which a guest's tick may differ from the host's */
+#define SAME_LENGTH 100000 /* ns by which a guest's tick may differ from the host's */
 #define SETTING_TAKES 6000 /* ns that KVM_SET_LAPIC needs until the timer runs */
 #define IRET 23 /* hypercall number */
 #define PAGE (~0xfffull)
@@ -182,9 +182,10 @@ static bool set_alarm(struct kvm_cpu *k, struct vcpu *v)
         left = 1;
     else if (k->quiet > QUIET && k->host_tick && !clock_gettime(CLOCK_MONOTONIC, time)) {
         left = until_host_tick(time[0] * 1000000000 + time[1], left, k->host_tick);
-        k->look = v->timer_look;
-        if (start_ticks(k, v, now, left))
+        if (start_ticks(k, v, now, left)) {
+            k->look = v->timer_look;
             return true;
+        }
     }
     struct itimerspec alarm = {{0, 0}, {left / 1000000000, left % 1000000000}};
     if (syscall(SYS_TIMER_SETTIME, k->alarm, 0l, &alarm, NULL))
