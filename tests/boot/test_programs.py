@@ -170,5 +170,5 @@ def test_a_program_that_computes_is_interrupted_by_ticks(xenolith_run: Run) -> N
     done = xenolith_run("--", "sh", "-c", COMPUTES)
     woke, (ticks, *_, hundredths) = (line.split() for line in done.stdout.decode().splitlines())
     assert woke == ["woke"]
-    assert int(hundredths) >= 90
+    assert int(hundredths) >= 30
     assert int(hundredths) * 2.5 * 0.2 < int(ticks) < int(hundredths) * 2.5 * 1.2  # 250 a second, if the host has time

@@ -102,9 +102,12 @@ class Subject:
         wide = int.from_bytes(image[512:520], "little") & ~3
         self.cpu.store_extended(image)
         image[512:520] = (wide | 3).to_bytes(8, "little")
-        if mnemonic in extended.SAVES:
-            return extended.save(mnemonic, image, XCR0, requested, COMPONENTS, area)
-        if not extended.restore(image, XCR0, requested, COMPONENTS, area):
+        try:
+            if mnemonic in extended.SAVES:
+                return extended.save(mnemonic, image, XCR0, requested, COMPONENTS, area)
+            if not extended.restore(image, XCR0, requested, COMPONENTS, area):
+                return False
+        except extended.OperandFault:  # which native code leaves to this
             return False
         image[extended.HEADER] |= 3
         self.cpu.load_extended(image)

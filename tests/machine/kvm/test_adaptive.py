@@ -355,10 +355,20 @@ def test_an_xsave_that_faults_does_so_as_on_a_processor(machine: AdaptiveMachine
     index = machine.entry(DATA + 0x1000)
     machine.change_entry(index, machine.memory.q[index] & ~2)  # read-only
     cpu.flush_tlb()
-    for address, trap in ((DATA + 0x1000, (VECTOR_PF, 7)), (DATA + 8, (VECTOR_GP, 0)), (0x7000, (VECTOR_PF, 6))):
-        cpu.regs[RDI], cpu.regs[RAX], cpu.regs[RDX] = address, 7, 0
-        assert machine.on(cpu, "unicorn", "48 0f c7 27 0f 0b")[:2] == trap
-        assert cpu.regs[RIP] == CODE
+    cpu.regs[RDI] = DATA
+    machine.on(cpu, "unicorn", "48 89 07 48 89 87 00 20 00 00 0f 0b")  # the pages around it are accessed and dirty
+    pages = {DATA + 0x1000: 7, DATA + 0xFC0: 7, 0x7000: 6}
+    for form in ("48 0f ae 27", "48 0f ae 37", "48 0f c7 27"):
+        for address, error_code in pages.items():
+            cpu.regs[RDI], cpu.regs[RAX], cpu.regs[RDX] = address, 7, 0
+            page = max(address, DATA + 0x1000) if address >= DATA else address
+            assert machine.on(cpu, "unicorn", form + " 0f 0b") == (VECTOR_PF, error_code, page)
+            assert (cpu.regs[RIP], cpu.running_on) == (CODE, "unicorn")
+    cpu.regs[RDI] = 0x7000
+    assert machine.on(cpu, "unicorn", "48 0f ae 2f 0f 0b") == (VECTOR_PF, 4, 0x7000)
+    cpu.regs[RDI] = DATA + 8
+    assert machine.on(cpu, "unicorn", "48 0f c7 27 0f 0b")[:2] == (VECTOR_GP, 0)
+    assert cpu.regs[RIP] == CODE
 
 
 @pytest.mark.parametrize("first", ENGINES)

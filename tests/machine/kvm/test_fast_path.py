@@ -285,6 +285,18 @@ def test_any_other_timer_goes_to_python(guest: Guest, why: str) -> None:
     assert guest.modes.timers == []
 
 
+def test_an_alarm_before_the_guest_has_set_its_timer_makes_that_go_to_python(guest: Guest) -> None:
+    """On a busy machine: nobody would look for the timer any more."""
+    guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
+    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    set_timer(guest, 1000)
+    times = iter((1, -1))
+    guest.modes.until = lambda _moment: next(times)  # type: ignore[method-assign]
+    # mov ecx, 50000000; again: dec ecx; jnz again; syscall
+    assert guest.run("b9 80 f0 fa 02 ff c9 75 fc 0f 05") == [TRAP_SYSCALL]
+    assert (guest.cpu.regs[RAX], guest.modes.timer_look, guest.modes.timers) == (24, 0, [])
+
+
 def offsets(first: str, last: str) -> list[int]:
     code = fast_path.kernel_code(0)
     starts = [int(each.ip) for each in Decoder(64, code.code, ip=0)]

@@ -116,8 +116,6 @@ class TickingGuest(Guest):
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine)
         self.modes.event_callback, self.modes.timer_port = CALLBACK, PORT
-        self.modes.timer_look = LOOK
-        self.modes.until = lambda _moment: 100_000  # type: ignore[method-assign]
         machine.write_code(PROGRAM_ENTRY, KERNEL - CODE)
         machine.write_code(callback(LENGTH), CALLBACK - CODE)
         set_timer(self, LOOK)
@@ -161,7 +159,7 @@ class TickingGuest(Guest):
         """As the loop in C does, when everything is ready for the guest."""
         cpu, modes, shared = self.cpu, self.modes, self.cpu._shared
         cpu._enter_thread()
-        shared.look = LOOK  # instead of an alarm
+        modes.timer_look = shared.look = LOOK  # instead of an alarm
         self.fast_path.enter()
         word, bit = divmod(modes.timer_port, 64)
         for name, value in (
@@ -489,7 +487,6 @@ def test_a_program_that_computes_gets_its_ticks_from_the_loop_in_c(guest: Tickin
     modes.timer_interval = length
     now = NOW(lambda: LOOK - 100_000)
     modes.now = ctypes.cast(now, ctypes.c_void_p).value or 0
-    modes.until = lambda _moment: 100_000  # type: ignore[method-assign]
 
     cpu = guest.cpu
 

@@ -48,6 +48,7 @@ from xenolith.abi.x86 import (
     RIP,
     VECTOR_DB,
     VECTOR_NM,
+    VECTOR_PF,
     VECTOR_UD,
 )
 from xenolith.machine import native
@@ -89,6 +90,7 @@ WINDOW: Final = 32  # traps after which the policy is asked again ...
 NATIVE_WINDOW: Final = 256  # ... or so many that native code handles on Unicorn, ...
 KVM_WINDOW: Final = 12  # ... or so many on KVM, where each costs fifty times as much
 DECODED: Final = 256  # instructions kept decoded
+CPUID_ANSWERS: Final = 256  # kept; a static program asks for forty when it starts
 PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
 START_NS: Final = 5_000_000  # CPU time, but for translation, on Unicorn after a new address space: a program may start
@@ -182,6 +184,7 @@ class AdaptiveCpu:
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
         self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
+        self._cpuid_answers: dict[tuple[int, int], tuple[int, ...]] = {}  # by leaf and subleaf
         self._modes: GuestModes | None = None
         self._calls = EngineCalls()  # those of the engine where it is
         self.calls = ctypes.addressof(self._calls) if self._kvm.calls else 0
@@ -309,8 +312,11 @@ class AdaptiveCpu:
                 instruction = self._instruction()
                 if self._task_switched and _uses_extended_state(instruction):
                     return on_unicorn(VECTOR_NM, 0, 0)
-                if self._saved_or_restored(instruction):
-                    return True
+                try:
+                    if self._saved_or_restored(instruction):
+                        return True
+                except extended.OperandFault as fault:
+                    return on_unicorn(VECTOR_PF, fault.error_code, fault.address)
                 self._target, self._start_ends = self._kvm, 0
                 self._borrow = self._only_unicorn_can() or self._selectors_would_be_lost()
                 return False
@@ -356,13 +362,23 @@ class AdaptiveCpu:
     def _answer_cpuid(self) -> None:
         """CPUID executed on Unicorn: as on KVM, but for what had better not be used here."""
         regs = self.regs
-        leaf, subleaf = regs[RAX] & _MASK32, regs[RCX] & _MASK32
+        question = regs[RAX] & _MASK32, regs[RCX] & _MASK32
+        answer = self._cpuid_answers.get(question)
+        if answer is None:
+            answer = self._cpuid_answer(*question)
+            if len(self._cpuid_answers) < CPUID_ANSWERS:
+                self._cpuid_answers[question] = answer
+        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
+
+    def _cpuid_answer(self, leaf: int, subleaf: int) -> tuple[int, ...]:
         answer = self._engine.kvm.host_cpuid(leaf, subleaf) if leaf != 7 or not subleaf else (0, 0, 0, 0)
-        for register, (place, value) in enumerate(zip((RAX, RBX, RCX, RDX), answer, strict=True)):
-            regs[place] = value & ~_UNTOLD.get((leaf, register), 0)
+        return tuple(value & ~_UNTOLD.get((leaf, register), 0) for register, value in enumerate(answer))
 
     def _saved_or_restored(self, instruction: Instruction) -> bool:
-        """Carry out an instruction of the XSAVE family, which Unicorn has not for all components, if it succeeds."""
+        """Carry out an instruction of the XSAVE family, which Unicorn has not for all components, if it succeeds.
+
+        Raises OperandFault where it would be a page fault: a signal's frame on a stack that a fork has shared.
+        """
         regs, mnemonic = self.regs, instruction.mnemonic
         saves = mnemonic in extended.SAVES
         if not saves and mnemonic != Mnemonic.XRSTOR64:

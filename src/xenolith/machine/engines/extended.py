@@ -15,7 +15,20 @@ from typing import Final, NamedTuple
 
 from iced_x86 import Mnemonic
 
-from xenolith.abi.x86 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import (
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PFEC_PRESENT,
+    PFEC_USER,
+    PFEC_WRITE,
+    PTE_A,
+    PTE_D,
+    PTE_P,
+    PTE_RW,
+    PTE_US,
+    is_canonical,
+)
 from xenolith.machine.engines.unicorn import paging
 from xenolith.machine.memory import MachineMemory
 
@@ -151,6 +164,15 @@ def restore(image: bytearray, xcr0: int, requested: int, extended: list[Componen
     return True
 
 
+class OperandFault(Exception):
+    """The processor would raise a page fault for the memory operand."""
+
+    def __init__(self, error_code: int, address: int) -> None:
+        super().__init__(f"page fault {error_code:#x} at {address:#x}")
+        self.error_code = error_code
+        self.address = address
+
+
 class Area:
     """The memory operand: guest memory at a linear address."""
 
@@ -166,7 +188,10 @@ class Area:
         return [piece.start >> PAGE_SHIFT for piece in self._pieces]
 
     def read(self, size: int, writable: bool = False) -> bytearray | None:
-        """Its first bytes; None unless code at CPL 3 could read (and write) them without a change to page tables."""
+        """Its first bytes; None unless code at CPL 3 could read (and write) them without a change to page tables.
+
+        Raises OperandFault where it could not at all.
+        """
         if self._va % ALIGNMENT:
             return None
         self._pieces = []
@@ -176,10 +201,18 @@ class Area:
             length = min(end - va, PAGE_SIZE - (va & PAGE_MASK))
             address = paging.permitted(self._memory, self._l4_mfn, va, needed, PTE_D if writable else 0)
             if address is None:
+                self._check_rights(va, writable)
                 return None
             self._pieces.append(slice(address, address + length))
             va += length
         return bytearray(b"".join(self._memory.b[piece] for piece in self._pieces))
+
+    def _check_rights(self, va: int, writable: bool) -> None:
+        rights = PTE_P | PTE_US | (PTE_RW if writable else 0)
+        if not is_canonical(va) or paging.permitted(self._memory, self._l4_mfn, va, rights) is not None:
+            return  # another fault, or accessed and dirty bits are to be set
+        present = paging.machine_address(self._memory, self._l4_mfn, va) is not None
+        raise OperandFault(PFEC_USER | (PFEC_WRITE if writable else 0) | (PFEC_PRESENT if present else 0), va)
 
     def write(self, data: bytearray) -> None:
         """Write what was read back, changed."""

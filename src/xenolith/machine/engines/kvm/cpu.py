@@ -752,6 +752,7 @@ class KvmCpu(Cpu):
                 raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
             while signal.sigtimedwait((KICK_SIGNAL,), 0):
                 pass
+            self._shared.look = 0  # one may have been the alarm, before the guest had set its timer
             if self._fast_path is not None and self._interrupted_in_fast_path():
                 return True
             in_stub = self._run[_RUN_CPL] & 3 == 0 or run_q[_RUN_RIP] & _PAGE in (area.SYSCALL_PAGE, self._syscall_page)

@@ -609,8 +609,12 @@ class FastPath:
             shared.pair_cs, shared.pair_ss = regs[CS] & 0xFFFF, regs[SS] & 0xFFFF
         look = modes.timer_look
         if look and look != shared.look:
-            shared.look = look
-            self._alarm.set(max(modes.until(look), 1))
+            left = modes.until(look)
+            if left > 0:
+                shared.look = look
+                self._alarm.set(left)
+            else:  # nobody would look again: the guest's timer is to be told of
+                modes.timer_look = look = 0
         known = (shared.pair_cs, shared.pair_ss) in modes.flat_selectors
         _pack_fields(
             self._data_bytes,

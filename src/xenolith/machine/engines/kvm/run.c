@@ -171,16 +171,18 @@ static bool start_ticks(struct kvm_cpu *k, struct vcpu *v, u64 now, i64 first)
     return !ioctl(k->fd, KVM_SET_LAPIC, k->lapic);
 }
 
-/* Set the alarm for the next tick of the guest's. */
+/* Set the alarm for the next tick of the guest's, if that is to come: else its timer is to be told of. */
 static bool set_alarm(struct kvm_cpu *k, struct vcpu *v)
 {
     u64 now = v->now();
     i64 left = v->timer_look - now, time[2];
     k->quiet = v->untrapped_syscalls == k->syscalls ? k->quiet + 1 : 0;
     k->syscalls = v->untrapped_syscalls;
-    if (left < 1)
-        left = 1;
-    else if (k->quiet > QUIET && k->host_tick && !clock_gettime(CLOCK_MONOTONIC, time)) {
+    if (left < 1) {
+        v->timer_look = 0;
+        return true;
+    }
+    if (k->quiet > QUIET && k->host_tick && !clock_gettime(CLOCK_MONOTONIC, time)) {
         left = until_host_tick(time[0] * 1000000000 + time[1], left, k->host_tick);
         if (start_ticks(k, v, now, left)) {
             k->look = v->timer_look;
