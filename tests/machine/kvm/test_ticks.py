@@ -478,16 +478,6 @@ def test_a_program_that_computes_gets_its_ticks_from_the_loop_in_c(guest: Tickin
     library, length = native_run.library(), host_tick_ns()
     if library is None or not length:
         pytest.skip("no native code here, or the host's tick is not known")
-    modes, python = NativeModes(lambda *_: NOT_HANDLED), guest.modes
-    for name in ("kernel_l4", "user_l4", "info", "shared_info", "event_callback", "syscall_callback", "kernel_sp"):
-        setattr(modes, name, getattr(python, name))
-    modes.other_gs_base, modes.syscall_masks_events = KERNEL_GS, True
-    modes.flat_pairs[0] = FLAT_RING3_CS64 << 16 | FLAT_RING3_SS64
-    modes.virq_port[VIRQ_TIMER] = PORT
-    modes.timer_interval = length
-    now = NOW(lambda: LOOK - 100_000)
-    modes.now = ctypes.cast(now, ctypes.c_void_p).value or 0
-
     cpu = guest.cpu
 
     def first(vector: int, _error_code: int, _address: int) -> int:
@@ -499,8 +489,16 @@ def test_a_program_that_computes_gets_its_ticks_from_the_loop_in_c(guest: Tickin
         modes.timer_look = LOOK
         return GO_ON
 
-    handled = NativeModes(first)
-    modes.native_handler = handled.native_handler
+    modes, python = NativeModes(first), guest.modes
+    for name in ("kernel_l4", "user_l4", "info", "shared_info", "event_callback", "syscall_callback", "kernel_sp"):
+        setattr(modes, name, getattr(python, name))
+    modes.other_gs_base, modes.syscall_masks_events = KERNEL_GS, True
+    modes.flat_pairs[0] = FLAT_RING3_CS64 << 16 | FLAT_RING3_SS64
+    modes.virq_port[VIRQ_TIMER] = PORT
+    modes.timer_interval = length
+    now = NOW(lambda: LOOK - 100_000)
+    modes.now = ctypes.cast(now, ctypes.c_void_p).value or 0
+
     guest.machine.write_code(callback(length), CALLBACK - CODE)
     seen: list[int] = []
 

@@ -405,7 +405,7 @@ class KvmCpu(Cpu):
     # --- ticks ----------------------------------------------------------------------------------------
 
     def set_timer(self, first: int, length: int) -> None:
-        """The local timer, where the engine `has_ticks`: off if `first` is 0."""
+        """An interrupt in `first` ns and then every `length` ns, where the engine `has_ticks`; off if `length` is 0."""
         for register, value in ((api.LAPIC_INITIAL_COUNT, length), (api.LAPIC_CURRENT_COUNT, first)):
             pack_into("<I", self._lapic, register, value)
         ioctl(self._fd, api.KVM_SET_LAPIC, self._lapic)
