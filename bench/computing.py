@@ -18,11 +18,11 @@ import threading
 
 from bench.image import BUILD, write_images
 from bench.records import Value, parse
+from xenolith.debian.framing import CommandOutput, new_nonce
+from xenolith.debian.initramfs import HostFile, build_initramfs, kernel_arguments
+from xenolith.debian.packages import obtain
 from xenolith.dom0.console import Overflow
-from xenolith.dom0.debian import obtain
-from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import load_image
-from xenolith.dom0.initramfs import HostFile, build_initramfs, kernel_arguments
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from xenolith.dom0.initramfs import Node, pack
+from xenolith.debian.initramfs import Node, pack
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from machines import Ending, Machine
+
+settings.register_profile("untimed", deadline=None)  # on a loaded machine a slow example is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(params=["unicorn", "kvm"])

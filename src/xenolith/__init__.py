@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
     from xenolith.toolstack.client import ToolstackError
-    from xenolith.toolstack.config import Action, DomainConfig
-    from xenolith.toolstack.xenstoreclient import XenstoreConflict, XenstoreError
+    from xenolith.toolstack.config.domain import Action, DomainConfig
+    from xenolith.toolstack.xenstore_client import XenstoreConflict, XenstoreError
 
 __all__ = [
     "Action",
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "Action": "config",
-    "DomainConfig": "config",
+    "Action": "config.domain",
+    "DomainConfig": "config.domain",
     "ToolstackError": "client",
-    "XenstoreConflict": "xenstoreclient",
-    "XenstoreError": "xenstoreclient",
+    "XenstoreConflict": "xenstore_client",
+    "XenstoreError": "xenstore_client",
 }
 
 

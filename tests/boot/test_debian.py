@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xenolith.dom0.debian import obtain
+from xenolith.debian.packages import obtain
 
 from .conftest import Run
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from people import Person, person_in
-from xenolith.dom0.debian import obtain
-from xenolith.dom0.initramfs import build_initramfs
+from xenolith.debian.initramfs import build_initramfs
+from xenolith.debian.packages import obtain
 
 from .conftest import DEADLINE_SECONDS
 

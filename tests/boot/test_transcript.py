@@ -17,8 +17,8 @@ from typing import Final
 import pytest
 
 from people import GUESTS, Person, Screen, person_in
-from xenolith.dom0.debian import obtain
-from xenolith.dom0.initramfs import build_initramfs
+from xenolith.debian.initramfs import build_initramfs
+from xenolith.debian.packages import obtain
 
 from .conftest import DEADLINE_SECONDS
 

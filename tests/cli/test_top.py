@@ -10,7 +10,7 @@ from rich.console import Console
 
 from toolstack.fake import FakeClient
 from xenolith.cli.top import SORT_KEYS, Row, Sample, render_table, rows, sort_rows, take_sample
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 
 
 def machine_with(*names: str) -> FakeClient:

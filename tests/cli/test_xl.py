@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from toolstack.fake import UNREADABLE, FakeClient
 from xenolith.cli.xl import MODULES, NOT_YET, XlGroup, usage
 from xenolith.cli.xl_command import Session, Toolstack
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.supervisor import Supervisor
 
 

@@ -14,11 +14,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import ENTRY, VIRT_BASE, bzimage, elf, linux, linux_notes, lz4_legacy, note
 from xenolith.abi.elfnote import Feature
-from xenolith.dom0.debian import cache_directory
+from xenolith.debian.packages import cache_directory
 from xenolith.dom0.image import ImageError, KernelImage, elf_of_image, load_image
-
-from .kernels import ENTRY, VIRT_BASE, bzimage, elf, linux, linux_notes, lz4_legacy, note
 
 
 def _xz_as_linux(data: bytes) -> bytes:

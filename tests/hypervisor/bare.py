@@ -16,7 +16,7 @@ from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, R8,
 from xenolith.hypervisor.control import Control
 from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.hypervisor import Hypervisor
-from xenolith.hypervisor.scheduler import runnable
+from xenolith.hypervisor.sched.core import runnable
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
 from xenolith.machine.memory import MachineMemory

@@ -30,9 +30,9 @@ from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor import audit, paging
 from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.frames import TYPE_L1
-from xenolith.hypervisor.grant_table_op import do_grant_table_op
 from xenolith.hypervisor.guest_memory import WRITE, translate
-from xenolith.hypervisor.mmu import l1_entry_index
+from xenolith.hypervisor.hypercalls.grant_table_op import do_grant_table_op
+from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 
 from .bare import DATA, BareMachine, read, write
 

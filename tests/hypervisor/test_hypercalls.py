@@ -15,15 +15,15 @@ from xenolith.abi import hypercalls as abi
 from xenolith.abi.errno import E2BIG, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
 from xenolith.abi.layout import MULTICALL_ENTRY
 from xenolith.abi.x86 import PAGE_SIZE, RAX, RDI, RIP, RSI
-from xenolith.hypervisor.console_io import LOG_BYTES, MOST_AT_ONCE, do_console_io
 from xenolith.hypervisor.domain import Vcpu
-from xenolith.hypervisor.hypercall_table import HYPERCALL_TABLE
-from xenolith.hypervisor.multicall import do_multicall
-from xenolith.hypervisor.physdev import do_physdev_op
-from xenolith.hypervisor.sched_op import do_sched_op, do_sched_op_compat
-from xenolith.hypervisor.vcpu_op import do_vcpu_op
-from xenolith.hypervisor.version import do_xen_version
-from xenolith.hypervisor.vm_assist import do_vm_assist
+from xenolith.hypervisor.hypercalls.console_io import LOG_BYTES, MOST_AT_ONCE, do_console_io
+from xenolith.hypervisor.hypercalls.multicall import do_multicall
+from xenolith.hypervisor.hypercalls.physdev import do_physdev_op
+from xenolith.hypervisor.hypercalls.sched_op import do_sched_op, do_sched_op_compat
+from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
+from xenolith.hypervisor.hypercalls.vcpu_op import do_vcpu_op
+from xenolith.hypervisor.hypercalls.version import do_xen_version
+from xenolith.hypervisor.hypercalls.vm_assist import do_vm_assist
 
 from .bare import DATA, PAGES, BareMachine, read, write
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from xenolith.abi.errno import EBUSY, EINVAL
 from xenolith.abi.x86 import PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenolith.hypervisor import audit, memory_op, paging
+from xenolith.hypervisor import audit, paging
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.frames import (
     TYPE_COUNT,
@@ -29,6 +29,7 @@ from xenolith.hypervisor.frames import (
     FrameTable,
 )
 from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.hypercalls import memory_op
 from xenolith.hypervisor.time import TimerQueue
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.memory import MachineMemory

@@ -50,7 +50,7 @@ from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_L4, TYPE_MASK, 
 from xenolith.hypervisor.guest_memory import copy_to_guest
 from xenolith.hypervisor.traps import trap_handler
 from xenolith.machine import native
-from xenolith.machine.engines.flat import LEAVE, LOOK, NOT_HANDLED, EngineCalls
+from xenolith.machine.engines.native_state import LEAVE, LOOK, NOT_HANDLED, EngineCalls
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, Cpu, register_file
 
 from .bare import CALLBACK, DATA, PAGES, STACK, BareMachine

@@ -26,7 +26,7 @@ from xenolith.abi.hypercalls import (
 )
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor.domain import Domain
-from xenolith.hypervisor.scheduler import QUANTUM
+from xenolith.hypervisor.sched.core import QUANTUM
 
 from .bare import DATA, DEADLINE, BareMachine, Program, pending, write
 

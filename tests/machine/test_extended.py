@@ -11,8 +11,8 @@ from iced_x86 import Mnemonic
 
 from xenolith.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, RAX, RCX, RDI, RDX, RIP
 from xenolith.machine import native
-from xenolith.machine.engines import extended
-from xenolith.machine.engines.extended_native import NativeExtended
+from xenolith.machine.engines.adaptive import extended
+from xenolith.machine.engines.adaptive.extended_native import NativeExtended
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
 

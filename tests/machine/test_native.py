@@ -92,7 +92,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
 
 def _sources() -> list[tuple[str, Callable[[], tuple[Path, str]]]]:
     from xenolith.hypervisor import ring0
-    from xenolith.machine.engines import extended_native
+    from xenolith.machine.engines.adaptive import extended_native
     from xenolith.machine.engines.kvm import native_run
     from xenolith.machine.engines.unicorn import deliver, softmmu
 

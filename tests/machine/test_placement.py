@@ -6,7 +6,14 @@ import itertools
 
 import pytest
 
-from xenolith.machine.engines.placement import HANDLER_NS, LEAST_PATIENCE, MOST_PATIENCE, MOVES_NS, WARM_UP, Placement
+from xenolith.machine.engines.adaptive.placement import (
+    HANDLER_NS,
+    LEAST_PATIENCE,
+    MOST_PATIENCE,
+    MOVES_NS,
+    WARM_UP,
+    Placement,
+)
 
 EXIT_NS = 45_000
 SECOND = 1_000_000_000

@@ -29,7 +29,7 @@ from xenolith.toolstack.client import (
     VcpuInfo,
     no_progress,
 )
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.events import EventHub
 
 HOST = HostInfo(

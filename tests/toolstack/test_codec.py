@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.toolstack.codec import CodecError, decode, encode
-from xenolith.toolstack.configreader import parse_domain_config
-from xenolith.toolstack.cpuspec import HostTopology
-from xenolith.toolstack.protocol import METHODS, from_bytes, to_bytes
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.reader import parse_domain_config
+from xenolith.toolstack.daemon.codec import CodecError, decode, encode
+from xenolith.toolstack.daemon.protocol import METHODS, from_bytes, to_bytes
 
 
 class Colour(StrEnum):

@@ -7,11 +7,11 @@ import string
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.toolstack.configjson import domain_config_json, render
-from xenolith.toolstack.configreader import parse_domain_config
-from xenolith.toolstack.cpuspec import CpuSetError, HostTopology, format_cpu_set, parse_cpu_set
-from xenolith.toolstack.diskspec import Disk, DiskSpecError, parse_disk, virtual_device
-from xenolith.toolstack.xlcfg import ConfigError, ConfigFile, Value, read_config
+from xenolith.toolstack.config.as_json import domain_config_json, render
+from xenolith.toolstack.config.cpus import CpuSetError, HostTopology, format_cpu_set, parse_cpu_set
+from xenolith.toolstack.config.disk import Disk, DiskSpecError, parse_disk, virtual_device
+from xenolith.toolstack.config.grammar import ConfigError, ConfigFile, Value, read_config
+from xenolith.toolstack.config.reader import parse_domain_config
 
 HOST = HostTopology.uniform(4)
 

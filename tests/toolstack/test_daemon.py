@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 
 from toolstack.fake import DOM0, HOST, UNREADABLE, FakeClient
-from xenolith.toolstack import daemon as daemon_module
-from xenolith.toolstack import remote as remote_module
 from xenolith.toolstack.client import (
     ConnectionLost,
     DomainEvent,
@@ -32,11 +30,13 @@ from xenolith.toolstack.client import (
     Trigger,
     every,
 )
-from xenolith.toolstack.config import Action, DomainConfig
-from xenolith.toolstack.daemon import Daemon, shut_guests_down
-from xenolith.toolstack.protocol import METHODS, Channel, Error, Hello, Request, Welcome, to_bytes
-from xenolith.toolstack.remote import NoDaemon, RemoteClient
-from xenolith.toolstack.rundir import AlreadyRunning, LostDomain, RunDirectory, default_socket
+from xenolith.toolstack.config.domain import Action, DomainConfig
+from xenolith.toolstack.daemon import remote as remote_module
+from xenolith.toolstack.daemon import server as daemon_module
+from xenolith.toolstack.daemon.protocol import METHODS, Channel, Error, Hello, Request, Welcome, to_bytes
+from xenolith.toolstack.daemon.remote import NoDaemon, RemoteClient
+from xenolith.toolstack.daemon.run_directory import AlreadyRunning, LostDomain, RunDirectory, default_socket
+from xenolith.toolstack.daemon.server import Daemon, shut_guests_down
 from xenolith.toolstack.supervisor import Supervisor
 
 
@@ -415,8 +415,8 @@ PROGRAM = """
 import signal, sys
 from pathlib import Path
 from toolstack.fake import FakeClient
-from xenolith.toolstack.daemon import Daemon, shut_guests_down
-from xenolith.toolstack.rundir import RunDirectory
+from xenolith.toolstack.daemon.server import Daemon, shut_guests_down
+from xenolith.toolstack.daemon.run_directory import RunDirectory
 from xenolith.toolstack.supervisor import Supervisor
 
 directory = RunDirectory(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from xenolith.abi import vcpu_context
 from xenolith.abi.hypercalls import SHUTDOWN_crash
 from xenolith.dom0.image import load_image
 from xenolith.toolstack.client import InvalidRequest, ToolstackError, Trigger
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.embedded import EmbeddedToolstack
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.toolstack.config import Action, DomainConfig
+from xenolith.toolstack.config.domain import Action, DomainConfig
 from xenolith.toolstack.lifecycle import Lifecycle, ShutdownReason, State, Step, action_for, corpse_name, on_shutdown
 
 NOON = datetime(2026, 3, 4, 12, 5, 59, tzinfo=UTC)

@@ -6,9 +6,17 @@ import json
 import re
 from pathlib import Path
 
-from xenolith.toolstack.codec import decode
-from xenolith.toolstack.config import DomainConfig
-from xenolith.toolstack.protocol import MAX_MESSAGE_BYTES, MESSAGES, METHODS, VERSION, Hello, from_bytes, to_bytes
+from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.daemon.codec import decode
+from xenolith.toolstack.daemon.protocol import (
+    MAX_MESSAGE_BYTES,
+    MESSAGES,
+    METHODS,
+    VERSION,
+    Hello,
+    from_bytes,
+    to_bytes,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "control-protocol.md").read_text()
 

@@ -10,7 +10,7 @@ import pytest
 
 from toolstack.fake import UNREADABLE, FakeClient
 from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
-from xenolith.toolstack.config import Action, DomainConfig
+from xenolith.toolstack.config.domain import Action, DomainConfig
 from xenolith.toolstack.supervisor import Supervisor
 
 NOON = datetime(2026, 3, 4, 12, 5, tzinfo=UTC)

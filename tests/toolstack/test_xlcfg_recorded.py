@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from xenolith.toolstack.configjson import domain_config_json, render
-from xenolith.toolstack.configreader import parse_domain_config
-from xenolith.toolstack.cpuspec import HostTopology
-from xenolith.toolstack.xlcfg import ConfigError
+from xenolith.toolstack.config.as_json import domain_config_json, render
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.grammar import ConfigError
+from xenolith.toolstack.config.reader import parse_domain_config
 
 DATA = Path(__file__).parent / "xlcfg"
 RECORDED = [json.loads(line) for line in (DATA / "recorded.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from xenolith.toolstack.rundir import Leftovers, RunDirectory, default_socket
+from xenolith.toolstack.daemon.run_directory import Leftovers, RunDirectory, default_socket
 
 DEFAULT_MEMORY_MIB = 4096  # of address space; host memory is used as guests touch theirs
 
@@ -54,7 +54,7 @@ def daemon(
 
     Log lines are JSON objects on stderr. SIGTERM shuts the guests down and ends the daemon.
     """
-    from xenolith.toolstack.daemon import JsonFormatter, note
+    from xenolith.toolstack.daemon.server import JsonFormatter, note
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -74,7 +74,7 @@ def daemon(
 
 
 def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
-    from xenolith.toolstack.daemon import note
+    from xenolith.toolstack.daemon.server import note
 
     if leftovers is not None:
         note("cleaned up after a daemon that was killed", logging.WARNING, lost=leftovers.describe())
@@ -84,7 +84,7 @@ def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
 def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, ready: _Ready) -> None:
     """Switch a machine on and serve it until a signal comes."""
     from xenolith.dom0.power import power_on
-    from xenolith.toolstack.daemon import Daemon, note, shut_guests_down
+    from xenolith.toolstack.daemon.server import Daemon, note, shut_guests_down
     from xenolith.toolstack.embedded import EmbeddedToolstack
     from xenolith.toolstack.supervisor import Supervisor
 

@@ -30,11 +30,11 @@ from rich.table import Table
 from rich.text import Text
 
 from xenolith.abi.hypercalls import SHUTDOWN_crash, SHUTDOWN_poweroff
+from xenolith.debian.framing import CommandOutput, new_nonce
+from xenolith.debian.initramfs import InitramfsError, build_initramfs, kernel_arguments
+from xenolith.debian.packages import GuestUnavailable, obtain
 from xenolith.dom0.console import Overflow
-from xenolith.dom0.debian import GuestUnavailable, obtain
-from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import ImageError, load_image
-from xenolith.dom0.initramfs import InitramfsError, build_initramfs, kernel_arguments
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo

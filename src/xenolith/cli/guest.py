@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from xenolith.dom0.debian import DEFAULT_KERNEL, DebianGuest, GuestUnavailable, obtain, refresh, write_whole
-from xenolith.dom0.initramfs import InitramfsError, build_initramfs
+from xenolith.debian.initramfs import InitramfsError, build_initramfs
+from xenolith.debian.packages import DEFAULT_KERNEL, DebianGuest, GuestUnavailable, obtain, refresh, write_whole
 
 
 @click.group()

@@ -32,16 +32,11 @@ from typing import Final
 import click
 
 from xenolith.abi import hypercalls
+from xenolith.debian.framing import CommandOutput, new_nonce
+from xenolith.debian.initramfs import HostFile, InitramfsError, build_initramfs, kernel_arguments
+from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
-from xenolith.dom0.debian import DEFAULT_KERNEL, GuestUnavailable, obtain
-from xenolith.dom0.framing import CommandOutput, new_nonce
 from xenolith.dom0.image import ImageError, KernelImage, load_image
-from xenolith.dom0.initramfs import (
-    HostFile,
-    InitramfsError,
-    build_initramfs,
-    kernel_arguments,
-)
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo

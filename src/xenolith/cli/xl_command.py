@@ -31,7 +31,7 @@ class Toolstack:
 
 def connect_to_daemon(socket: Path | None = None) -> Toolstack:
     """The toolstack of the daemon at `socket`, by default this user's; it is started if it does not run."""
-    from xenolith.toolstack.remote import RemoteClient
+    from xenolith.toolstack.daemon.remote import RemoteClient
 
     client = RemoteClient.connect(socket)
     return Toolstack(client, client)
@@ -39,8 +39,8 @@ def connect_to_daemon(socket: Path | None = None) -> Toolstack:
 
 def connect_to_running_daemon() -> Toolstack:
     """The toolstack of this user's daemon, if it runs; completing a word must not start one."""
-    from xenolith.toolstack.remote import RemoteClient
-    from xenolith.toolstack.rundir import default_socket
+    from xenolith.toolstack.daemon.remote import RemoteClient
+    from xenolith.toolstack.daemon.run_directory import default_socket
 
     client = RemoteClient(default_socket())
     return Toolstack(client, client)

@@ -11,11 +11,11 @@ import click
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import USAGE_ERROR, Failure, Options, Session, XlCommand, complain, resolve
 from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
-from xenolith.toolstack.config import DomainConfig, absolute_paths
-from xenolith.toolstack.configjson import Json, domain_config_json, render
-from xenolith.toolstack.configreader import parse_domain_config
-from xenolith.toolstack.cpuspec import HostTopology
-from xenolith.toolstack.xlcfg import ConfigError
+from xenolith.toolstack.config.as_json import Json, domain_config_json, render
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
+from xenolith.toolstack.config.grammar import ConfigError
+from xenolith.toolstack.config.reader import parse_domain_config
 
 STATUS_FAIL, STATUS_INVALID = 3, 6  # xl exits with the negated libxl error
 

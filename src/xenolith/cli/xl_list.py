@@ -76,7 +76,7 @@ def _extra_columns(domain: DomainInfo, options: Options) -> str:
 
 def _details(session: Session, domains: Iterable[DomainInfo]) -> str:
     """The configurations of the domains as JSON."""
-    from xenolith.toolstack.configjson import Json, live_config_json, render
+    from xenolith.toolstack.config.as_json import Json, live_config_json, render
 
     client = session.client
     scheduler = client.host().scheduler
@@ -113,7 +113,7 @@ def _vcpu_list(session: Session, options: Options, operands: Sequence[str]) -> i
 
 
 def _vcpu_row(name: str, domid: int, vcpu: VcpuInfo, pcpus: int) -> str:
-    from xenolith.toolstack.cpuspec import format_cpu_set
+    from xenolith.toolstack.config.cpus import format_cpu_set
 
     place = f"{'-':>5} {'-':>3}-p " if not vcpu.online else ""
     if vcpu.online:

@@ -33,15 +33,16 @@ from xenolith.abi.x86 import (
     RSP,
     SS,
 )
-from xenolith.hypervisor import descriptors, inspection, paging, time, vcpu_op, version
+from xenolith.hypervisor import descriptors, inspection, paging, time
 from xenolith.hypervisor.domain import MAX_VCPUS, Domain
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.statistics import Counters, counters
-from xenolith.machine.engines.kvm.cpuid import native_cpuid
+from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import Frames, OutOfMemory
 
@@ -256,7 +257,7 @@ class Control:
 
     def crash(self, domid: int, why: str) -> None:
         """Shut the domain down as crashed."""
-        from xenolith.hypervisor.scheduler import domain_shutdown
+        from xenolith.hypervisor.sched.core import domain_shutdown
 
         domain = self._domain(domid)
         domain.crash_report = domain.crash_report or why

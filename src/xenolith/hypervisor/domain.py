@@ -20,11 +20,11 @@ from xenolith.abi import layout
 from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
 from xenolith.hypervisor import ring0
-from xenolith.hypervisor.console_io import EmergencyConsole
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
+from xenolith.hypervisor.hypercalls.console_io import EmergencyConsole
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.time import Timer, VcpuTimers
-from xenolith.machine.engines.flat import FLAT_PAIRS, UNLIMITED, ModeFields
+from xenolith.machine.engines.native_state import FLAT_PAIRS, UNLIMITED, ModeFields
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 from xenolith.machine.native import Fields
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.events import EventChannels
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
-    from xenolith.hypervisor.scheduler import Context
+    from xenolith.hypervisor.sched.core import Context
 
 MAX_VCPUS: Final = 32
 COUNTERS: Final = 64

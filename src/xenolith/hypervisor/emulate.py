@@ -235,7 +235,7 @@ def read_cr(vcpu: Vcpu, number: int) -> int | None:
 
 def write_cr(vcpu: Vcpu, cpu: Cpu, number: int, value: int) -> bool:
     """Write a control register; False where the guest may not."""
-    from xenolith.hypervisor import mmu
+    from xenolith.hypervisor.hypercalls import mmu
 
     if number == 0:
         if (value ^ CR0_GUEST) & ~x86.CR0_TS:

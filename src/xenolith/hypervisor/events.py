@@ -381,7 +381,7 @@ def _apply_request(domain: Domain, request: int) -> None:
             domain.executable_mapped(_CODE_WRITTEN - request)
         return
     if request == _WATCHDOG:
-        from xenolith.hypervisor.scheduler import domain_shutdown
+        from xenolith.hypervisor.sched.core import domain_shutdown
 
         domain_shutdown(domain, SHUTDOWN_watchdog)
         return

@@ -10,12 +10,12 @@ from typing import Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SHIFT, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenolith.hypervisor import version
 from xenolith.hypervisor.descriptors import FLAT_DESCRIPTORS
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.frames import FrameTable
+from xenolith.hypervisor.hypercalls import version
 from xenolith.hypervisor.paging import INVALID_M2P_ENTRY
-from xenolith.hypervisor.scheduler import Scheduler
+from xenolith.hypervisor.sched.core import Scheduler
 from xenolith.hypervisor.time import TimerQueue
 from xenolith.machine.clock import Clock
 from xenolith.machine.engines.protocol import Engine

@@ -16,7 +16,7 @@ from typing import Final
 from xenolith.abi import errno, hypercalls, layout, x86
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
-from xenolith.machine.engines import flat, protocol
+from xenolith.machine.engines import native_state, protocol
 from xenolith.machine.tsc import TscClock
 
 SOURCE: Final = Path(__file__).with_name("ring0.c")
@@ -31,7 +31,7 @@ _DOMAIN_POINTERS = {
     "stamp_address": "u32 *{}",
     "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
 }
-_VCPU_POINTERS = {**flat.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
+_VCPU_POINTERS = {**native_state.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
 
 def declarations() -> str:
@@ -71,12 +71,12 @@ def declarations() -> str:
             native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
             native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
-            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
+            native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
             native.define(errno, "EFAULT"),
             native.define(domain, "MAX_VCPUS"),
             "struct vcpu;\n",
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
-            native.declare("engine_calls", flat.EngineCalls, flat.CALLS_IN_C),
+            native.declare("engine_calls", native_state.EngineCalls, native_state.CALLS_IN_C),
             native.declare("vcpu", domain.VcpuFields, _VCPU_POINTERS),
         )
     )

@@ -78,7 +78,7 @@ from xenolith.abi.x86 import (
 from xenolith.hypervisor import descriptors, emulate, events, writable_pagetables
 from xenolith.hypervisor.domain import COUNT_SYSCALL_BOUNCE
 from xenolith.hypervisor.guest_memory import READ, WRITE, copy_from_guest, copy_to_guest, translate
-from xenolith.hypervisor.scheduler import domain_crash
+from xenolith.hypervisor.sched.core import domain_crash
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYSCALL, TRAP_SYSENTER, Cpu, TrapHandler
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
     b = domain.memory.b
     trap_counts = domain.trap_counts
     hypercall_counts = domain.hypercall_counts
-    from xenolith.hypervisor.hypercall_table import HYPERCALL_TABLE as table  # it imports this module
+    from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE as table  # it imports this module
 
     def on_trap(vector: int, error_code: int, address: int) -> bool:
         vcpu.in_guest = False

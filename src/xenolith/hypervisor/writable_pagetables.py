@@ -42,7 +42,7 @@ def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
     domain = vcpu.domain
     if not domain.vm_assist & ENABLED:
         return False
-    from xenolith.hypervisor.mmu import l1_entry_index
+    from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 
     mapping = l1_entry_index(vcpu, va)
     if mapping < 0:

@@ -31,10 +31,10 @@ from xenolith.toolstack.client import (
     find_domain,
     no_progress,
 )
-from xenolith.toolstack.config import DomainConfig, absolute_paths
-from xenolith.toolstack.configreader import parse_domain_config
-from xenolith.toolstack.cpuspec import HostTopology
-from xenolith.toolstack.xenstoreclient import XenstoreClient
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
+from xenolith.toolstack.config.reader import parse_domain_config
+from xenolith.toolstack.xenstore_client import XenstoreClient
 
 
 class State(StrEnum):
@@ -209,7 +209,7 @@ def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Ma
 
 def connect(socket: str | Path | None = None) -> Machine:
     """The daemon's machine at `socket`, by default this user's; it is started if none runs."""
-    from xenolith.toolstack.remote import RemoteClient
+    from xenolith.toolstack.daemon.remote import RemoteClient
 
     client = RemoteClient.connect(None if socket is None else Path(socket))
     resources = ExitStack()

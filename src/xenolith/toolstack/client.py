@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 from uuid import UUID
 
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 
 
 class ToolstackError(Exception):

@@ -44,8 +44,8 @@ from xenolith.toolstack.client import (
     VcpuInfo,
     no_progress,
 )
-from xenolith.toolstack.config import DomainConfig
-from xenolith.toolstack.domaincore import dump_domain
+from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 
-from xenolith.toolstack.config import Action, DomainConfig
+from xenolith.toolstack.config.domain import Action, DomainConfig
 
 RESTART_PAUSE_S = 2
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from xenolith.toolstack.client import Client, DomainEvent, EventKind, EventStream, ToolstackError
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.events import EventHub, EventQueue
 from xenolith.toolstack.lifecycle import RESTART_PAUSE_S, Lifecycle, Plan, State, Step
 

@@ -30,14 +30,14 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine import native
-from xenolith.machine.engines.adaptive import (
+from xenolith.machine.engines.adaptive.engine import (
     POLICY_KVM,
     POLICY_MEASURED,
     POLICY_ON_REQUEST,
     AdaptiveCpu,
     AdaptiveEngine,
 )
-from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED, UNLIMITED
+from xenolith.machine.engines.native_state import GO_ON, NOT_HANDLED, UNLIMITED
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, CpuState
 from xenolith.machine.engines.select import DEAR_EXIT_NS
 

@@ -28,12 +28,12 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine.engines.flat import GO_ON, LEAVE, LOOK, NOT_HANDLED, UNLIMITED, ModeFields
 from xenolith.machine.engines.kvm import fast_path, native_run
 from xenolith.machine.engines.kvm.changes import KEPT, Changes
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.kvm.native_run import KvmFields
+from xenolith.machine.engines.native_state import GO_ON, LEAVE, LOOK, NOT_HANDLED, UNLIMITED, ModeFields
 from xenolith.machine.engines.protocol import TRAP_NOTHING
 
 from .bare import CODE, DATA, TABLE, Machine, in_thread, run_to_trap

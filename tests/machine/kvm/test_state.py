@@ -7,7 +7,7 @@ import os
 import pytest
 
 from xenolith.abi.x86 import CS, DS, FS, FS_BASE, GS_BASE, PAGE_SHIFT, R15, RAX, RDI, RIP, VECTOR_NM, VECTOR_UD
-from xenolith.machine.engines.kvm.cpuid import native_cpuid
+from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.engines.protocol import CpuState, EngineError
 
 from .bare import CODE, DATA, GDT, Machine

@@ -39,14 +39,14 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine.engines.flat import GO_ON, NOT_HANDLED
+from xenolith.machine import page_walk
 from xenolith.machine.engines.kvm import api, area, fast_path, native_run
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.cpu import _CODE0, _DATA0
 from xenolith.machine.engines.kvm.host import host_traits
+from xenolith.machine.engines.native_state import GO_ON, NOT_HANDLED
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
-from xenolith.machine.engines.unicorn import paging
 from xenolith.machine.memory import LOCAL_APIC_MFN, MachineMemory
 
 from .bare import CODE, DATA, STACK_TOP, TABLE, Machine
@@ -403,7 +403,7 @@ def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest,
     assert bytes(stub) == bytes((0xE6, area.PORT_SYSCALL32))
     stub[:] = b"\xeb\xfe"
     tables = {"user": guest.machine.l4, "kernel": guest.kernel_l4}
-    mapped = [paging.read(memory, l4, pointer - 64, 64) for l4 in tables.values()]
+    mapped = [page_walk.read(memory, l4, pointer - 64, 64) for l4 in tables.values()]
     guest.start_ticks(LENGTH, LENGTH)
     cpu._cs, cpu._ss = _CODE0, _DATA0
     regs[RIP], regs[RSP] = area.HypervisorArea.SYSCALL32_STUB, pointer
@@ -416,7 +416,7 @@ def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest,
 
     cpu.run(on_trap)
     assert seen == [(TRAP_SYSCALL, CODE + 0x40, pointer)]
-    assert [paging.read(memory, l4, pointer - 64, 64) for l4 in tables.values()] == mapped
+    assert [page_walk.read(memory, l4, pointer - 64, 64) for l4 in tables.values()] == mapped
 
 
 def test_a_tick_of_32_bit_code_does_not_reach_the_kernels_table(guest: TickingGuest) -> None:

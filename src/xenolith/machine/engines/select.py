@@ -77,13 +77,13 @@ def _kvm(memory: MachineMemory) -> Engine:
 
     if _host_traits().is_exact:
         return KvmEngine(memory)
-    from xenolith.machine.engines.adaptive import POLICY_KVM, AdaptiveEngine
+    from xenolith.machine.engines.adaptive.engine import POLICY_KVM, AdaptiveEngine
 
     return AdaptiveEngine(memory, "kvm", POLICY_KVM)
 
 
 def _adaptive(memory: MachineMemory) -> Engine:
-    from xenolith.machine.engines.adaptive import AdaptiveEngine
+    from xenolith.machine.engines.adaptive.engine import AdaptiveEngine
 
     return AdaptiveEngine(memory)
 

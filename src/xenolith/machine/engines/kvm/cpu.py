@@ -73,12 +73,13 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
 )
-from xenolith.machine.engines.flat import EngineCalls
+from xenolith.machine import page_walk, segments
 from xenolith.machine.engines.kvm import api, area, native_run, segment_loads
 from xenolith.machine.engines.kvm.alarm import Alarm
 from xenolith.machine.engines.kvm.api import ioctl, run_ioctl
 from xenolith.machine.engines.kvm.fast_path import NOTHING, FastPath
 from xenolith.machine.engines.kvm.native_run import KvmFields
+from xenolith.machine.engines.native_state import EngineCalls
 from xenolith.machine.engines.protocol import (
     TRAP_NOTHING,
     TRAP_SYSCALL,
@@ -89,10 +90,9 @@ from xenolith.machine.engines.protocol import (
     TrapHandler,
     register_file,
 )
-from xenolith.machine.engines.unicorn import paging, segments
 from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
-from xenolith.machine.engines.unicorn.segments import Segment
 from xenolith.machine.native import buffer_address
+from xenolith.machine.segments import Segment
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.engine import KvmEngine
@@ -730,7 +730,7 @@ class KvmCpu(Cpu):
 
     def _start_of_io(self, rip: int) -> int:
         """The address of the I/O instruction that ends at `rip` (or starts there, where KVM has not advanced RIP)."""
-        read, l4_mfn = paging.read, self.l4_mfn
+        read, l4_mfn = page_walk.read, self.l4_mfn
         last = read(self._memory, l4_mfn, rip - 1 & _MASK64, 1) or b"\0"
         if last in _IO_BY_DX:
             return rip - 1
@@ -811,7 +811,7 @@ class KvmCpu(Cpu):
     def _may_be_breakpoint(self, rip: int) -> bool:
         """Whether the instruction that ends at `rip` may have been one that raises #BP or #OF."""
         l4_mfn = self._run_q[_RUN_CR3] >> PAGE_SHIFT
-        before, last = (paging.read(self._memory, l4_mfn, rip - back & _MASK64, 1) for back in (2, 1))
+        before, last = (page_walk.read(self._memory, l4_mfn, rip - back & _MASK64, 1) for back in (2, 1))
         if last in (None, _INT3) or (last == _INTO and self._cs is not _FLAT_CODE):
             return True
         return last in (bytes((VECTOR_BP,)), bytes((VECTOR_OF,))) and before in (None, _INT_N)
@@ -878,13 +878,13 @@ class KvmCpu(Cpu):
 
     def read_memory(self, va: int, size: int) -> bytes | None:
         """Guest memory at a linear address; None where it is not mapped."""
-        return paging.read(self._memory, self.l4_mfn, va, size)
+        return page_walk.read(self._memory, self.l4_mfn, va, size)
 
     def fetch(self, size: int) -> bytes:
         """Up to `size` bytes of code at RIP."""
         rip = self.regs[RIP] + (0 if self._cs is _FLAT_CODE else self.regs[CS + SEGMENT_BASE])
         for length in (size, 0x1000 - (rip & 0xFFF)):
-            code = paging.read(self._memory, self.l4_mfn, rip, min(length, size))
+            code = page_walk.read(self._memory, self.l4_mfn, rip, min(length, size))
             if code is not None:
                 return code
         return b""

@@ -18,11 +18,11 @@ from struct import pack_into, unpack_from
 from typing import Final
 
 from xenolith.abi.x86 import PTE_A, PTE_D
+from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.engines.kvm import api, area
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.changes import Changes
 from xenolith.machine.engines.kvm.cpu import KvmCpu
-from xenolith.machine.engines.kvm.cpuid import native_cpuid
 from xenolith.machine.engines.kvm.fast_path import gate_pages
 from xenolith.machine.engines.kvm.traits import HostTraits
 from xenolith.machine.engines.protocol import Engine, EngineError

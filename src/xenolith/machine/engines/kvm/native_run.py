@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 from xenolith.abi import hypercalls, layout, x86
 from xenolith.machine import native
-from xenolith.machine.engines import flat, protocol
+from xenolith.machine.engines import native_state, protocol
 from xenolith.machine.engines.kvm import api, area, changes, fast_path
 from xenolith.machine.native import Fields
 
@@ -29,7 +29,7 @@ AGAIN: Final = 4  # likewise; enter the guest anew
 class KvmFields(ctypes.Structure):
     """What native code shares of a KvmCpu and its FastPath."""
 
-    vcpu: int  # address of the flat.ModeFields whose traps native code may handle, 0: none
+    vcpu: int  # address of the native_state.ModeFields whose traps native code may handle, 0: none
     handler: int
     l4_mfn: int
     kernel_l4: int  # for which the fast path was set up, with those down to `masks_events`
@@ -191,7 +191,7 @@ def declarations() -> str:
                 "TICK_WORD TICK_BIT TICK_SELECTOR",
             ),
             native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP TICKS"),
-            native.define(flat, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS UNLIMITED"),
+            native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS UNLIMITED"),
             native.define(protocol, "TRAP_SYSCALL"),
             native.define(hypercalls, "VIRQ_TIMER"),
             native.define(errno, "EINTR"),
@@ -205,7 +205,7 @@ def declarations() -> str:
                     ("AGAIN", AGAIN),
                 )
             ),
-            native.declare("vcpu", flat.ModeFields, flat.MODES_IN_C),
+            native.declare("vcpu", native_state.ModeFields, native_state.MODES_IN_C),
             native.declare("changes", changes.ChangesFields, {"tables": "u64 *{}"}),
             native.declare("kvm_cpu", KvmFields, _IN_C),
         )

@@ -35,7 +35,8 @@ from xenolith.abi.x86 import (
     VECTOR_GP,
     VECTOR_UD,
 )
-from xenolith.machine.engines.flat import EngineCalls
+from xenolith.machine import page_walk, segments
+from xenolith.machine.engines.native_state import EngineCalls
 from xenolith.machine.engines.protocol import (
     TRAP_CPUID,
     TRAP_SYSCALL,
@@ -45,7 +46,7 @@ from xenolith.machine.engines.protocol import (
     GuestModes,
     TrapHandler,
 )
-from xenolith.machine.engines.unicorn import layout, library, paging, segments, stubs, xsave
+from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
 from xenolith.machine.engines.unicorn.deliver import Hook
 from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
@@ -405,7 +406,7 @@ class UnicornCpu:
     def _code(self, size: int, offset: int = 0) -> bytes | None:
         """Bytes of the instruction at RIP."""
         linear = self.regs[RIP] + self.regs[CS + SEGMENT_BASE] + offset & MASK64
-        return paging.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, linear, size)
+        return page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, linear, size)
 
     # --- parts of load and store --------------------------------------------------------------------
 
@@ -444,7 +445,7 @@ class UnicornCpu:
         offset = selector & ~7
         if offset + 7 > limit:
             return None
-        return paging.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, base + offset & MASK64, 8)
+        return page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, base + offset & MASK64, 8)
 
     def _load_segment(self, segment: int, selector: int, value: segments.Segment) -> None:
         """What cpu_x86_load_seg_cache does: fill the cache, and derive the flags that translation depends on."""

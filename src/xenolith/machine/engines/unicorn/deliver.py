@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 from xenolith.abi import x86
 from xenolith.machine import native
-from xenolith.machine.engines import flat, protocol
+from xenolith.machine.engines import native_state, protocol
 from xenolith.machine.native import Fields
 
 SOURCE: Final = Path(__file__).with_name("deliver.c")
@@ -19,7 +19,7 @@ SOURCE: Final = Path(__file__).with_name("deliver.c")
 class Hook(ctypes.Structure):
     """What Unicorn's hooks know of the vCPU that runs. All are addresses."""
 
-    handler: int  # its native trap handler, see flat.ModeFields
+    handler: int  # its native trap handler, see native_state.ModeFields
     vcpu: int  # 0: Python handles its traps
     interrupt: int  # Python's handler, of all traps but system calls
     system_call: int
@@ -55,7 +55,7 @@ _IN_C = {
 def declarations() -> str:
     """Of everything that deliver.c uses."""
     return (
-        native.define(flat, "NOT_HANDLED LOOK")
+        native.define(native_state, "NOT_HANDLED LOOK")
         + native.define(protocol, "TRAP_NOTHING")
         + native.define(x86, "VECTOR_UD")
         + native.declare("hook", Hook, _IN_C)

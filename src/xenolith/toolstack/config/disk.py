@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from xenolith.toolstack.xlcfg import ConfigFile
+from xenolith.toolstack.config.grammar import ConfigFile
 
 
 class DiskFormat(StrEnum):

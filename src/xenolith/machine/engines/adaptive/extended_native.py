@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 
 from xenolith.abi import x86
 from xenolith.machine import native
-from xenolith.machine.engines import extended
+from xenolith.machine.engines.adaptive import extended
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory

@@ -21,11 +21,10 @@ import pytest
 import zstandard
 from click.testing import CliRunner
 
+from kernels import bzimage, linux
 from xenolith.cli.guest import guest
-from xenolith.dom0.debian import Apt, GuestUnavailable, Package, cache_directory, file_of_deb, obtain, refresh
+from xenolith.debian.packages import Apt, GuestUnavailable, Package, cache_directory, file_of_deb, obtain, refresh
 from xenolith.dom0.image import load_image
-
-from .kernels import bzimage, linux
 
 # Serves $FAKE/lists (stanzas by package) and $FAKE/pool (files); each call is logged. With -c (private lists) it
 # serves $FAKE/fresh instead of $FAKE/lists, once `update` has put them there.

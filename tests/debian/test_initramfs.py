@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.dom0.initramfs import HostFile, InitramfsError, Node, _command_init, build_initramfs, pack
+from xenolith.debian.initramfs import HostFile, InitramfsError, Node, _command_init, build_initramfs, pack
 
 _CPIO = ["cpio"] if shutil.which("cpio") else ["busybox", "cpio"] if shutil.which("busybox") else None
 

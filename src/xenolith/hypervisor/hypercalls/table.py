@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from xenolith.abi import hypercalls as abi
 from xenolith.abi.errno import ENOSYS, EPERM
-from xenolith.hypervisor import (
+from xenolith.hypervisor import descriptors, events, time, traps
+from xenolith.hypervisor.hypercalls import (
     console_io,
-    descriptors,
-    events,
     grant_table_op,
     memory_op,
     mmu,
     multicall,
     physdev,
     sched_op,
-    time,
-    traps,
     vcpu_op,
     version,
     vm_assist,

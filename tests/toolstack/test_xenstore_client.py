@@ -13,7 +13,7 @@ import xenolith
 from xenolith.abi.xs_wire import HEADER, Op
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.toolstack.client import ConnectionLost
-from xenolith.toolstack.xenstoreclient import XenstoreClient, XenstoreWatch
+from xenolith.toolstack.xenstore_client import XenstoreClient, XenstoreWatch
 
 PATIENCE = 30  # seconds; only broken code takes that long
 

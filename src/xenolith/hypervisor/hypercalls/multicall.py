@@ -41,7 +41,7 @@ def do_multicall(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
 
 
 def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
-    from xenolith.hypervisor.hypercall_table import HYPERCALL_TABLE
+    from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
 
     memory = vcpu.domain.memory
     counts = vcpu.domain.hypercall_counts

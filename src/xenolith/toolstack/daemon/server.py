@@ -38,8 +38,8 @@ from xenolith.toolstack.client import (
     ToolstackError,
     every,
 )
-from xenolith.toolstack.codec import CodecError, encode
-from xenolith.toolstack.protocol import (
+from xenolith.toolstack.daemon.codec import CodecError, encode
+from xenolith.toolstack.daemon.protocol import (
     METHODS,
     PEER_CREDENTIALS,
     VERSION,
@@ -56,7 +56,7 @@ from xenolith.toolstack.protocol import (
     check_arguments,
     error_message,
 )
-from xenolith.toolstack.rundir import LostDomain, RunDirectory
+from xenolith.toolstack.daemon.run_directory import LostDomain, RunDirectory
 
 MAX_CONNECTIONS: Final = 128
 SEND_TIMEOUT_S: Final = 30.0

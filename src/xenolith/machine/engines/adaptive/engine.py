@@ -51,16 +51,16 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine import native
-from xenolith.machine.engines import extended
-from xenolith.machine.engines.extended_native import NativeExtended
-from xenolith.machine.engines.flat import UNLIMITED, EngineCalls
+from xenolith.machine import native, page_walk, segments
+from xenolith.machine.engines.adaptive import extended
+from xenolith.machine.engines.adaptive.extended_native import NativeExtended
+from xenolith.machine.engines.adaptive.placement import LEAST_PATIENCE, Placement
 from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
-from xenolith.machine.engines.placement import LEAST_PATIENCE, Placement
+from xenolith.machine.engines.native_state import UNLIMITED, EngineCalls
 from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, GuestModes, TrapHandler
-from xenolith.machine.engines.unicorn import layout, paging, segments
+from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
@@ -443,7 +443,7 @@ class AdaptiveCpu:
     def _descriptor(self, selector: int) -> bytes | None:
         va, limit = self._ldt if selector & segments.SELECTOR_TI else self._gdt
         offset = selector & ~7
-        return paging.read(self._memory, self._l4_mfn, va + offset, 8) if offset + 7 <= limit else None
+        return page_walk.read(self._memory, self._l4_mfn, va + offset, 8) if offset + 7 <= limit else None
 
     @property
     def _l4_mfn(self) -> int:
@@ -473,12 +473,13 @@ class AdaptiveCpu:
         if OpKind.MEMORY not in kinds:
             return []
         start = segment_loads.effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
-        addresses = (paging.machine_address(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
+        walk = page_walk.machine_address
+        addresses = (walk(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
         return [address >> PAGE_SHIFT for address in addresses if address is not None]
 
     def _unicorn_code(self, size: int) -> bytes | None:
         regs = self.regs
-        return paging.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & _MASK64, size)
+        return page_walk.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & _MASK64, size)
 
     def _look_around(self) -> None:
         """Decide where to go on: by request, by necessity, or by what the last traps cost."""

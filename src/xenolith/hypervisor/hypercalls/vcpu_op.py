@@ -71,7 +71,7 @@ from xenolith.hypervisor import descriptors, paging
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, address_ok, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.runstate import runstate_info, set_runstate, write_runstate_area
-from xenolith.hypervisor.scheduler import domain_shutdown
+from xenolith.hypervisor.sched.core import domain_shutdown
 from xenolith.hypervisor.time import MILLISECOND, update_time
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeAlias
 
-from xenolith.toolstack.config import Action, DeviceModel, DomainConfig, DomainType, TscMode
-from xenolith.toolstack.cpuidspec import REGISTERS, CpuidPolicy
-from xenolith.toolstack.devicespec import Channel, Display, P9Share, PciDevice, VirtualFramebuffer
-from xenolith.toolstack.diskspec import Disk
-from xenolith.toolstack.vifspec import Nic
+from xenolith.toolstack.config.cpuid import REGISTERS, CpuidPolicy
+from xenolith.toolstack.config.devices import Channel, Display, P9Share, PciDevice, VirtualFramebuffer
+from xenolith.toolstack.config.disk import Disk
+from xenolith.toolstack.config.domain import Action, DeviceModel, DomainConfig, DomainType, TscMode
+from xenolith.toolstack.config.vif import Nic
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | bool | None"
 

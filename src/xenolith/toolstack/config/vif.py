@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from xenolith.toolstack.xlcfg import ConfigError, ConfigFile
+from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 
 DEFAULT_RATE_INTERVAL_US = 50_000
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import re
 from uuid import UUID, uuid4
 
-from xenolith.toolstack import devicespec
-from xenolith.toolstack.config import Action, DomainConfig, DomainType, TscMode
-from xenolith.toolstack.cpuidspec import read_cpuid
-from xenolith.toolstack.cpuspec import CpuSetError, HostTopology, parse_cpu_set
-from xenolith.toolstack.devicespec import STATUS_FAIL, PciDevice
-from xenolith.toolstack.diskspec import DiskSpecError, parse_disk
-from xenolith.toolstack.vifspec import parse_vif
-from xenolith.toolstack.xlcfg import ConfigError, ConfigFile, read_config
+from xenolith.toolstack.config import devices
+from xenolith.toolstack.config.cpuid import read_cpuid
+from xenolith.toolstack.config.cpus import CpuSetError, HostTopology, parse_cpu_set
+from xenolith.toolstack.config.devices import STATUS_FAIL, PciDevice
+from xenolith.toolstack.config.disk import DiskSpecError, parse_disk
+from xenolith.toolstack.config.domain import Action, DomainConfig, DomainType, TscMode
+from xenolith.toolstack.config.grammar import ConfigError, ConfigFile, read_config
+from xenolith.toolstack.config.vif import parse_vif
 
 FIRMWARE_DIRECTORY = "/usr/lib/xen-4.17/boot"  # where Debian's grub-xen-host puts PV grub
 
@@ -208,7 +208,7 @@ def _read_passthrough(file: ConfigFile, config: DomainConfig) -> None:
         permissive=bool(file.integer("pci_permissive")),
         seize=bool(file.integer("pci_seize")),
     )
-    config.pci_devices = [devicespec.parse_pci(file, spec, defaults) for spec in file.strings("pci")]
+    config.pci_devices = [devices.parse_pci(file, spec, defaults) for spec in file.strings("pci")]
     if config.pci_devices and config.type is DomainType.PV:
         config.e820_host = True
     config.passthrough = file.string("passthrough")
@@ -301,9 +301,9 @@ def _read_hardware(file: ConfigFile, config: DomainConfig) -> None:
     config.altp2m = _altp2m(file)
     config.vmtrace_kib = (file.integer("vmtrace_buf_kb") or 0) if file.is_integer("vmtrace_buf_kb") else 0
     config.vpmu = file.boolean("vpmu")
-    config.ioports = [devicespec.parse_ioport(file, spec) for spec in file.strings("ioports")]
-    config.irqs = [devicespec.parse_irq(file, spec) for spec in file.strings("irqs")]
-    config.iomem = [devicespec.parse_iomem(file, spec) for spec in file.strings("iomem")]
+    config.ioports = [devices.parse_ioport(file, spec) for spec in file.strings("ioports")]
+    config.irqs = [devices.parse_irq(file, spec) for spec in file.strings("irqs")]
+    config.iomem = [devices.parse_iomem(file, spec) for spec in file.strings("iomem")]
 
 
 def _altp2m(file: ConfigFile) -> str | None:
@@ -324,18 +324,18 @@ def _read_devices(file: ConfigFile, config: DomainConfig) -> None:
         config.disks = [parse_disk(file, spec) for spec in file.strings("disk")]
     except DiskSpecError as error:
         raise ConfigError(file.diagnostics) from error
-    config.p9_shares = [devicespec.parse_p9(file, spec) for spec in file.strings("p9")]
+    config.p9_shares = [devices.parse_p9(file, spec) for spec in file.strings("p9")]
     config.channels = [
-        devicespec.parse_channel(file, spec, devid) for devid, spec in enumerate(file.strings("channel"))
+        devices.parse_channel(file, spec, devid) for devid, spec in enumerate(file.strings("channel"))
     ]
     config.nics = [parse_vif(file, spec, devid) for devid, spec in enumerate(file.strings("vif"))]
     if file.items("vif2") is not None:
         file.warn("WARNING: vif2: netchannel2 is deprecated and not supported by xl")
-    config.framebuffers = [devicespec.parse_vfb(spec, devid) for devid, spec in enumerate(file.strings("vfb"))]
+    config.framebuffers = [devices.parse_vfb(spec, devid) for devid, spec in enumerate(file.strings("vfb"))]
     config.cpuid = read_cpuid(file)
     _read_device_model(file, config)
     if config.type is DomainType.PV and not config.framebuffers:
-        vfb = devicespec.top_level_vfb(file)
+        vfb = devices.top_level_vfb(file)
         config.framebuffers = [vfb] if vfb else []
     config.device_model.restrict = file.boolean("dm_restrict")
     config.suspend_evtchn_compat = file.boolean("xend_suspend_evtchn_compat")

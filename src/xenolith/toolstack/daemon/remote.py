@@ -32,9 +32,9 @@ from xenolith.toolstack.client import (
     VcpuInfo,
     no_progress,
 )
-from xenolith.toolstack.codec import CodecError, decode, encode
-from xenolith.toolstack.config import DomainConfig
-from xenolith.toolstack.protocol import (
+from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.daemon.codec import CodecError, decode, encode
+from xenolith.toolstack.daemon.protocol import (
     METHODS,
     PEER_CREDENTIALS,
     VERSION,
@@ -51,7 +51,7 @@ from xenolith.toolstack.protocol import (
     Welcome,
     exception,
 )
-from xenolith.toolstack.rundir import RunDirectory, default_socket
+from xenolith.toolstack.daemon.run_directory import RunDirectory, default_socket
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _START_TIMEOUT_S: Final = 60.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from xenolith.toolstack.xlcfg import ConfigError, ConfigFile
+from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 
 _UINT32_MAX = 2**32 - 1
 

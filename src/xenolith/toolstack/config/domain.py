@@ -15,10 +15,10 @@ from enum import StrEnum
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from xenolith.toolstack.cpuidspec import CpuidPolicy
-from xenolith.toolstack.devicespec import Channel, IomemRange, P9Share, PciDevice, PortRange, VirtualFramebuffer
-from xenolith.toolstack.diskspec import Disk
-from xenolith.toolstack.vifspec import Nic
+from xenolith.toolstack.config.cpuid import CpuidPolicy
+from xenolith.toolstack.config.devices import Channel, IomemRange, P9Share, PciDevice, PortRange, VirtualFramebuffer
+from xenolith.toolstack.config.disk import Disk
+from xenolith.toolstack.config.vif import Nic
 
 DEFAULT_MEMORY_KIB = 32 * 1024  # libxl's, when neither memory nor maxmem is given
 

@@ -55,7 +55,7 @@ from xenolith.hypervisor.events import domain_by_any_id
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import Mapping
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
-from xenolith.hypervisor.mmu import l1_entry_index
+from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from xenolith.toolstack.xlcfg import ConfigFile
+from xenolith.toolstack.config.grammar import ConfigFile
 
 # One paragraph per register: `leaf[/subleaf].register bit[+length]:name ...`
 _TABLE = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.dom0.framing import CommandOutput, new_nonce
+from xenolith.debian.framing import CommandOutput, new_nonce
 
 NONCE = "0123456789abcdef"
 BEGIN = b"\x1e" + NONCE.encode() + b" begin\n"

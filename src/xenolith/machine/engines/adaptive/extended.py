@@ -29,7 +29,7 @@ from xenolith.abi.x86 import (
     PTE_US,
     is_canonical,
 )
-from xenolith.machine.engines.unicorn import paging
+from xenolith.machine import page_walk
 from xenolith.machine.memory import MachineMemory
 
 X87: Final = 1
@@ -199,7 +199,7 @@ class Area:
         va, end = self._va, self._va + size
         while va < end:
             length = min(end - va, PAGE_SIZE - (va & PAGE_MASK))
-            address = paging.permitted(self._memory, self._l4_mfn, va, needed, PTE_D if writable else 0)
+            address = page_walk.permitted(self._memory, self._l4_mfn, va, needed, PTE_D if writable else 0)
             if address is None:
                 self._check_rights(va, writable)
                 return None
@@ -209,9 +209,9 @@ class Area:
 
     def _check_rights(self, va: int, writable: bool) -> None:
         rights = PTE_P | PTE_US | (PTE_RW if writable else 0)
-        if not is_canonical(va) or paging.permitted(self._memory, self._l4_mfn, va, rights) is not None:
+        if not is_canonical(va) or page_walk.permitted(self._memory, self._l4_mfn, va, rights) is not None:
             return  # another fault, or accessed and dirty bits are to be set
-        present = paging.machine_address(self._memory, self._l4_mfn, va) is not None
+        present = page_walk.machine_address(self._memory, self._l4_mfn, va) is not None
         raise OperandFault(PFEC_USER | (PFEC_WRITE if writable else 0) | (PFEC_PRESENT if present else 0), va)
 
     def write(self, data: bytearray) -> None:

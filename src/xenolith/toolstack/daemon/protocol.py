@@ -41,8 +41,8 @@ from xenolith.toolstack.client import (
     Trigger,
     VcpuInfo,
 )
-from xenolith.toolstack.codec import CodecError, Json, decode, encode
-from xenolith.toolstack.config import DomainConfig
+from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.daemon.codec import CodecError, Json, decode, encode
 
 VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 << 20

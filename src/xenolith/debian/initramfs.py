@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from xenolith.dom0.framing import RECORD_SEPARATOR
+from xenolith.debian.framing import RECORD_SEPARATOR
 
 _MOUNTED_OVER: Final = ("proc", "sys", "dev")
 MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
