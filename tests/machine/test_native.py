@@ -15,6 +15,12 @@ from xenolith.machine import native
 needs_compiler = pytest.mark.skipif(native.missing() is not None, reason=f"no native code here: {native.missing()}")
 
 
+WARNINGS = (
+    *("-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Wshadow"),
+    *("-Wcast-qual", "-Wcast-align", "-Wpointer-arith", "-Wvla", "-Werror"),
+)
+
+
 class Pair(ctypes.Structure):
     _fields_ = (("first", c_uint64), ("bytes", c_uint8 * 3 * 2), ("last", c_bool))
 
@@ -90,14 +96,14 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
         native.load(written(tmp_path, ""))
 
 
-def _sources() -> list[tuple[str, Callable[[], tuple[Path, str]]]]:
+def _sources() -> list[tuple[str, Callable[[], tuple[Path, str, tuple[Path, ...]]]]]:
     from xenolith.hypervisor import ring0
     from xenolith.machine.engines.adaptive import extended_native
     from xenolith.machine.engines.kvm import native_run
     from xenolith.machine.engines.unicorn import deliver, softmmu
 
-    def source_of(module: Any) -> Callable[[], tuple[Path, str]]:
-        return lambda: (module.SOURCE, module.declarations())
+    def source_of(module: Any) -> Callable[[], tuple[Path, str, tuple[Path, ...]]]:
+        return lambda: (module.SOURCE, module.declarations(), getattr(module, "HALVES", ()))
 
     modules: tuple[Any, ...] = (ring0, native_run, extended_native, deliver, softmmu)
     return [(module.SOURCE.name, source_of(module)) for module in modules]
@@ -106,7 +112,18 @@ def _sources() -> list[tuple[str, Callable[[], tuple[Path, str]]]]:
 @needs_compiler
 @pytest.mark.parametrize("source", [pytest.param(source, id=name) for name, source in _sources()])
 def test_our_c_compiles_without_a_warning(
-    source: Callable[[], tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+    source: Callable[[], tuple[Path, str, tuple[Path, ...]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, "-Wall", "-Wextra", "-Werror"))
+    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, *WARNINGS))
     native.build(*source())
+
+
+@needs_compiler
+def test_halves_come_first_and_an_error_in_one_names_it(tmp_path: Path) -> None:
+    half = tmp_path / "half.c"
+    half.write_text("static int half(void) { return 21; }\n")
+    source = written(tmp_path, "int whole(void) { return 2 * half(); }")
+    assert native.load(source, halves=(half,)).whole() == 42
+    half.write_text("\nstatic int half(void) { return nonsense; }\n")
+    with pytest.raises(native.Missing, match=r"(?s)cannot compile example\.c.*half\.c:2.*nonsense"):
+        native.load(source, halves=(half,))

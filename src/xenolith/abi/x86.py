@@ -137,6 +137,15 @@ def is_canonical(va: int) -> bool:
     return va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
 
 
+# --- opcodes (SDM vol. 2, appendix A) --------------------------------------------------------------
+OPCODE_TWO_BYTES: Final = 0x0F  # the first byte of two
+OPCODE_CPUID: Final = 0xA2  # the second of two
+OPCODE_INT3: Final = 0xCC
+OPCODE_INT_N: Final = 0xCD
+OPCODE_INTO: Final = 0xCE  # of 32-bit code
+OPCODE_CLI: Final = 0xFA
+OPCODE_STI: Final = 0xFB
+
 # --- MSRs ------------------------------------------------------------------------------------------
 MSR_TSC: Final = 0x10
 MSR_PLATFORM_ID: Final = 0x17

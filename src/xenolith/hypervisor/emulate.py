@@ -87,7 +87,7 @@ def privileged_instruction(vcpu: Vcpu, cpu: Cpu) -> bool:
         return False
     opcode = code[position]
     position += 1
-    if opcode == 0x0F:
+    if opcode == x86.OPCODE_TWO_BYTES:
         if position >= len(code):
             return False
         length = _two_byte(vcpu, cpu, code, position, rex)
@@ -106,7 +106,7 @@ def _one_byte(
 ) -> int:
     """The instruction's length, 0 if it is not emulated. `position` is after the opcode."""
     regs = cpu.regs
-    if opcode in (0xFA, 0xFB):  # CLI, STI: allowed and without effect, the guest's own flag is the upcall mask
+    if opcode in (x86.OPCODE_CLI, x86.OPCODE_STI):  # allowed, without effect: the guest's own flag is the upcall mask
         return position if io_allowed(vcpu) else 0
     if opcode in (0x6C, 0x6D, 0x6E, 0x6F):  # INS, OUTS
         size = 1 if opcode in (0x6C, 0x6E) else 2 if operand16 else 4
@@ -154,7 +154,7 @@ def _two_byte(vcpu: Vcpu, cpu: Cpu, code: bytes, position: int, rex: int) -> int
     opcode = code[position]
     position += 1
     modrm = code[position] if position < len(code) else 0
-    if opcode == 0xA2:  # CPUID, where the processor makes it fault
+    if opcode == x86.OPCODE_CPUID:  # where the processor makes it fault
         cpuid(vcpu, regs)
         return position
     if not vcpu.kernel_mode:

@@ -1,4 +1,4 @@
-"""Ring 0's commonest traps in native code (ring0.c), where there is a compiler: see machine.native.
+"""Ring 0's commonest traps in native code, where there is a compiler: see machine.native and prelude.h.
 
 The C functions do what the Python ones of the same name do, on the same flat state (domain.VcpuFields, DomainFields,
 the frame table, machine memory), and leave everything rare to them.
@@ -11,7 +11,8 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import ClassVar, Final
 
 from xenolith.abi import errno, hypercalls, layout, x86
 from xenolith.machine import native
@@ -20,6 +21,23 @@ from xenolith.machine.engines import native_state, protocol
 from xenolith.machine.tsc import TscClock
 
 SOURCE: Final = Path(__file__).with_name("ring0.c")
+HALVES: Final = tuple(  # a file uses those before it
+    SOURCE.parent / name
+    for name in (
+        "prelude.h",
+        "guest_memory.c",
+        "tlb.c",
+        "paging.c",
+        "hypercalls/mmu.c",
+        "hypercalls/misc.c",
+        "hypercalls/multicall.c",
+        "bounce.c",
+        "hypercalls/iret.c",
+        "writable_pagetables.c",
+        "emulate.c",
+        "traps.c",
+    )
+)
 _log = logging.getLogger(__name__)
 
 _DOMAIN_POINTERS = {
@@ -34,19 +52,33 @@ _DOMAIN_POINTERS = {
 _VCPU_POINTERS = {**native_state.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
 
+class IretFrame(ctypes.Structure):
+    """What iret finds on the guest-kernel stack."""
+
+    _fields_: ClassVar[native.Fields] = tuple((name, ctypes.c_uint64) for name in layout.IRET_FRAME_FIELDS)
+
+
 def declarations() -> str:
-    """Of everything that ring0.c uses."""
-    from xenolith.hypervisor import domain, frames, time, traps
+    """Of everything that the C uses."""
+    from xenolith.hypervisor import domain, frames, guest_memory, paging, time, traps
+    from xenolith.hypervisor.hypercalls import mmu, multicall
+
+    sizes = SimpleNamespace(
+        MMU_UPDATE_SIZE=layout.MMU_UPDATE.size,
+        MMUEXT_OP_SIZE=layout.MMUEXT_OP.size,
+        MULTICALL_SIZE=multicall.ENTRY,
+        MULTICALL_RESULT=multicall.RESULT,
+        MULTICALL_ARGUMENTS=multicall.ARGUMENTS,
+    )
 
     return "".join(
         (
             native.define(
                 x86,
                 "RAX RCX RDX RBX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D "
-                "PTE_G PTE_AVAIL PTE_AVAIL_HIGH PTE_NX EFLAGS_CF EFLAGS_RESERVED_ONE EFLAGS_TF EFLAGS_IF EFLAGS_DF "
-                "EFLAGS_IOPL EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_AC EFLAGS_STATUS EFLAGS_DEFINED VECTOR_GP "
-                "VECTOR_PF "
-                "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN",
+                "PTE_G PTE_NX PTE_ADDRESS EFLAGS_CF EFLAGS_TF EFLAGS_IF EFLAGS_STATUS VECTOR_GP VECTOR_PF "
+                "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN OPCODE_TWO_BYTES OPCODE_CPUID OPCODE_CLI "
+                "OPCODE_STI",
             ),
             native.define(
                 hypercalls,
@@ -61,13 +93,19 @@ def declarations() -> str:
             native.define(
                 layout,
                 "XEN_FIRST_SLOT XEN_LAST_SLOT HYPERVISOR_VIRT_START HYPERVISOR_VIRT_END FLAT_RING3_CS64 "
-                "FLAT_RING3_SS64 VCPU_INFO_ARCH_CR2 VCPU_INFO_PENDING_SEL "
-                "SHARED_EVTCHN_PENDING SHARED_EVTCHN_MASK TRAP_INFO_MASK_EVENTS",
+                "FLAT_RING3_SS64 VCPU_INFO_ARCH_CR2 VCPU_INFO_PENDING_SEL VCPU_INFO_UPCALL_PENDING "
+                "VCPU_INFO_UPCALL_MASK SHARED_EVTCHN_PENDING SHARED_EVTCHN_MASK TRAP_INFO_MASK_EVENTS",
             ),
             native.define(
                 frames,
                 "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
             ),
+            native.define(guest_memory, "READ WRITE"),
+            native.define(paging, "DISALLOWED L1_DISALLOWED COUNTED GUEST_KERNEL"),
+            native.define(mmu, "BATCH"),
+            native.define(sizes, " ".join(vars(sizes))),
+            native.declare("iret_frame", IretFrame),
+            native.define(traps, "ALWAYS_SET ENTRY_FLAGS SYSCALL_FLAGS SAVED_FLAGS IRET_FLAGS"),
             native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
             native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
@@ -85,7 +123,7 @@ def declarations() -> str:
 @functools.cache
 def _library() -> ctypes.PyDLL | None:
     try:
-        return native.load(SOURCE, declarations())
+        return native.load(SOURCE, declarations(), HALVES)
     except native.Missing as missing:
         _log.info("no native trap handlers: %s", missing)
         return None

@@ -73,20 +73,25 @@ def define(module: Any, names: str) -> str:
     return "".join(f"#define {name} {getattr(module, name) & (1 << 64) - 1:#x}ull\n" for name in names.split())
 
 
-def load(source: Path, declarations: str = "") -> ctypes.PyDLL:
+def load(source: Path, declarations: str = "", halves: Sequence[Path] = ()) -> ctypes.PyDLL:
     """Compile a C file, unless that was done before, and load it. Raises Missing.
 
     Its functions are called with Python's lock held; for one that runs long, open `build` with ctypes.CDLL.
     """
-    return _load(build(source, declarations))
+    return _load(build(source, declarations, halves))
 
 
-def build(source: Path, declarations: str = "") -> Path:
-    """Compile a C file, unless that was done before: the shared object. Raises Missing."""
+def build(source: Path, declarations: str = "", halves: Sequence[Path] = ()) -> Path:
+    """Compile a C file, unless that was done before: the shared object. Raises Missing.
+
+    `halves` are C files that precede it in the same translation unit, in this order: each the C half of the Python
+    beside it.
+    """
     reason = missing()
     if reason is not None:
         raise Missing(reason)
-    return _build(PRELUDE + declarations + f'#line 1 "{source.name}"\n' + source.read_text(), source.stem)
+    texts = (f'#line 1 "{part.name}"\n{part.read_text()}' for part in (*halves, source))
+    return _build(PRELUDE + declarations + "".join(texts), source.stem)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from xenolith.abi.hypercalls import (
     SCHEDOP_watchdog,
     SCHEDOP_yield,
 )
-from xenolith.abi.layout import U32
+from xenolith.abi.layout import U32, VCPU_INFO_UPCALL_MASK
 from xenolith.hypervisor.events import RESERVED, post_watchdog
 from xenolith.hypervisor.guest_memory import address_ok, copy_from_guest
 from xenolith.hypervisor.sched.core import domain_shutdown
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 MOST_POLLED_PORTS: Final = 128
 WATCHDOGS: Final = 2
-UPCALL_MASK: Final = 1  # offset in vcpu_info
 _POLL = Struct("<QIIQ")  # ports (a pointer), nr_ports, pad, timeout (system time, ns)
 _REMOTE_SHUTDOWN = Struct("<HHI")  # domid, pad, reason
 _WATCHDOG = Struct("<II")  # id, timeout (s)
@@ -37,7 +36,7 @@ _WATCHDOG = Struct("<II")  # id, timeout (s)
 def _events_pending(vcpu: Vcpu) -> bool:
     """Whether an upcall is due (Xen: local_events_need_delivery)."""
     memory = vcpu.domain.memory.b
-    return bool(memory[vcpu.info] and not memory[vcpu.info + UPCALL_MASK])
+    return bool(memory[vcpu.info] and not memory[vcpu.info + VCPU_INFO_UPCALL_MASK])
 
 
 def _yield(vcpu: Vcpu, arg: int) -> int:
@@ -47,7 +46,7 @@ def _yield(vcpu: Vcpu, arg: int) -> int:
 
 def block(vcpu: Vcpu) -> None:
     """Unmask upcalls and sleep until one is due."""
-    vcpu.domain.memory.b[vcpu.info + UPCALL_MASK] = 0
+    vcpu.domain.memory.b[vcpu.info + VCPU_INFO_UPCALL_MASK] = 0
     if not vcpu.domain.memory.b[vcpu.info] and not vcpu.nmi_pending:
         vcpu.domain.hypervisor.scheduler.block(vcpu)
 

@@ -2,19 +2,6 @@
    nothing changed, leaves an instruction to that.  x87 and SSE state is QEMU's own, in `env`; the other components are
    in `image`, in the standard format. */
 
-#define X87 1
-#define SSE 2
-#define AVX 4
-#define HEADER 512
-#define EXTENDED 576
-#define ST 32
-#define XMM_PLACE 160
-#define COMPACTED (1ull << 63)
-#define MXCSR_DEFINED 0xffff
-#define MASK_FRAME 0x000ffffffffff000ull
-#define LOADABLE (PTE_P | PTE_US | PTE_A)
-#define STORABLE (LOADABLE | PTE_RW)
-
 struct area { /* the memory operand, in the frames that it lies in */
     u8 *pages[4];
     u64 frames[4];
@@ -23,7 +10,7 @@ struct area { /* the memory operand, in the frames that it lies in */
 
 static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
 {
-    u64 table = load64(x->env + CR + 24) & MASK_FRAME, entry = 0;
+    u64 table = load64(x->env + CR + 24) & PTE_ADDRESS, entry = 0;
     if (!is_canonical(va))
         return 0;
     for (int shift = 39; shift >= 12; shift -= 9) {
@@ -32,7 +19,7 @@ static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
         entry = ((volatile u64 *)(x->memory + table))[va >> shift & 511];
         if ((entry & needed) != needed || (shift != 12 && shift != 39 && entry & PTE_PSE))
             return 0;
-        table = entry & MASK_FRAME;
+        table = entry & PTE_ADDRESS;
     }
     return table < x->memory_size && (entry & needed_of_leaf) == needed_of_leaf ? table : 0;
 }
@@ -55,32 +42,28 @@ static bool find(struct extended *x, struct area *area, u64 va, unsigned size, b
     return true;
 }
 
-static void copy(struct area *area, unsigned at, void *data, unsigned size, bool out)
+/* As many of `size` bytes at `at` as lie in one page: where, and *here says how many. */
+static u8 *piece(struct area *area, unsigned at, unsigned size, unsigned *here)
 {
-    u8 *bytes = data;
-    while (size) {
-        unsigned place = area->offset + at, here = 0x1000 - (place & 0xfff);
-        u8 *page = area->pages[place >> 12] + (place & 0xfff);
-        if (here > size)
-            here = size;
-        if (out)
-            __builtin_memcpy(page, bytes, here);
-        else
-            __builtin_memcpy(bytes, page, here);
-        at += here;
-        bytes += here;
-        size -= here;
-    }
+    unsigned place = area->offset + at, left = 0x1000 - (place & 0xfff);
+    *here = left < size ? left : size;
+    return area->pages[place >> 12] + (place & 0xfff);
 }
 
 static void put(struct area *area, unsigned at, const void *data, unsigned size)
 {
-    copy(area, at, (void *)data, size, true);
+    for (unsigned done = 0, here; done < size; done += here) {
+        u8 *page = piece(area, at + done, size - done, &here);
+        __builtin_memcpy(page, (const u8 *)data + done, here);
+    }
 }
 
 static void get(struct area *area, unsigned at, void *data, unsigned size)
 {
-    copy(area, at, data, size, false);
+    for (unsigned done = 0, here; done < size; done += here) {
+        u8 *page = piece(area, at + done, size - done, &here);
+        __builtin_memcpy((u8 *)data + done, page, here);
+    }
 }
 
 /* Where a component lies in an image that holds those of `present`; *end grows to behind it. */
@@ -108,25 +91,26 @@ static unsigned end_of(struct extended *x, u64 present, bool compacted)
 static void store_legacy(struct extended *x, u8 *image)
 {
     u8 *env = x->env;
-    unsigned top = env[FPSTT] & 7, tags = 0;
+    unsigned top = env[FPSTT] & 7;
     u16 status, control;
+    u8 tags = 0;
     __builtin_memcpy(&status, env + FPUS, 2);
     __builtin_memcpy(&control, env + FPUC, 2);
-    status = (status & ~(7 << 11)) | top << 11;
+    status = (u16)((status & ~(7u << 11)) | top << 11);
     for (unsigned i = 0; i < 8; i++)
-        tags |= (unsigned)!env[FPTAGS + i] << i;
-    __builtin_memset(image, 0, 416);
+        tags |= (u8)(!env[FPTAGS + i] << i);
+    __builtin_memset(image, 0, LEGACY_END);
     __builtin_memcpy(image, &control, 2);
     __builtin_memcpy(image + 2, &status, 2);
     image[4] = tags;
     __builtin_memcpy(image + 8, env + FPIP, 8);
     __builtin_memcpy(image + 16, env + FPDP, 8);
-    __builtin_memcpy(image + 24, env + MXCSR, 4);
+    __builtin_memcpy(image + MXCSR_IN_IMAGE, env + MXCSR, 4);
     image[28] = image[29] = 0xff; /* MXCSR_MASK */
     for (unsigned i = 0; i < 8; i++)
         __builtin_memcpy(image + ST + 16 * i, env + FPREGS + 16 * ((top + i) & 7), 10);
     for (unsigned i = 0; i < 16; i++)
-        __builtin_memcpy(image + XMM_PLACE + 16 * i, env + XMM + XMM_STRIDE * i, 16);
+        __builtin_memcpy(image + XMM_IN_IMAGE + 16 * i, env + XMM + XMM_STRIDE * i, 16);
 }
 
 static void load_x87(struct extended *x, const u8 *image)
@@ -138,7 +122,7 @@ static void load_x87(struct extended *x, const u8 *image)
         image = initial;
     __builtin_memcpy(&status, image + 2, 2);
     u32 top = status >> 11 & 7;
-    status &= ~(7 << 11);
+    status &= (u16)~(7u << 11);
     __builtin_memcpy(env + FPSTT, &top, 4);
     __builtin_memcpy(env + FPUS, &status, 2);
     __builtin_memcpy(env + FPUC, image, 2);
@@ -158,7 +142,7 @@ static void load_sse(struct extended *x, const u8 *image)
         u8 *xmm = x->env + XMM + XMM_STRIDE * i;
         __builtin_memset(xmm, 0, XMM_STRIDE);
         if (image)
-            __builtin_memcpy(xmm, image + XMM_PLACE + 16 * i, 16);
+            __builtin_memcpy(xmm, image + XMM_IN_IMAGE + 16 * i, 16);
     }
 }
 
@@ -169,7 +153,7 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
     u64 used = (load64(x->image + HEADER) & ~(u64)(X87 | SSE)) | X87 | SSE, stored = compacted ? requested & used : requested;
     unsigned end = EXTENDED;
     struct area area;
-    u8 legacy[416];
+    u8 legacy[LEGACY_END];
     u64 header[2];
     if (!find(x, &area, va, end_of(x, requested, compacted), true))
         return false;
@@ -179,9 +163,9 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
         put(&area, ST, legacy + ST, 128);
     }
     if (stored & SSE)
-        put(&area, XMM_PLACE, legacy + XMM_PLACE, 256);
+        put(&area, XMM_IN_IMAGE, legacy + XMM_IN_IMAGE, 256);
     if (requested & (compacted ? SSE : SSE | AVX))
-        put(&area, 24, legacy + 24, 8);
+        put(&area, MXCSR_IN_IMAGE, legacy + MXCSR_IN_IMAGE, 8);
     for (unsigned i = 0; i < x->components; i++) {
         static const u8 zeros[64];
         u64 bit = 1ull << x->number[i];
@@ -213,7 +197,7 @@ static bool restore(struct extended *x, u64 va, u64 requested)
     struct area area;
     u64 header[8], given, layout, before = load64(x->image + HEADER);
     unsigned end = EXTENDED;
-    u8 legacy[416];
+    u8 legacy[LEGACY_END];
     u32 mxcsr;
     if (!find(x, &area, va, EXTENDED, false))
         return false;
@@ -244,7 +228,7 @@ static bool restore(struct extended *x, u64 va, u64 requested)
         }
     }
     get(&area, 0, legacy, sizeof legacy);
-    __builtin_memcpy(&mxcsr, legacy + 24, 4);
+    __builtin_memcpy(&mxcsr, legacy + MXCSR_IN_IMAGE, 4);
     bool loads_mxcsr = compacted ? requested & given & SSE : requested & (SSE | AVX);
     if (loads_mxcsr && mxcsr & ~MXCSR_DEFINED)
         return false;
@@ -255,7 +239,7 @@ static bool restore(struct extended *x, u64 va, u64 requested)
     if (requested & SSE)
         load_sse(x, given & SSE ? legacy : NULL);
     if (loads_mxcsr || requested & SSE) {
-        mxcsr = loads_mxcsr ? mxcsr : 0x1f80;
+        mxcsr = loads_mxcsr ? mxcsr : INITIAL_MXCSR;
         __builtin_memcpy(x->env + MXCSR, &mxcsr, 4);
         x->update_mxcsr_status(x->env);
     }

@@ -46,8 +46,8 @@ INITIAL_MXCSR: Final = 0x1F80
 MXCSR_DEFINED: Final = 0xFFFF
 INITIAL_X87: Final = (b"\x7f\x03" + bytes(22), bytes(128))
 ALIGNMENT: Final = 64
-_STORABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
-_LOADABLE: Final = PTE_P | PTE_US | PTE_A
+STORABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
+LOADABLE: Final = PTE_P | PTE_US | PTE_A
 
 SAVES: Final = (Mnemonic.XSAVE64, Mnemonic.XSAVEOPT64, Mnemonic.XSAVEC64)
 
@@ -124,9 +124,7 @@ def in_use(image: bytes | bytearray, extended: list[Component]) -> bool:
     Some processors note every such component as in use once it was touched, though VZEROUPPER has emptied it.
     """
     (components,) = unpack_from("<Q", image, HEADER)
-    return any(
-        components >> part.number & 1 and any(image[part.start : part.start + part.size]) for part in extended
-    )
+    return any(components >> part.number & 1 and any(image[part.start : part.start + part.size]) for part in extended)
 
 
 def restore(image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area) -> bool:
@@ -195,7 +193,7 @@ class Area:
         if self._va % ALIGNMENT:
             return None
         self._pieces = []
-        needed = _STORABLE if writable else _LOADABLE
+        needed = STORABLE if writable else LOADABLE
         va, end = self._va, self._va + size
         while va < end:
             length = min(end - va, PAGE_SIZE - (va & PAGE_MASK))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, Final
 
 from xenolith.abi import x86
@@ -52,10 +53,21 @@ _IN_C: Final = {
 }
 
 
+# Where these begin in the first 416 bytes of an image, and behind which of them they end.
+_PLACES: Final = SimpleNamespace(
+    MXCSR_IN_IMAGE=extended.MXCSR.start,
+    ST=extended.X87_PARTS[1].start,
+    XMM_IN_IMAGE=extended.SSE_PART.start,
+    LEGACY_END=extended.SSE_PART.stop,
+)
+
+
 def declarations() -> str:
     """Of everything that extended.c uses."""
     return (
-        native.define(x86, "RAX RDX RIP PTE_P PTE_RW PTE_US PTE_A PTE_D PTE_PSE")
+        native.define(x86, "RAX RDX RIP PTE_P PTE_US PTE_D PTE_PSE PTE_ADDRESS")
+        + native.define(extended, "X87 SSE AVX HEADER EXTENDED COMPACTED MXCSR_DEFINED INITIAL_MXCSR LOADABLE STORABLE")
+        + native.define(_PLACES, " ".join(vars(_PLACES)))
         + native.define(layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE")
         + native.declare("extended", Extended, _IN_C)
     )

@@ -54,6 +54,9 @@ from xenolith.abi.x86 import (
     GS,
     GS_BASE,
     MSR_STAR,
+    OPCODE_INT3,
+    OPCODE_INT_N,
+    OPCODE_INTO,
     PAGE_SHIFT,
     R8,
     R11,
@@ -154,9 +157,9 @@ _WITH_ERROR_CODE: Final = VECTORS_WITH_ERROR_CODE
 EFLAGS_OF: Final = 1 << 11
 _DIRECTION_IN: Final = 0
 LOOK_AGAIN: Final = 0.0005  # s
-_INT3: Final = b"\xcc"  # opcodes
-_INT_N: Final = b"\xcd"
-_INTO: Final = b"\xce"  # of 32-bit code
+_INT3: Final = bytes((OPCODE_INT3,))
+_INT_N: Final = bytes((OPCODE_INT_N,))
+_INTO: Final = bytes((OPCODE_INTO,))
 _IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 _XSTATE_BV: Final = 512  # in an XSAVE image
 

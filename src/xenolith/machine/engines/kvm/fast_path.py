@@ -33,6 +33,7 @@ from collections.abc import Callable
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
+from xenolith.abi.hypercalls import HYPERVISOR_iret
 from xenolith.abi.layout import (
     FLAT_RING3_CS64,
     FLAT_RING3_SS64,
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from xenolith.machine.engines.protocol import GuestModes
     from xenolith.machine.memory import MachineMemory
 
-IRET: Final = 23  # hypercall number
 _MASK64: Final = (1 << 64) - 1
 NOTHING: Final = (1 << 64) - 1  # no machine address
 _USER_RIP: Final = (1 << 47) - 1
@@ -703,7 +703,7 @@ class FastPath:
                 if at == _AT["iret_flags"]:
                     regs[RSP] = regs[RSP] + 8 & _MASK64
                 self._restore_saved()
-            regs[RAX] = IRET
+            regs[RAX] = HYPERVISOR_iret
         elif at == _AT["back"]:
             trap = None
         elif at == _AT["done_flags"]:

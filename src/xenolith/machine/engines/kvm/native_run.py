@@ -163,13 +163,14 @@ def declarations() -> str:
         NO_TIMER=fast_path.NO_TIMER,
         TIMER_SLOP=fast_path.TIMER_SLOP,
         TICKS=fast_path.TICKS,
+        SEGMENT_SIZE=api.SEGMENT.size,
     )
     return "".join(
         (
             native.define(
                 x86,
                 "RAX RBX RCX RDX RSI RDI RSP RBP R8 R11 RIP RFLAGS CS SS FS_BASE GS_BASE EFLAGS_RESERVED_ONE VECTOR_GP "
-                "VECTOR_PF VECTOR_BP VECTOR_OF PTE_P PTE_A PTE_D PTE_PSE PTE_ADDRESS",
+                "VECTOR_PF VECTOR_BP VECTOR_OF PTE_P PTE_A PTE_D PTE_PSE PTE_ADDRESS OPCODE_INT3 OPCODE_INT_N",
             ),
             native.define(
                 api,
@@ -190,10 +191,10 @@ def declarations() -> str:
                 "SAVED_R11 SAVED_RSP SWITCHES TICKS_LEFT TICK_NOW TICK_LENGTH TICK_ENTRY "
                 "TICK_WORD TICK_BIT TICK_SELECTOR",
             ),
-            native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP TICKS"),
+            native.define(numbers, "MOST ENTRY_FLAGS ALWAYS_SET NO_SELECTOR NO_TIMER TIMER_SLOP TICKS SEGMENT_SIZE"),
             native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK FLAT_PAIRS UNLIMITED"),
             native.define(protocol, "TRAP_SYSCALL"),
-            native.define(hypercalls, "VIRQ_TIMER"),
+            native.define(hypercalls, "HYPERVISOR_iret VIRQ_TIMER"),
             native.define(errno, "EINTR"),
             "".join(
                 f"#define {name} {value}\n"

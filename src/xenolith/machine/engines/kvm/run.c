@@ -9,11 +9,7 @@
 #define CLOCK_MONOTONIC 1
 #define SAME_LENGTH 100000 /* ns by which a guest's tick may differ from the host's */
 #define SETTING_TAKES 6000 /* ns that KVM_SET_LAPIC needs until the timer runs */
-#define IRET 23 /* hypercall number */
 #define PAGE (~0xfffull)
-#define SEGMENT_SIZE 24
-#define INT3 0xcc /* opcodes */
-#define INT_N 0xcd
 
 struct itimerspec {
     i64 interval[2], value[2]; /* s, ns */
@@ -153,10 +149,12 @@ i64 until_host_tick(u64 now, i64 left, u64 tick)
 static bool start_ticks(struct kvm_cpu *k, struct vcpu *v, u64 now, i64 first)
 {
     u64 *data = k->data, length = k->host_tick;
-    u32 port = v->virq_port[VIRQ_TIMER], setting[2] = {length, first > SETTING_TAKES ? first - SETTING_TAKES : 1};
+    u32 port = v->virq_port[VIRQ_TIMER], setting[2] = {(u32)length, 1};
     i64 longer = v->timer_interval - length;
     if (!k->lapic || !port || longer > SAME_LENGTH || longer < -SAME_LENGTH || first > (i64)length)
         return false; /* KVM would take `length` for a longer `first` */
+    if (first > SETTING_TAKES)
+        setting[1] = (u32)(first - SETTING_TAKES);
     data[TICKS_LEFT] = TICKS;
     data[TICK_NOW] = now + first - length;
     data[TICK_LENGTH] = k->tick_length = length;
@@ -283,7 +281,7 @@ static bool roll_back(struct kvm_cpu *k, u64 *l4_mfn)
     } else if (at == k->iret_slow) {
         regs[RCX] = data[SAVED_RCX];
         regs[R11] = data[SAVED_R11];
-        regs[RAX] = IRET;
+        regs[RAX] = HYPERVISOR_iret;
     } else if (at != k->slow[1])
         return false;
     regs[RIP] = regs[RCX];
@@ -436,7 +434,7 @@ static int code_byte(struct kvm_cpu *k, u64 va)
 static bool may_be_breakpoint(struct kvm_cpu *k, u64 rip)
 {
     int last = code_byte(k, rip - 1), before = code_byte(k, rip - 2);
-    return last < 0 || last == INT3 || ((last == VECTOR_BP || last == VECTOR_OF) && (before < 0 || before == INT_N));
+    return last < 0 || last == OPCODE_INT3 || ((last == VECTOR_BP || last == VECTOR_OF) && (before < 0 || before == OPCODE_INT_N));
 }
 
 /* KVM_RUN was interrupted while guest code ran, and the fast path holds a timer that is due: what the native function

@@ -116,7 +116,7 @@ static void remember(struct softmmu *s, u64 pc, u32 flags, u8 *tb)
     b->pc = pc;
     b->frame = AT(u64, tb, TB_PAGES);
     b->flags = flags;
-    b->next_mfn = next == ~0ull ? 0 : next >> 12;
+    b->next_mfn = next == ~0ull ? 0 : (u32)(next >> 12);
     b->code = next ? AT(u8 *, tb, TB_CODE) : 0; /* frame 0 would be taken for none */
 }
 
@@ -297,7 +297,7 @@ static void note_filled(struct softmmu *s, u8 *env, struct tlb_entry *e)
     if (f->table != (u64)table)
         return;
     if (f->count < FILLED)
-        f->index[f->count] = e - table;
+        f->index[f->count] = (u32)(e - table);
     f->count++;
 }
 
@@ -419,14 +419,14 @@ void flush_tlbs(u8 *cpu, u16 asked)
     }
     u8 *env = cpu - (i64)CPU_STATE;
     u16 full = asked & AT(u16, env, TLB_DIRTY);
-    for (u64 mmu = 0; mmu < MMU_SYSTEM; mmu++)
+    for (int mmu = 0; mmu < (int)MMU_SYSTEM; mmu++)
         if (full >> mmu & 1 && empty_tlb(s, env, mmu)) {
-            full &= ~(1 << mmu);
-            AT(u16, env, TLB_DIRTY) &= ~(1 << mmu);
+            full = (u16)(full & ~(1 << mmu));
+            AT(u16, env, TLB_DIRTY) &= (u16)~(1 << mmu);
         }
     if (full || s->jumps > JUMPS) {
         library.flush_tlbs(cpu, full);
-        for (u64 mmu = 0; mmu < MMU_SYSTEM; mmu++)
+        for (int mmu = 0; mmu < (int)MMU_SYSTEM; mmu++)
             if (full >> mmu & 1) {
                 struct tlb_entry *other = table_of(env, !mmu);
                 struct filled *f = (struct filled *)s->filled + (filled_of(s, other) == (struct filled *)s->filled);
