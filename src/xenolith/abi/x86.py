@@ -134,7 +134,21 @@ L4_SHIFT: Final = 39
 
 def is_canonical(va: int) -> bool:
     """Whether a 64-bit address is sign-extended from bit 47 (SDM vol. 1, 3.3.7.1)."""
-    return va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
+    return 0 <= va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
+
+
+def is_canonical_range(va: int, size: int) -> bool:
+    """Whether `size` bytes (at least one) from a linear address on lie in one of the two canonical halves.
+
+    What goes on beyond the end of the address space does not.
+    """
+    last = va + size - 1
+    return 0 <= va <= last < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va <= last < 1 << 64
+
+
+def advanced(address: int, by: int) -> int:
+    """A 64-bit register that holds an address, so many bytes further on (or back): it wraps as the processor's does."""
+    return address + by & (1 << 64) - 1
 
 
 # --- opcodes (SDM vol. 2, appendix A) --------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
-from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI
+from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI, advanced
 from xenolith.hypervisor import ring0
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls.console_io import EmergencyConsole
@@ -208,7 +208,7 @@ class Vcpu(VcpuFields):
         regs[RAX] = number
         for register, argument in zip((RDI, RSI, RDX, R10, R8), arguments, strict=False):
             regs[register] = argument & 0xFFFF_FFFF_FFFF_FFFF
-        regs[RIP] -= 2
+        regs[RIP] = advanced(regs[RIP], -2)
         return 0
 
     def set_xcr0(self, value: int) -> bool:

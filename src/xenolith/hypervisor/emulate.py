@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, x86
-from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDI, RDX, RIP, RSI, is_canonical
+from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDI, RDX, RIP, RSI, advanced, is_canonical
 from xenolith.hypervisor import cpuid as cpuid_policy
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
 from xenolith.machine.tsc import read_tsc
@@ -50,7 +50,7 @@ def forced_invalid_opcode(vcpu: Vcpu, cpu: Cpu) -> bool:
     regs = cpu.regs
     if fetch(vcpu, regs[RIP], 7) != FORCED_PREFIX + b"\x0f\xa2":
         return False
-    regs[RIP] += 7
+    regs[RIP] = advanced(regs[RIP], 7)
     cpuid(vcpu, regs)
     return True
 
@@ -97,7 +97,7 @@ def privileged_instruction(vcpu: Vcpu, cpu: Cpu) -> bool:
         return False
     if length == NOT_FINISHED:
         return True
-    regs[RIP] = start + length & MASK64
+    regs[RIP] = advanced(start, length)
     return True
 
 
@@ -142,7 +142,7 @@ def _string_io(vcpu: Vcpu, cpu: Cpu, inward: bool, size: int, repeated: bool, le
 
             inject_page_fault(vcpu, cpu, x86.PFEC_WRITE if inward else 0, address)
             return NOT_FINISHED
-        regs[pointer] = address + step & MASK64
+        regs[pointer] = advanced(address, step)
         if repeated:
             regs[RCX] -= 1
     return NOT_FINISHED if repeated and regs[RCX] else length

@@ -73,6 +73,7 @@ from xenolith.abi.x86 import (
     VECTOR_SS,
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
+    advanced,
     is_canonical,
 )
 from xenolith.hypervisor import descriptors, emulate, events, writable_pagetables
@@ -294,10 +295,11 @@ def _finish_bounce(
     vcpu: Vcpu, cpu: Cpu, handler: int, stack: int, frame: bytes, rflags: int, mask_events: bool
 ) -> None:
     regs = cpu.regs
-    if stack & 0xFFF <= 0xFA0 and (address := translate(vcpu, stack & MASK64, WRITE)) >= 0:
+    stack &= MASK64
+    if stack & 0xFFF <= 0xFA0 and (address := translate(vcpu, stack, WRITE)) >= 0:
         vcpu.domain.memory.b[address : address + len(frame)] = frame
-    elif not copy_to_guest(vcpu, stack & MASK64, frame):
-        crash(vcpu, f"fault while building a bounce frame at stack {stack & MASK64:#x} for handler {handler:#x}")
+    elif not copy_to_guest(vcpu, stack, frame):
+        crash(vcpu, f"fault while building a bounce frame at stack {stack:#x} for handler {handler:#x}")
         return
     if vcpu.compatibility:
         leave_compatibility_mode(vcpu, cpu)
@@ -316,7 +318,7 @@ def bounce_syscall(vcpu: Vcpu, cpu: Cpu) -> None:
     compatibility = vcpu.compatibility
     handler = vcpu.syscall32_callback if compatibility else vcpu.syscall_callback
     if not handler:
-        regs[RIP] -= 2
+        regs[RIP] = advanced(regs[RIP], -2)
         inject(vcpu, cpu, VECTOR_UD, None)
         return
     rflags = cpu.get_rflags()
@@ -329,14 +331,14 @@ def bounce_syscall(vcpu: Vcpu, cpu: Cpu) -> None:
     vcpu.kernel_mode = True
     regs[GS_BASE], vcpu.other_gs_base = vcpu.other_gs_base, regs[GS_BASE]
     cpu.switch_mode(vcpu.kernel_l4, False)
-    stack = (vcpu.kernel_sp & ~15) - 56
+    stack = advanced(vcpu.kernel_sp & ~15, -56)
     saved = rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF)
-    if stack & 0xFFF <= 0xFC8 and (address := translate(vcpu, stack & MASK64, WRITE)) >= 0:
+    if stack & 0xFFF <= 0xFC8 and (address := translate(vcpu, stack, WRITE)) >= 0:
         _pack_frame(memory, address, rip, rflags, rip, GUEST_CS | upcall_mask << 32, saved, rsp, GUEST_SS)
     else:
         frame = _frame(rip, rflags, rip, GUEST_CS | upcall_mask << 32, saved, rsp, GUEST_SS)
-        if not copy_to_guest(vcpu, stack & MASK64, frame):
-            crash(vcpu, f"fault while building a system-call frame at stack {stack & MASK64:#x}")
+        if not copy_to_guest(vcpu, stack, frame):
+            crash(vcpu, f"fault while building a system-call frame at stack {stack:#x}")
             return
     if compatibility:
         leave_compatibility_mode(vcpu, cpu)
@@ -448,7 +450,7 @@ def software_interrupt(vcpu: Vcpu, cpu: Cpu, number: int, error_code: int) -> No
     """`int n`: delivered if the guest's entry allows this mode, otherwise #GP. RIP is at the instruction."""
     dpl = vcpu.trap_flags[number] & layout.TRAP_INFO_DPL
     if vcpu.trap_address[number] and dpl >= (1 if vcpu.kernel_mode else 3):
-        cpu.regs[RIP] += 2
+        cpu.regs[RIP] = advanced(cpu.regs[RIP], 2)
         inject(vcpu, cpu, number, None)
     else:
         inject(vcpu, cpu, VECTOR_GP, error_code)

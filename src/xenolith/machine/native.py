@@ -31,6 +31,12 @@ PRELUDE: Final = """\
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64; typedef int64_t i64;
 static inline u64 load64(const u8 *at) { u64 value; __builtin_memcpy(&value, at, 8); return value; }
 static inline bool is_canonical(u64 va) { return va + (1ull << 47) < 1ull << 48; }
+/* As abi.x86.is_canonical_range: `size` bytes, at least one, in one canonical half, with no way round the end. */
+static inline bool is_canonical_range(u64 va, u64 size)
+{
+    u64 last = va + size - 1;
+    return is_canonical(va) && is_canonical(last) && last >= va && !((va ^ last) >> 63);
+}
 """
 _TYPES: Final = {
     ctypes.c_bool: "bool",

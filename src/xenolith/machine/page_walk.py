@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from xenolith.abi.x86 import L2_SHIFT, L3_SHIFT, L4_SHIFT, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_ADDRESS, PTE_P, PTE_PSE
+from xenolith.abi.x86 import (
+    L2_SHIFT,
+    L3_SHIFT,
+    L4_SHIFT,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_ADDRESS,
+    PTE_P,
+    PTE_PSE,
+    is_canonical,
+    is_canonical_range,
+)
 from xenolith.machine.memory import MachineMemory
 
 _INDEX: Final = 511
@@ -22,6 +34,8 @@ def machine_address(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
 
 def permitted(memory: MachineMemory, l4_mfn: int, va: int, needed: int, needed_of_leaf: int = 0) -> int | None:
     """The same, if all entries on the way have these bits set, and the last one those."""
+    if not is_canonical(va):
+        return None
     q, size = memory.q, memory.size
     table = l4_mfn << PAGE_SHIFT
     for shift in _LEVELS:
@@ -41,7 +55,12 @@ def permitted(memory: MachineMemory, l4_mfn: int, va: int, needed: int, needed_o
 
 
 def read(memory: MachineMemory, l4_mfn: int, va: int, size: int) -> bytes | None:
-    """`size` bytes (at most a page) from linear address `va`; None if any of them is not mapped."""
+    """`size` bytes (at most a page) from linear address `va`; None if any of them is not mapped.
+
+    Nothing is beyond the end of the address space.
+    """
+    if not is_canonical_range(va, size):
+        return None
     here = min(size, PAGE_SIZE - (va & PAGE_MASK))
     address = machine_address(memory, l4_mfn, va)
     if address is None:
@@ -49,5 +68,5 @@ def read(memory: MachineMemory, l4_mfn: int, va: int, size: int) -> bytes | None
     data = bytes(memory.b[address : address + here])
     if here == size:
         return data
-    rest = read(memory, l4_mfn, va + here & (1 << 64) - 1, size - here)
+    rest = read(memory, l4_mfn, va + here, size - here)
     return None if rest is None else data + rest

@@ -8,11 +8,10 @@ struct area { /* the memory operand, in the frames that it lies in */
     unsigned offset, size, count;
 };
 
+/* The frame behind a canonical address, as page_walk.permitted. */
 static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
 {
     u64 table = load64(x->env + CR + 24) & PTE_ADDRESS, entry = 0;
-    if (!is_canonical(va))
-        return 0;
     for (int shift = 39; shift >= 12; shift -= 9) {
         if (table >= x->memory_size)
             return 0;
@@ -30,10 +29,11 @@ static bool find(struct extended *x, struct area *area, u64 va, unsigned size, b
     area->offset = va & 0xfff;
     area->size = size;
     area->count = 0;
-    if (va & 63 || area->offset + size > sizeof area->pages / sizeof *area->pages * 0x1000)
+    if (va & 63 || !is_canonical_range(va, size)
+        || area->offset + size > sizeof area->pages / sizeof *area->pages * 0x1000)
         return false;
-    for (u64 page = va & ~0xfffull; page < va + size; page += 0x1000) {
-        u64 frame = walk(x, page, writable ? STORABLE : LOADABLE, writable ? PTE_D : 0);
+    for (unsigned at = 0; at < area->offset + size; at += 0x1000) {
+        u64 frame = walk(x, va + at, writable ? STORABLE : LOADABLE, writable ? PTE_D : 0);
         if (!frame)
             return false;
         area->frames[area->count] = frame >> 12;
@@ -258,7 +258,7 @@ bool carry_out(struct extended *x)
     __builtin_memcpy(&hflags, x->env + HFLAGS, 4);
     if (hflags & HF_TS || !(hflags & HF_CS64) || (rip & 0xfff) > 0x1000 - sizeof code)
         return false;
-    u64 frame = walk(x, rip, PTE_P | PTE_US, 0);
+    u64 frame = is_canonical(rip) ? walk(x, rip, PTE_P | PTE_US, 0) : 0;
     if (!frame)
         return false;
     __builtin_memcpy(code, x->memory + frame + (rip & 0xfff), sizeof code);

@@ -27,7 +27,7 @@ from xenolith.abi.x86 import (
     PTE_P,
     PTE_RW,
     PTE_US,
-    is_canonical,
+    is_canonical_range,
 )
 from xenolith.machine import page_walk
 from xenolith.machine.memory import MachineMemory
@@ -190,7 +190,7 @@ class Area:
 
         Raises OperandFault where it could not at all.
         """
-        if self._va % ALIGNMENT:
+        if self._va % ALIGNMENT or not is_canonical_range(self._va, size):
             return None
         self._pieces = []
         needed = STORABLE if writable else LOADABLE
@@ -207,7 +207,7 @@ class Area:
 
     def _check_rights(self, va: int, writable: bool) -> None:
         rights = PTE_P | PTE_US | (PTE_RW if writable else 0)
-        if not is_canonical(va) or page_walk.permitted(self._memory, self._l4_mfn, va, rights) is not None:
+        if page_walk.permitted(self._memory, self._l4_mfn, va, rights) is not None:
             return  # another fault, or accessed and dirty bits are to be set
         present = page_walk.machine_address(self._memory, self._l4_mfn, va) is not None
         raise OperandFault(PFEC_USER | (PFEC_WRITE if writable else 0) | (PFEC_PRESENT if present else 0), va)

@@ -75,6 +75,7 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
+    advanced,
 )
 from xenolith.machine import page_walk, segments
 from xenolith.machine.engines.kvm import api, area, native_run, segment_loads
@@ -692,15 +693,15 @@ class KvmCpu(Cpu):
         regs = self.regs
         code = self.fetch(2)
         if code[:1] == b"\xcc" and self._cs is not _FLAT_CODE:
-            regs[RIP] += 1
+            regs[RIP] = advanced(regs[RIP], 1)
             return VECTOR_BP, 0
         if code[:1] == b"\xce" and self._cs is not _FLAT_CODE:
             if regs[RFLAGS] & EFLAGS_OF:
-                regs[RIP] += 1
+                regs[RIP] = advanced(regs[RIP], 1)
                 return VECTOR_OF, 0
         elif code[:1] == b"\xcd" and len(code) == 2:
             if code[1] in (VECTOR_BP, VECTOR_OF):
-                regs[RIP] += 2
+                regs[RIP] = advanced(regs[RIP], 2)
                 return code[1], 0
             return VECTOR_GP, code[1] << 3 | _ERROR_IDT
         return VECTOR_UD, 0
@@ -736,10 +737,10 @@ class KvmCpu(Cpu):
         read, l4_mfn = page_walk.read, self.l4_mfn
         last = read(self._memory, l4_mfn, rip - 1 & _MASK64, 1) or b"\0"
         if last in _IO_BY_DX:
-            return rip - 1
+            return advanced(rip, -1)
         before = read(self._memory, l4_mfn, rip - 2 & _MASK64, 1) or b"\0"
         if before[0] & 0xFC == 0xE4 and last[0] == area.PORT_SYSCALL:
-            return rip - 2
+            return advanced(rip, -2)
         return rip
 
     def _interrupted(self) -> bool:

@@ -34,6 +34,7 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_UD,
+    advanced,
 )
 from xenolith.machine import page_walk, segments
 from xenolith.machine.engines.native_state import EngineCalls
@@ -363,7 +364,7 @@ class UnicornCpu:
                 if code == RDPMC:  # this and the next Unicorn takes for invalid
                     return deliver(VECTOR_GP, 0, 0)
                 if code[:1] == INT1:
-                    self.regs[RIP] += 1
+                    self.regs[RIP] = advanced(self.regs[RIP], 1)
                     return deliver(VECTOR_DB, 0, self._q[_DR + 6])
             return deliver(vector, error_code, address)
 
@@ -371,7 +372,7 @@ class UnicornCpu:
             prefixes = 0
             while self._code(2, prefixes) != CPUID and prefixes < LONGEST_INSTRUCTION:
                 prefixes += 1
-            self.regs[RIP] += prefixes + len(CPUID)
+            self.regs[RIP] = advanced(self.regs[RIP], prefixes + len(CPUID))
             return deliver(vector, error_code, address)
 
         hook = partial(self._instance.hook, at=ctypes.addressof(self._hook))
