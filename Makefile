@@ -1,17 +1,18 @@
-# make demo | test | quick | lint | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
+# make demo | test | quick | lint | docs | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --dist worksteal
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test quick lint bench clean
+.PHONY: help demo test quick lint docs bench clean
 
 help:
 	@echo "make demo    boot several domains side by side and show that they are isolated"
 	@echo "make test    all tests, booting the stock Debian kernels among them (apt fetches those once)"
 	@echo "make quick   the tests that take seconds"
 	@echo "make lint    ruff, mypy and the import directions"
+	@echo "make docs    what docs/ has from the definitions of commands and requests, anew"
 	@echo "make bench   the evaluation: tables of measurements, into bench/results"
 	@echo "make clean   remove .venv and caches (not the downloaded guests in ~/.cache/xenolith)"
 
@@ -28,6 +29,9 @@ lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
+
+docs: $(READY)
+	@$(VENV)/bin/python -m xenolith.cli.manual docs
 
 bench: $(READY)
 	@$(VENV)/bin/pip install --quiet --editable '.[evaluation]'

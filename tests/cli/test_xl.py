@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from toolstack.fake import UNREADABLE, FakeClient
-from xenolith.cli.xl import MODULES, NOT_YET, XlGroup, usage
+from xenolith.cli.xl import NOT_YET, SUBCOMMANDS, XlGroup, usage
 from xenolith.cli.xl_command import Session, Toolstack
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.supervisor import Supervisor
@@ -71,7 +71,7 @@ def test_a_bare_xl_prints_every_subcommand_and_fails(xl: Xl) -> None:
     answer = xl()
     assert (answer.status, answer.err) == (1, "")
     assert answer.out == usage()
-    for name in MODULES:
+    for name in SUBCOMMANDS:
         assert re.search(rf"^ {name:<19} \S", answer.out, re.M)
     assert all(name in answer.out for name in NOT_YET)
     assert xl.connected == 0
@@ -125,7 +125,7 @@ def test_an_unknown_option_is_not_supported(xl: Xl) -> None:
 
 
 def test_every_subcommand_of_the_usage_list_has_a_usage(xl: Xl) -> None:
-    for name in MODULES:
+    for name in SUBCOMMANDS:
         assert f" {name} " in xl(name, "-h").out.splitlines()[0] + " "
 
 
@@ -543,6 +543,19 @@ def test_the_shell_completes_subcommands_options_and_domains(xl: Xl) -> None:
     assert completions(xl, ["list"], "--v") == ["--verbose"]
     assert completions(xl, ["destroy"], "w") == ["web"]
     assert completions(xl, ["pause"], "") == ["Domain-0", "db", "web"]
+    assert completions(xl, ["rename"], "d") == ["db"]
+    assert completions(xl, ["rename", "db"], "w") == []  # a new name is anybody's guess
+    assert completions(xl, ["domname"], "") == []
+    assert completions(xl, ["vcpu-list", "db", "web"], "w") == ["web"]
+
+
+def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
+    from click.shell_completion import ShellComplete
+
+    xl.add("web")
+    complete = ShellComplete(XlGroup(xl.connect), {"obj": Session(xl.connect)}, "xl", "_XL_COMPLETE")
+    for words in (["create"], ["dump-core", "web"], ["config-update", "web"]):
+        assert [item.type for item in complete.get_completions(words, "x")] == ["file"]
 
 
 def test_events_of_other_domains_do_not_disturb_a_wait(xl: Xl) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from xenolith.toolstack.client import (
@@ -31,6 +32,7 @@ from xenolith.toolstack.client import (
 )
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.events import EventHub
+from xenolith.toolstack.verbs import Verb, forwarding
 
 HOST = HostInfo(
     host="lab",
@@ -108,8 +110,9 @@ class FakeDomain:
     console: FakeConsole = field(default_factory=FakeConsole)
 
 
-class FakeClient:
-    """Keeps domains in a dictionary; every call that changes something is noted in `calls`."""
+@forwarding
+class FakeClient(Client):
+    """Keeps domains in a dictionary; calls that change something, and verbs not simulated, are noted in `calls`."""
 
     def __init__(self) -> None:
         self.guests: dict[int, FakeDomain] = {}
@@ -136,6 +139,10 @@ class FakeClient:
 
     def _note(self, *call: object) -> None:
         self.calls.append(call)
+
+    def ask(self, verb: Verb, arguments: dict[str, Any], progress: OnProgress | None) -> Any:
+        """Any verb that is not defined below."""
+        self._note(verb.name, *arguments.values())
 
     # Client.
 
@@ -263,7 +270,7 @@ class FakeClient:
         self._guest(domid)
         self._note("sysrq", domid, key)
 
-    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None:
+    def trigger(self, domid: int, trigger: Trigger, vcpu: int = 0) -> None:
         guest = self._guest(domid)
         if trigger is not Trigger.NMI:
             raise InvalidRequest(f"trigger {trigger} is for HVM domains")
@@ -294,8 +301,3 @@ class FakeClient:
 
     def close(self) -> None:
         self._hub.close()
-
-
-def checked_as_a_client() -> Client:
-    """mypy holds FakeClient against the protocol here."""
-    return FakeClient()

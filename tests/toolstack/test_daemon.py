@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +24,16 @@ from xenolith.toolstack.client import (
     DomainEvent,
     DomainNotFound,
     EventKind,
+    EventStream,
     InvalidRequest,
     NotAcknowledged,
+    OnProgress,
     Progress,
     ShutdownRequest,
     ToolstackError,
     Trigger,
     every,
+    no_progress,
 )
 from xenolith.toolstack.config.domain import Action, DomainConfig
 from xenolith.toolstack.daemon import remote as remote_module
@@ -38,6 +43,7 @@ from xenolith.toolstack.daemon.remote import NoDaemon, RemoteClient
 from xenolith.toolstack.daemon.run_directory import AlreadyRunning, LostDomain, RunDirectory, default_socket
 from xenolith.toolstack.daemon.server import Daemon, shut_guests_down
 from xenolith.toolstack.supervisor import Supervisor
+from xenolith.toolstack.verbs import forwarding, verbs_of
 
 
 class Served:
@@ -54,7 +60,7 @@ class Served:
         self.thread.start()
 
     def client(self) -> RemoteClient:
-        return RemoteClient(self.rundir.socket_path)
+        return RemoteClient.at(self.rundir.socket_path)
 
     def raw(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -120,10 +126,56 @@ def test_everything_that_can_be_done_is_done(served: Served, remote: RemoteClien
     assert remote.dmesg() == ""
 
 
-def test_every_method_of_the_protocol_exists_on_both_sides(remote: RemoteClient) -> None:
-    both = set(dir(FakeClient)) | {"supervise", "watch"}
-    assert set(METHODS) <= both
-    assert set(METHODS) <= set(dir(remote))
+class Garden(ABC):
+    """An interface of its own, to see what is made of a definition."""
+
+    @abstractmethod
+    def water(self, bed: int, litres: float = 1.5) -> list[str]:
+        """Give a bed some water.
+
+        Not every day.
+        """
+
+    @abstractmethod
+    def grow(self, progress: OnProgress = no_progress) -> EventStream: ...
+
+    def beds(self) -> int:  # no verb
+        return 3
+
+
+def test_a_verb_is_what_its_signature_says() -> None:
+    water, grow = verbs_of(Garden).values()
+    assert (water.name, water.arguments, water.optional) == ("water", {"bed": int, "litres": float}, {"litres"})
+    assert (water.result, water.summary, water.reports_progress) == (list[str], "Give a bed some water.", False)
+    assert (grow.arguments, grow.result, grow.reports_progress) == ({}, EventStream, True)
+
+
+def test_verbs_that_a_class_does_not_define_are_handed_on_as_they_were_called() -> None:
+    asked: list[tuple[object, ...]] = []
+
+    @forwarding
+    class Distant(Garden):
+        def grow(self, progress: OnProgress = no_progress) -> EventStream:
+            raise NotImplementedError
+
+        def ask(self, *what: object) -> list[str]:
+            asked.append(what)
+            return ["wet"]
+
+    garden = Distant()
+    assert garden.water(3) == garden.water(litres=2.0, bed=3) == ["wet"]
+    water = verbs_of(Garden)["water"]
+    assert asked == [(water, {"bed": 3, "litres": 1.5}, None), (water, {"bed": 3, "litres": 2.0}, None)]
+    with pytest.raises(TypeError, match="'bed'"):
+        garden.water()
+    with pytest.raises(NotImplementedError):
+        garden.grow()
+
+
+def test_every_request_of_the_protocol_is_a_method_at_the_other_end(remote: RemoteClient) -> None:
+    assert {"dump_core", "open_console", "supervise", "watch"} <= set(METHODS)
+    for name, verb in METHODS.items():
+        assert inspect.signature(getattr(remote, name)) == verb.signature
 
 
 def test_errors_arrive_with_their_kind_and_number(served: Served, remote: RemoteClient) -> None:
@@ -374,7 +426,7 @@ def test_many_clients_at_once_are_all_served(served: Served) -> None:
 
 def test_without_a_daemon_connecting_says_so(tmp_path: Path) -> None:
     with pytest.raises(NoDaemon, match="no daemon listens"):
-        RemoteClient(tmp_path / "control.sock")
+        RemoteClient.at(tmp_path / "control.sock")
 
 
 def test_only_one_daemon_serves_a_socket(served: Served) -> None:
@@ -464,7 +516,7 @@ def test_after_sigkill_the_next_daemon_says_what_was_lost_and_works(
 ) -> None:
     first, words = start()
     assert words == "nothing was left"
-    client = RemoteClient(tmp_path / "control.sock")
+    client = RemoteClient.at(tmp_path / "control.sock")
     events = client.subscribe()
     client.create(DomainConfig("web"))
     client.create(DomainConfig("db"))
@@ -483,14 +535,14 @@ def test_after_sigkill_the_next_daemon_says_what_was_lost_and_works(
     assert words == (
         f"The daemon that ran before (pid {first.pid}) was killed; its domains are lost: db (domid 2), mail (domid 3)."
     )
-    assert [domain.name for domain in RemoteClient(tmp_path / "control.sock").domains()] == ["Domain-0"]
+    assert [domain.name for domain in RemoteClient.at(tmp_path / "control.sock").domains()] == ["Domain-0"]
 
 
 def test_sigterm_powers_the_guests_off_and_leaves_nothing_behind(
     start: Callable[[], tuple[subprocess.Popen[str], str]], tmp_path: Path
 ) -> None:
     process, _ = start()
-    client = RemoteClient(tmp_path / "control.sock")
+    client = RemoteClient.at(tmp_path / "control.sock")
     client.supervise(client.create(DomainConfig("web", on_poweroff=Action.RESTART)))
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None

@@ -52,7 +52,7 @@ def _xl_command(ctx: click.Context, name: str) -> click.Command | None:
     from xenolith.cli import xl
     from xenolith.cli.xl_command import Session, connect_to_daemon
 
-    if name not in xl.MODULES:
+    if name not in xl.SUBCOMMANDS:
         return None
     ctx.obj = ctx.obj or Session(connect_to_daemon)
     return xl.subcommand(name)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from xenolith.cli.xl_command import Failure, Options, Session, XlCommand
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command
 from xenolith.cli.xl_list import state_letters
 from xenolith.toolstack.client import Client, DomainInfo, DomainStatistics
 
@@ -161,7 +161,17 @@ def render_table(table: Sequence[Row], column: str, per_vcpu: bool) -> Table:
 _CAPTION: Final = "sort: n name, i id, c cpu, m memory, t traps, r network, d disk    v vCPUs    q quit"
 
 
-def _top(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "[options]",
+    "Watch the domains",
+    Option("b", "Print tables instead of keeping one in place", long="batch"),
+    Option("d", f"Seconds between two looks, {DEFAULT_INTERVAL_S:g} if not given", long="delay", value="<s>"),
+    Option("i", "End after so many looks", long="iterations", value="<n>"),
+    Option("s", "Sort by name, domid, cpu, memory, traps, network or disk", long="sort", value="<column>"),
+    Option("v", "A line for each vCPU too", long="vcpus"),
+    modifies=False,
+)
+def top(session: Session, options: Options, operands: Sequence[str]) -> int:
     interval = _positive(options.get("d", str(DEFAULT_INTERVAL_S)), "-d")
     count = int(_positive(options["i"], "-i")) if "i" in options else None
     column = options.get("s", "cpu")
@@ -236,22 +246,3 @@ def _key_before(descriptor: int, deadline: float) -> str | None:
     """The next key; None when the deadline (of time.monotonic) comes first."""
     ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
     return os.read(descriptor, 1).decode("latin-1") or "q" if ready else None
-
-
-COMMANDS = (
-    XlCommand(
-        "top",
-        _top,
-        "Watch the domains",
-        "[options]",
-        options="-b, --batch             Print tables instead of keeping one in place\n"
-        "-d <s>, --delay=<s>     Seconds between two looks, 3 if not given\n"
-        "-i <n>, --iterations=<n>\n                        End after so many looks\n"
-        "-s <c>, --sort=<c>      Sort by name, domid, cpu, memory, traps, network or disk\n"
-        "-v, --vcpus             A line for each vCPU too",
-        short="bd:i:s:v",
-        long={"batch": "b", "delay": "d", "iterations": "i", "sort": "s", "vcpus": "v"},
-        modifies=False,
-        completes="nothing",
-    ),
-)

@@ -1,7 +1,8 @@
 """The `xl` command: Xen's toolstack on the command line.
 
-`xl [-vfNtT] <subcommand> [args]`. The subcommands are in the modules `xl_create`, `xl_list`, `xl_domain` and `top`;
-what is missing of Xen's own says so by name. A subcommand may be abbreviated as long as it stays unambiguous.
+`xl [-vfNtT] <subcommand> [args]`. The subcommands are the functions with `@command` of the modules `xl_create`,
+`xl_list`, `xl_domain` and `top`; what is missing of Xen's own says so by name. A subcommand may be abbreviated as long
+as it stays unambiguous.
 
 `xl` is a click group of its own; another group may include its subcommands with `subcommand`, giving them a `Session`
 as the context's object.
@@ -12,13 +13,13 @@ from __future__ import annotations
 import getopt
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any, Final
 
 import click
 
+from xenolith.cli import top, xl_create, xl_domain, xl_list
 from xenolith.cli.xl_command import (
     Session,
     Toolstack,
@@ -28,53 +29,34 @@ from xenolith.cli.xl_command import (
     connect_to_running_daemon,
 )
 
-NOT_YET: Final = frozenset(
-    """
-    block-attach block-detach block-list button-press cd-eject cd-insert channel-list cpupool-cpu-add
-    cpupool-cpu-remove cpupool-create cpupool-destroy cpupool-list cpupool-migrate cpupool-numa-split cpupool-rename
-    debug-keys devd getenforce loadpolicy mem-max mem-set migrate migrate-receive network-attach network-detach
-    network-list pci-assignable-add pci-assignable-list pci-assignable-remove pci-attach pci-detach pci-list
-    psr-cat-set psr-cat-show psr-cmt-attach psr-cmt-detach psr-cmt-show psr-hwinfo psr-mba-set psr-mba-show
-    qemu-monitor-command remus restore resume save sched-credit sched-credit2 sched-rtds set-parameters setenforce
-    sharing suspend usb-list usbctrl-attach usbctrl-detach usbdev-attach usbdev-detach vcpu-pin vcpu-set
-    vdispl-attach vdispl-detach vdispl-list vkb-attach vkb-detach vkb-list vncviewer vsnd-attach vsnd-detach
-    vsnd-list vtpm-attach vtpm-detach vtpm-list
+OF_XEN: Final = """
+    create config-update list destroy shutdown reboot pci-attach pci-detach pci-list pci-assignable-add
+    pci-assignable-remove pci-assignable-list pause unpause console vncviewer save migrate restore migrate-receive
+    suspend resume dump-core cd-insert cd-eject mem-max mem-set button-press vcpu-list vcpu-pin vcpu-set vm-list info
+    sharing sched-credit sched-credit2 sched-rtds domid domname rename trigger sysrq debug-keys set-parameters dmesg
+    top network-attach network-list network-detach channel-list block-attach block-list block-detach vtpm-attach
+    vtpm-list vtpm-detach vkb-attach vkb-list vkb-detach vdispl-attach vdispl-list vdispl-detach vsnd-attach vsnd-list
+    vsnd-detach uptime claims cpupool-create cpupool-list cpupool-destroy cpupool-rename cpupool-cpu-add
+    cpupool-cpu-remove cpupool-migrate cpupool-numa-split getenforce setenforce loadpolicy remus devd psr-hwinfo
+    psr-cmt-attach psr-cmt-detach psr-cmt-show psr-cat-set psr-cat-show psr-mba-set psr-mba-show usbctrl-attach
+    usbctrl-detach usbdev-attach usbdev-detach usb-list qemu-monitor-command
     """.split()  # noqa: SIM905
-)
-"""Xen's other subcommands."""
+"""The subcommands that Xen's has, in the order of its usage list."""
 
-MODULES: Final = {
-    "create": "xl_create",
-    "config-update": "xl_create",
-    "list": "xl_list",
-    "destroy": "xl_domain",
-    "shutdown": "xl_domain",
-    "reboot": "xl_domain",
-    "pause": "xl_domain",
-    "unpause": "xl_domain",
-    "console": "xl_domain",
-    "dump-core": "xl_domain",
-    "vcpu-list": "xl_list",
-    "vm-list": "xl_list",
-    "info": "xl_list",
-    "domid": "xl_list",
-    "domname": "xl_list",
-    "rename": "xl_domain",
-    "trigger": "xl_domain",
-    "sysrq": "xl_domain",
-    "dmesg": "xl_list",
-    "top": "top",
-    "uptime": "xl_list",
-    "claims": "xl_list",
-}
-"""The module of each subcommand, imported when it is used; the order is that of the usage list."""
+_MODULES: Final = (xl_create, xl_list, xl_domain, top)
 
 
-def load(name: str) -> XlCommand:
-    """The subcommand of this name."""
-    module = import_module(f"xenolith.cli.{MODULES[name]}")
-    commands: tuple[XlCommand, ...] = module.COMMANDS
-    return next(command for command in commands if command.xl_name == name)
+def _subcommands() -> dict[str, XlCommand]:
+    """Whatever `@command` made a subcommand in one of the modules: first Xen's, in its order, then our own."""
+    made = [value for module in _MODULES for value in vars(module).values() if isinstance(value, XlCommand)]
+    found = {command.xl_name: command for command in made}
+    ours = [name for name in found if name not in OF_XEN]
+    return {name: found[name] for name in [*OF_XEN, *ours] if name in found}
+
+
+SUBCOMMANDS: Final = _subcommands()
+
+NOT_YET: Final = frozenset(OF_XEN) - SUBCOMMANDS.keys()
 
 
 _NAMES: Final = TextWrapper(78, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False)
@@ -83,7 +65,7 @@ _NAMES: Final = TextWrapper(78, initial_indent=" ", subsequent_indent=" ", break
 def usage() -> str:
     """The list that a bare `xl` prints."""
     lines = ["Usage xl [-vfNtT] <subcommand> [args]\n", "xl full list of subcommands:\n"]
-    lines += [f" {name:<19} {load(name).summary}" for name in MODULES]
+    lines += [f" {name:<19} {command.summary}" for name, command in SUBCOMMANDS.items()]
     lines.append("\nNot implemented yet, of Xen's other subcommands:\n")
     return "\n".join(lines) + "\n" + _NAMES.fill(" ".join(sorted(NOT_YET))) + "\n"
 
@@ -92,7 +74,7 @@ class NotYet(XlCommand):
     """A subcommand of Xen's that is missing here; it takes any arguments, to say so."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, self._refuse, "Not implemented yet", "", completes="nothing")
+        super().__init__(name, self._refuse, "Not implemented yet", "")
 
     def run(self, session: Session, arguments: Sequence[str]) -> int:
         return self._refuse(session, {}, arguments)
@@ -119,11 +101,11 @@ def subcommand(word: str) -> XlCommand | None:
     """The subcommand that a word stands for: its name, or an abbreviation of only one name."""
     if word == "help":
         return HELP
-    names = [*MODULES, *NOT_YET]
+    names = [*SUBCOMMANDS, *NOT_YET]
     found = [word] if word in names else [name for name in names if name.startswith(word)]
     if len(found) != 1:
         return None
-    return load(found[0]) if found[0] in MODULES else NotYet(found[0])
+    return SUBCOMMANDS.get(found[0]) or NotYet(found[0])
 
 
 class XlGroup(click.Group):
@@ -153,7 +135,7 @@ class XlGroup(click.Group):
         return ctx.args
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*MODULES, "help"]
+        return [*SUBCOMMANDS, "help"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return subcommand(cmd_name)

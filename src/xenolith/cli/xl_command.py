@@ -8,6 +8,7 @@ command, so that it can stand in any click group and is completed by the shell.
 from __future__ import annotations
 
 import getopt
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ def connect_to_running_daemon() -> Toolstack:
     from xenolith.toolstack.daemon.remote import RemoteClient
     from xenolith.toolstack.daemon.run_directory import default_socket
 
-    client = RemoteClient(default_socket())
+    client = RemoteClient.at(default_socket())
     return Toolstack(client, client)
 
 
@@ -80,6 +81,23 @@ class Failure(Exception):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a subcommand: its letter, perhaps a long name, the name of its value if it takes one."""
+
+    letter: str
+    text: str
+    long: str = ""
+    value: str = ""
+
+    def describe(self) -> str:
+        """One line of the usage."""
+        flags = f"-{self.letter}" + (f" {self.value}" if self.value else "")
+        if self.long:
+            flags += f", --{self.long}" + (f"={self.value}" if self.value else "")
+        return f"{flags:<24}{self.text}\n" if len(flags) < 24 else f"{flags}\n{'':24}{self.text}\n"
+
+
 class XlCommand(click.Command):
     """One subcommand. `action` gets the session, the options and the operands, and returns the exit status."""
 
@@ -89,33 +107,28 @@ class XlCommand(click.Command):
         action: Action,
         summary: str,
         synopsis: str,
+        options: Sequence[Option] = (),
         *,
-        options: str = "",
-        short: str = "",
-        long: Mapping[str, str] | None = None,
         operands: int = 0,
         modifies: bool = True,
         can_dry_run: bool = False,
-        completes: str = "domains",
     ) -> None:
-        """`short` is a getopt string, `long` maps long options to their letters, `operands` are the least required."""
+        """`operands` are the least required; what the words of the synopsis name is completed."""
         super().__init__(name, add_help_option=False, short_help=summary, help=summary)
         self.xl_name = name
         self.action = action
         self.summary = summary
         self.synopsis = synopsis
-        self.options_text = options
-        self.short = short
-        self.long = dict(long or {})
+        self.options = options
         self.operands = operands
         self.modifies = modifies
         self.can_dry_run = can_dry_run
-        self.completes = completes
 
     def usage(self) -> str:
         flags = "vtT" + "f" * self.modifies + "N" * self.can_dry_run
         text = f"Usage: xl [-{flags}] {self.xl_name} {self.synopsis}\n\n{self.summary}.\n\n"
-        return text + (f"Options:\n\n{self.options_text}\n" if self.options_text else "")
+        described = "".join(option.describe() for option in self.options)
+        return text + (f"Options:\n\n{described}\n" if described else "")
 
     def get_help(self, ctx: click.Context) -> str:
         return self.usage()
@@ -148,30 +161,65 @@ class XlCommand(click.Command):
             return complain(str(error))
 
     def _parse(self, arguments: Sequence[str]) -> tuple[Options, list[str]]:
-        takes_value = {letter for letter, colon in zip(self.short, self.short[1:], strict=False) if colon == ":"}
-        long = [name + "=" * (letter in takes_value) for name, letter in self.long.items()]
+        short = "".join(option.letter + ":" * bool(option.value) for option in self.options)
+        long = {option.long: option for option in self.options if option.long}
+        names = [name + "=" * bool(option.value) for name, option in long.items()]
         try:
-            found, operands = getopt.gnu_getopt(list(arguments), self.short + "h", [*long, "help"])
+            found, operands = getopt.gnu_getopt(list(arguments), short + "h", [*names, "help"])
         except getopt.GetoptError as error:
             name = error.opt if len(error.opt) == 1 else f"--{error.opt}"
             raise Failure(f"option `{name}' not supported.", USAGE_ERROR) from None
-        letters = self.long | {"help": "h"}
+        letters = {name: option.letter for name, option in long.items()} | {"help": "h"}
         return {letters.get(option.lstrip("-"), option.lstrip("-")): value for option, value in found}, operands
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         if incomplete.startswith("-"):
-            letters = {f"-{letter}" for letter in self.short if letter != ":"}
-            names = letters | {f"--{name}" for name in self.long} | {"-h"}
+            names = {f"-{option.letter}" for option in self.options} | {"-h"}
+            names |= {f"--{option.long}" for option in self.options if option.long}
             return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
-        if self.completes == "files":
+        wanted = self._operand(len([word for word in ctx.args if not word.startswith("-")]))
+        if re.search("file", wanted, re.IGNORECASE):
             return [CompletionItem(incomplete, type="file")]
-        if self.completes == "domains" and isinstance(ctx.obj, Session):
+        if re.search(r"\bDomain(Name)?\b", wanted) and isinstance(ctx.obj, Session):
             try:
-                names = {domain.name for domain in ctx.obj.client.domains()}
+                domains = {domain.name for domain in ctx.obj.client.domains()}
             except (ToolstackError, OSError):
                 return []
-            return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+            return [CompletionItem(name) for name in sorted(domains) if name.startswith(incomplete)]
         return []
+
+    def _operand(self, index: int) -> str:
+        """What the synopsis calls the operand of this index; the one before "..." may come again and again."""
+        words = [word for word in self.synopsis.replace(", ...", "...").split() if word != "[options]"]
+        if index < len(words):
+            return words[index]
+        return words[-1] if words and "..." in words[-1] else ""
+
+
+def command(
+    synopsis: str,
+    summary: str,
+    *options: Option,
+    operands: int = 0,
+    modifies: bool = True,
+    can_dry_run: bool = False,
+) -> Callable[[Action], XlCommand]:
+    """A decorator that makes a function a subcommand of `xl`; `block_attach` is `xl block-attach`."""
+
+    def make(action: Action) -> XlCommand:
+        name = getattr(action, "__name__").strip("_").replace("_", "-")  # noqa: B009
+        return XlCommand(
+            name,
+            action,
+            summary,
+            synopsis,
+            options,
+            operands=operands,
+            modifies=modifies,
+            can_dry_run=can_dry_run,
+        )
+
+    return make
 
 
 def complain(message: str, status: int = 1) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import click
 
 from xenolith.cli.progress import progress_bar
-from xenolith.cli.xl_command import USAGE_ERROR, Failure, Options, Session, XlCommand, complain, resolve
+from xenolith.cli.xl_command import USAGE_ERROR, Failure, Option, Options, Session, command, complain, resolve
 from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
 from xenolith.toolstack.config.as_json import Json, domain_config_json, render
 from xenolith.toolstack.config.cpus import HostTopology
@@ -54,11 +55,28 @@ def _read_config(path: str, text: str, extra: Sequence[str]) -> DomainConfig:
     return config
 
 
-def _create(session: Session, options: Options, operands: Sequence[str]) -> int:
+_CONFIG_FILE: Final = Option("f", "Use this configuration file.", long="defconfig", value="FILE")
+_QUIET: Final = Option("q", "Do not name the file that is read.", long="quiet")
+
+
+@command(
+    "<ConfigFile> [options] [vars]",
+    "Create a domain from a configuration file",
+    Option("c", "Attach to the console when the domain has been created."),
+    Option("d", "Print the configuration that was read to stderr."),
+    Option("e", "Do not look after the domain when it ends."),
+    Option("F", "Stay in the foreground until the domain has ended."),
+    _CONFIG_FILE,
+    Option("n", "Print the resulting configuration and do nothing else.", long="dryrun"),
+    Option("p", "Leave the domain paused."),
+    _QUIET,
+    can_dry_run=True,
+)
+def create(session: Session, options: Options, operands: Sequence[str]) -> int:
     try:
         path, extra = _sources(options, operands)
     except _TooManyFiles:
-        click.echo(CREATE.usage(), nl=False)
+        click.echo(create.usage(), nl=False)
         return USAGE_ERROR
     if path is None:
         raise Failure("Config file not specified and none in save file", STATUS_INVALID)
@@ -112,10 +130,18 @@ def _report(name: str, event: DomainEvent) -> None:
         complain(f"Domain {event.domid} has been destroyed.")
 
 
-def _config_update(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "<Domain> <ConfigFile> [options] [vars]",
+    "Change the configuration from which a domain is built again when it reboots",
+    _CONFIG_FILE,
+    Option("d", "Print the configuration that was read."),
+    _QUIET,
+    can_dry_run=True,
+)
+def config_update(session: Session, options: Options, operands: Sequence[str]) -> int:
     if not operands:
         complain("xl config-update requires a domain argument")
-        click.echo(CONFIG_UPDATE.usage(), nl=False)
+        click.echo(config_update.usage(), nl=False)
         return 1
     complain(
         "WARNING: xl now has better capability to manage domain configuration, avoid using this command when possible"
@@ -124,7 +150,7 @@ def _config_update(session: Session, options: Options, operands: Sequence[str]) 
     try:
         path, extra = _sources(options, operands[1:])
     except _TooManyFiles:
-        click.echo(CREATE.usage(), nl=False)
+        click.echo(create.usage(), nl=False)
         return USAGE_ERROR
     if path is None:
         raise Failure("Config file not specified")
@@ -136,39 +162,3 @@ def _config_update(session: Session, options: Options, operands: Sequence[str]) 
         complain(f"setting dom{domid} configuration")
         session.client.set_config(domid, absolute_paths(config, Path.cwd()))
     return 0
-
-
-CREATE = XlCommand(
-    "create",
-    _create,
-    "Create a domain from a configuration file",
-    "<ConfigFile> [options] [vars]",
-    options="-c                      Attach to the console when the domain has been created.\n"
-    "-d                      Print the configuration that was read to stderr.\n"
-    "-e                      Do not look after the domain when it ends.\n"
-    "-F                      Stay in the foreground until the domain has ended.\n"
-    "-f FILE, --defconfig=FILE\n                     Use this configuration file.\n"
-    "-h                      Print this help.\n"
-    "-n, --dryrun            Print the resulting configuration and do nothing else.\n"
-    "-p                      Leave the domain paused.\n"
-    "-q, --quiet             Do not name the file that is read.",
-    short="Fnqf:pcde",
-    long={"dryrun": "n", "quiet": "q", "defconfig": "f"},
-    can_dry_run=True,
-    completes="files",
-)
-
-CONFIG_UPDATE = XlCommand(
-    "config-update",
-    _config_update,
-    "Change the configuration from which a domain is built again when it reboots",
-    "<Domain> <ConfigFile> [options] [vars]",
-    options="-h                      Print this help.\n"
-    "-f FILE, --defconfig=FILE\n                     Use this configuration file.\n"
-    "-d                      Print the configuration that was read.",
-    short="dqf:",
-    long={"defconfig": "f"},
-    can_dry_run=True,
-)
-
-COMMANDS = (CREATE, CONFIG_UPDATE)

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import click
 
 from xenolith.cli.progress import progress_bar
-from xenolith.cli.xl_command import Failure, Options, Session, XlCommand, complain, resolve
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.toolstack.client import EventKind, EventStream, ShutdownRequest, ToolstackError, Trigger
 
+_STOP_OPTIONS: Final = (
+    Option("a", "All domains but domain 0", long="all"),
+    Option("F", "Accepted for HVM's sake, without effect for paravirtual domains"),
+    Option("w", "Wait until the domains have ended", long="wait"),
+)
 
-def _pause(session: Session, options: Options, operands: Sequence[str]) -> int:
+
+@command("<Domain>", "Stop a domain for a while", operands=1)
+def pause(session: Session, options: Options, operands: Sequence[str]) -> int:
     session.client.pause(resolve(session, operands[0]))
     return 0
 
 
-def _unpause(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<Domain>", "Let a paused domain go on", operands=1)
+def unpause(session: Session, options: Options, operands: Sequence[str]) -> int:
     session.client.unpause(resolve(session, operands[0]))
     return 0
 
 
-def _destroy(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("[options] <Domain>", "End a domain at once", Option("f", "Even domain 0"), operands=1)
+def destroy(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     if domid == 0 and "f" not in options:
         raise Failure("Not destroying domain 0; use -f to force.\nIt is the domain that runs this toolstack.\n")
@@ -33,11 +43,13 @@ def _destroy(session: Session, options: Options, operands: Sequence[str]) -> int
     return 0
 
 
-def _shutdown(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("[options] <-a|Domain>", "Ask a domain to power off", *_STOP_OPTIONS)
+def shutdown(session: Session, options: Options, operands: Sequence[str]) -> int:
     return _ask_to_stop(session, options, operands, ShutdownRequest.POWEROFF)
 
 
-def _reboot(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("[options] <-a|Domain>", "Ask a domain to reboot", *_STOP_OPTIONS)
+def reboot(session: Session, options: Options, operands: Sequence[str]) -> int:
     return _ask_to_stop(session, options, operands, ShutdownRequest.REBOOT)
 
 
@@ -86,7 +98,8 @@ def _wait_for_ends(events: EventStream, domids: set[int]) -> None:
         domids.discard(event.domid)
 
 
-def _rename(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<Domain> <NewDomainName>", "Give a domain another name", operands=2)
+def rename(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     try:
         session.client.rename(domid, operands[1])
@@ -95,17 +108,23 @@ def _rename(session: Session, options: Options, operands: Sequence[str]) -> int:
     return 0
 
 
-def _sysrq(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<Domain> <letter>", "Send a magic sysrq key to a domain", operands=2)
+def sysrq(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     if len(operands[1]) != 1:
         complain("Invalid sysrq.\n")
-        click.echo(SYSRQ.usage(), nl=False)
+        click.echo(sysrq.usage(), nl=False)
         return 1
     session.client.sysrq(domid, operands[1])
     return 0
 
 
-def _trigger(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "<Domain> <nmi|reset|init|power|sleep|s3resume> [<VCPU>]",
+    "Send a trigger to a domain",
+    operands=2,
+)
+def trigger(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     if operands[1].lower() not in list(Trigger):
         raise Failure(f'Invalid trigger "{operands[1]}"')
@@ -119,7 +138,8 @@ def _trigger(session: Session, options: Options, operands: Sequence[str]) -> int
     return 0
 
 
-def _dump_core(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<Domain> <filename>", "Write a core file of a domain", operands=2)
+def dump_core(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     try:
         with progress_bar() as progress:
@@ -129,7 +149,16 @@ def _dump_core(session: Session, options: Options, operands: Sequence[str]) -> i
     return 0
 
 
-def _console(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "[options] <Domain>",
+    "Attach to a domain's console; Ctrl-] leaves it",
+    Option("t", "Console type: pv", value="<type>"),
+    Option("n", "Console number", value="<number>"),
+    Option("e", "What leaves the console, ^] if not given", value="<character>"),
+    operands=1,
+    modifies=False,
+)
+def console(session: Session, options: Options, operands: Sequence[str]) -> int:
     from xenolith.cli.terminal import attach, escape_character
 
     if options.get("t", "pv") not in ("pv", "serial", "vuart"):
@@ -142,67 +171,3 @@ def _console(session: Session, options: Options, operands: Sequence[str]) -> int
         raise Failure(f"`{number}' is no console number.")
     attach(session.client.open_console(domid, int(number)), escape_character(options.get("e", "^]")))
     return 0
-
-
-SYSRQ = XlCommand("sysrq", _sysrq, "Send a magic sysrq key to a domain", "<Domain> <letter>", operands=2)
-
-_STOP_OPTIONS = (
-    "-a, --all               All domains but domain 0\n"
-    "-h                      Print this help.\n"
-    "-F                      Accepted for HVM's sake, without effect for paravirtual domains\n"
-    "-w, --wait              Wait until the domains have ended"
-)
-
-COMMANDS = (
-    XlCommand("pause", _pause, "Stop a domain for a while", "<Domain>", operands=1),
-    XlCommand("unpause", _unpause, "Let a paused domain go on", "<Domain>", operands=1),
-    XlCommand(
-        "destroy",
-        _destroy,
-        "End a domain at once",
-        "[options] <Domain>",
-        options="-f                      Even domain 0",
-        short="f",
-        operands=1,
-    ),
-    XlCommand(
-        "shutdown",
-        _shutdown,
-        "Ask a domain to power off",
-        "[options] <-a|Domain>",
-        options=_STOP_OPTIONS,
-        short="awF",
-        long={"all": "a", "wait": "w"},
-    ),
-    XlCommand(
-        "reboot",
-        _reboot,
-        "Ask a domain to reboot",
-        "[options] <-a|Domain>",
-        options=_STOP_OPTIONS,
-        short="awF",
-        long={"all": "a", "wait": "w"},
-    ),
-    XlCommand("rename", _rename, "Give a domain another name", "<Domain> <NewDomainName>", operands=2),
-    SYSRQ,
-    XlCommand(
-        "trigger",
-        _trigger,
-        "Send a trigger to a domain",
-        "<Domain> <nmi|reset|init|power|sleep|s3resume> [<VCPU>]",
-        operands=2,
-    ),
-    XlCommand("dump-core", _dump_core, "Write a core file of a domain", "<Domain> <filename>", operands=2),
-    XlCommand(
-        "console",
-        _console,
-        "Attach to a domain's console; Ctrl-] leaves it",
-        "[options] <Domain>",
-        options="-t <type>               Console type: pv\n"
-        "-n <number>             Console number\n"
-        "-e <character>          What leaves the console, ^] if not given",
-        short="t:n:e:",
-        operands=1,
-        modifies=False,
-    ),
-)

@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from xenolith.cli.xl_command import Failure, Options, Session, XlCommand, complain, resolve
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.toolstack.client import DomainInfo, HostInfo, VcpuInfo
 
 _REASON_LETTERS: Final = "-rscwS"  # by shutdown reason
@@ -19,9 +19,19 @@ _REASON_LETTERS: Final = "-rscwS"  # by shutdown reason
 _LIST_HEADING: Final = "Name                                        ID   Mem VCPUs\tState\tTime(s)"
 
 
-def _list(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "[options] [Domain]",
+    "List all domains, or one",
+    Option("l", "Print the configurations as JSON", long="long"),
+    Option("v", "Add UUIDs, shutdown reasons and security labels", long="verbose"),
+    Option("Z", "Add security labels", long="context"),
+    Option("c", "Add the cpupool of each domain", long="cpupool"),
+    Option("n", "Add the NUMA nodes of each domain", long="numa"),
+    modifies=False,
+)
+def list_(session: Session, options: Options, operands: Sequence[str]) -> int:
     if len(operands) > 1:
-        click.echo(LIST.usage(), nl=False)
+        click.echo(list_.usage(), nl=False)
         return 1
     domains = session.client.domains()
     if operands:
@@ -87,21 +97,24 @@ def _details(session: Session, domains: Iterable[DomainInfo]) -> str:
     return render(documents)
 
 
-def _claims(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("", "List the memory that domains have claimed", modifies=False)
+def claims(session: Session, options: Options, operands: Sequence[str]) -> int:
     click.echo(f"{_LIST_HEADING}  Claimed")
     for domain in session.client.domains():
         click.echo(f"{_row(domain)} {domain.outstanding_kib // 1024:5}")
     return 0
 
 
-def _vm_list(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("", "List the domains by UUID", modifies=False)
+def vm_list(session: Session, options: Options, operands: Sequence[str]) -> int:
     click.echo("UUID                                  ID    name")
     for domain in session.client.domains():
         click.echo(f"{domain.uuid}  {domain.domid}    {domain.name:<30}")
     return 0
 
 
-def _vcpu_list(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("[Domain, ...]", "List the vCPUs of all or some domains", modifies=False)
+def vcpu_list(session: Session, options: Options, operands: Sequence[str]) -> int:
     client = session.client
     pcpus = client.host().nr_cpus
     click.echo(f"{'Name':<32} {'ID':>5} {'VCPU':>5} {'CPU':>5} {'State':>5} {'Time(s)':>9} Affinity (Hard / Soft)")
@@ -122,7 +135,13 @@ def _vcpu_row(name: str, domid: int, vcpu: VcpuInfo, pcpus: int) -> str:
     return f"{name:<32} {domid:5} {vcpu.vcpu:5}{place}{vcpu.cpu_time_ns / 1e9:9.1f}  {hard} / {soft}"
 
 
-def _info(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "[options] [Key]",
+    "Print what is known of the host and the hypervisor, or one key of it",
+    Option("n", "Add the CPU and NUMA topology", long="numa"),
+    modifies=False,
+)
+def info(session: Session, options: Options, operands: Sequence[str]) -> int:
     host = session.client.host()
     lines = _info_lines(host)
     if operands and "n" not in options:
@@ -202,7 +221,13 @@ def _numa_lines(host: HostInfo) -> list[tuple[str, str]]:
     ]
 
 
-def _uptime(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command(
+    "[-s] [Domain, ...]",
+    "Print for how long all or some domains have been up",
+    Option("s", "Short form"),
+    modifies=False,
+)
+def uptime(session: Session, options: Options, operands: Sequence[str]) -> int:
     wanted = [resolve(session, word) for word in operands]
     domains = {domain.domid: domain for domain in session.client.domains()}
     now = time.time()
@@ -231,14 +256,16 @@ def format_uptime(seconds: int, tail: str) -> str:
     return f"{days} day, {clock}" if days == 1 else f"{days} days, {clock}"
 
 
-def _dmesg(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("[-c]", "Print the hypervisor's log", Option("c", "Clear it after printing", long="clear"), modifies=False)
+def dmesg(session: Session, options: Options, operands: Sequence[str]) -> int:
     click.echo(session.client.dmesg(), nl=False)
     if "c" in options:
         session.client.clear_dmesg()
     return 0
 
 
-def _domid(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<DomainName>", "Print the id of a domain name", operands=1, modifies=False)
+def domid(session: Session, options: Options, operands: Sequence[str]) -> int:
     for domain in session.client.domains():
         if domain.name == operands[0]:
             click.echo(domain.domid)
@@ -246,7 +273,8 @@ def _domid(session: Session, options: Options, operands: Sequence[str]) -> int:
     return complain(f"Can't get domid of domain name '{operands[0]}', maybe this domain does not exist.")
 
 
-def _domname(session: Session, options: Options, operands: Sequence[str]) -> int:
+@command("<DomainId>", "Print the name of a domain id", operands=1, modifies=False)
+def domname(session: Session, options: Options, operands: Sequence[str]) -> int:
     if not operands[0].isascii() or not operands[0].isdigit():
         return complain("Invalid domain id.\n")
     for domain in session.client.domains():
@@ -254,59 +282,3 @@ def _domname(session: Session, options: Options, operands: Sequence[str]) -> int
             click.echo(domain.name)
             return 0
     return complain(f"Can't get domain name of domain id '{int(operands[0])}', maybe this domain does not exist.")
-
-
-LIST = XlCommand(
-    "list",
-    _list,
-    "List all domains, or one",
-    "[options] [Domain]",
-    options="-l, --long              Print the configurations as JSON\n"
-    "-v, --verbose           Add UUIDs, shutdown reasons and security labels\n"
-    "-Z, --context           Add security labels\n"
-    "-c, --cpupool           Add the cpupool of each domain\n"
-    "-n, --numa              Add the NUMA nodes of each domain",
-    short="lvZcn",
-    long={"long": "l", "verbose": "v", "context": "Z", "cpupool": "c", "numa": "n"},
-    modifies=False,
-)
-
-COMMANDS = (
-    LIST,
-    XlCommand("vcpu-list", _vcpu_list, "List the vCPUs of all or some domains", "[Domain, ...]", modifies=False),
-    XlCommand("vm-list", _vm_list, "List the domains by UUID", "", modifies=False, completes="nothing"),
-    XlCommand(
-        "info",
-        _info,
-        "Print what is known of the host and the hypervisor, or one key of it",
-        "[options] [Key]",
-        options="-n, --numa              Add the CPU and NUMA topology",
-        short="n",
-        long={"numa": "n"},
-        modifies=False,
-        completes="nothing",
-    ),
-    XlCommand("domid", _domid, "Print the id of a domain name", "<DomainName>", operands=1, modifies=False),
-    XlCommand("domname", _domname, "Print the name of a domain id", "<DomainId>", operands=1, modifies=False),
-    XlCommand(
-        "uptime",
-        _uptime,
-        "Print for how long all or some domains have been up",
-        "[-s] [Domain, ...]",
-        options="-s                      Short form",
-        short="s",
-        modifies=False,
-    ),
-    XlCommand(
-        "dmesg",
-        _dmesg,
-        "Print the hypervisor's log",
-        "[-c]",
-        options="-c, --clear             Clear it after printing",
-        short="c",
-        long={"clear": "c"},
-        modifies=False,
-        completes="nothing",
-    ),
-    XlCommand("claims", _claims, "List the memory that domains have claimed", "", modifies=False, completes="nothing"),
-)

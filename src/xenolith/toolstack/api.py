@@ -10,11 +10,12 @@ The words for states are those of `Domain.state`; waiting for one uses the clien
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from xenolith.toolstack.client import (
     Client,
@@ -56,18 +57,33 @@ def load_config(path: str | Path) -> DomainConfig:
     return config
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _verb(method: Callable[Concatenate[Client, int, P], R]) -> Callable[Concatenate[Domain, P], R]:
+    """A verb of the client whose first argument is a domid, as a method of Domain."""
+
+    def call(domain: Domain, /, *values: P.args, **named: P.kwargs) -> R:
+        result: R = getattr(domain.client, method.__name__)(domain.domid, *values, **named)
+        return result
+
+    call.__name__, call.__doc__ = method.__name__, method.__doc__
+    return call
+
+
 class Domain:
     """One domain of a machine."""
 
     def __init__(self, machine: Machine, domid: int) -> None:
         self._machine = machine
-        self._client = machine.client
+        self.client = machine.client
         self.domid = domid
 
     @property
     def info(self) -> DomainInfo:
         """A snapshot. Raises DomainNotFound when the domain is gone."""
-        return find_domain(self._client, self.domid)
+        return find_domain(self.client, self.domid)
 
     @property
     def state(self) -> State:
@@ -82,7 +98,7 @@ class Domain:
     @property
     def statistics(self) -> DomainStatistics:
         """Its counters. Raises DomainNotFound."""
-        for statistics in self._client.statistics():
+        for statistics in self.client.statistics():
             if statistics.domid == self.domid:
                 return statistics
         raise DomainNotFound(self.domid)
@@ -95,7 +111,7 @@ class Domain:
         if state not in (State.SHUTDOWN, State.GONE):
             raise ToolstackError(f"a domain comes into the state {state} by pause and unpause only; wait for an end")
         deadline = None if timeout is None else time.monotonic() + timeout
-        events = self._client.subscribe()
+        events = self.client.subscribe()
         try:
             while (now := self.state) not in (state, State.GONE):
                 left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
@@ -105,23 +121,20 @@ class Domain:
         finally:
             events.close()
 
-    def pause(self) -> None:
-        self._client.pause(self.domid)
-
-    def unpause(self) -> None:
-        """Let it run: a new domain for the first time, a paused one on."""
-        self._client.unpause(self.domid)
+    pause = _verb(Client.pause)
+    unpause = _verb(Client.unpause)
+    destroy = _verb(Client.destroy)
+    rename = _verb(Client.rename)
+    sysrq = _verb(Client.sysrq)
+    trigger = _verb(Client.trigger)
 
     def shutdown(self) -> None:
         """Ask the guest to power off; returns when it has taken note."""
-        self._client.request_shutdown(self.domid, ShutdownRequest.POWEROFF)
+        self.client.request_shutdown(self.domid, ShutdownRequest.POWEROFF)
 
     def reboot(self) -> None:
         """Ask the guest to reboot. Who `supervise`s it builds it again."""
-        self._client.request_shutdown(self.domid, ShutdownRequest.REBOOT)
-
-    def destroy(self) -> None:
-        self._client.destroy(self.domid)
+        self.client.request_shutdown(self.domid, ShutdownRequest.REBOOT)
 
     def supervise(self) -> None:
         """Have its configured actions (on_poweroff, on_crash, ...) applied when it ends."""
@@ -129,11 +142,11 @@ class Domain:
 
     def console(self) -> ConsoleStream:
         """Attach to its console; what was printed recently comes first."""
-        return self._client.open_console(self.domid)
+        return self.client.open_console(self.domid)
 
     def dump_core(self, path: str | Path, progress: OnProgress = no_progress) -> None:
         """Write an ELF core."""
-        self._client.dump_core(self.domid, Path(path).absolute(), progress)
+        self.client.dump_core(self.domid, Path(path).absolute(), progress)
 
     def __repr__(self) -> str:
         return f"<domain {self.domid}>"

@@ -5,12 +5,17 @@
 one's own process (`supervisor.Supervisor` is a Supervision on any Client) and, over the daemon's socket, from
 `remote.RemoteClient`.
 
+Each abstract method is a verb, and this is the only place where it is defined (see `verbs`): the daemon's protocol, the
+client at the other end of its socket and the table of docs/control-protocol.md are made from its signature and the
+first sentence of its docstring. Its types must be some that `codec` knows.
+
 Domains are named by domid. Every method may be called by any thread, and raises `ToolstackError` (usually one of its
 subclasses) when what was asked cannot be done.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -218,61 +223,6 @@ class ConsoleStream(Protocol):
     def close(self) -> None: ...
 
 
-class Client(Protocol):
-    """A machine that runs domains."""
-
-    def host(self) -> HostInfo: ...
-
-    def domains(self) -> list[DomainInfo]:
-        """All domains by domid, dom0 first."""
-
-    def vcpus(self, domid: int) -> list[VcpuInfo]: ...
-
-    def statistics(self) -> list[DomainStatistics]:
-        """The counters of all domains, by domid."""
-
-    def config(self, domid: int) -> DomainConfig:
-        """The configuration with which the domain would be built again."""
-
-    def set_config(self, domid: int, config: DomainConfig) -> None: ...
-
-    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
-        """Make a domain and leave it paused; its domid. Paths in the configuration must be absolute."""
-
-    def pause(self, domid: int) -> None: ...
-
-    def unpause(self, domid: int) -> None: ...
-
-    def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
-        """Ask the guest to shut down; returns when it has taken note, raises NotAcknowledged when it does not."""
-
-    def soft_reset(self, domid: int) -> None:
-        """Start a domain over that has shut down with reason soft-reset."""
-
-    def destroy(self, domid: int) -> None: ...
-
-    def rename(self, domid: int, name: str) -> None:
-        """Raises InvalidRequest when another domain has the name."""
-
-    def sysrq(self, domid: int, key: str) -> None: ...
-
-    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None: ...
-
-    def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
-        """Write an ELF core of the domain to `path`, which must be absolute."""
-
-    def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
-        """Attach to a console; 0 is the primary one. What was printed recently comes first."""
-
-    def dmesg(self) -> str:
-        """The hypervisor's log."""
-
-    def clear_dmesg(self) -> None: ...
-
-    def subscribe(self) -> EventStream:
-        """Follow what happens to domains from now on: events CREATED, SHUTDOWN and DESTROYED."""
-
-
 class EventStream(Protocol):
     """Events in order. A reader that is too slow loses the oldest, never delays a domain."""
 
@@ -282,20 +232,118 @@ class EventStream(Protocol):
     def close(self) -> None: ...
 
 
+class Client(ABC):
+    """A machine that runs domains."""
+
+    @abstractmethod
+    def host(self) -> HostInfo:
+        """The host and the hypervisor."""
+
+    @abstractmethod
+    def domains(self) -> list[DomainInfo]:
+        """All domains by domid, dom0 first."""
+
+    @abstractmethod
+    def vcpus(self, domid: int) -> list[VcpuInfo]:
+        """The vCPUs of a domain, by number."""
+
+    @abstractmethod
+    def statistics(self) -> list[DomainStatistics]:
+        """The counters of all domains, by domid."""
+
+    @abstractmethod
+    def config(self, domid: int) -> DomainConfig:
+        """The configuration with which the domain would be built again."""
+
+    @abstractmethod
+    def set_config(self, domid: int, config: DomainConfig) -> None:
+        """Change the configuration with which the domain would be built again."""
+
+    @abstractmethod
+    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
+        """Make a domain and leave it paused; its domid.
+
+        Paths in the configuration must be absolute.
+        """
+
+    @abstractmethod
+    def pause(self, domid: int) -> None:
+        """Stop a domain for a while."""
+
+    @abstractmethod
+    def unpause(self, domid: int) -> None:
+        """Let a domain run: a new one for the first time, a paused one on."""
+
+    @abstractmethod
+    def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
+        """Ask the guest to shut down; returns when it has taken note.
+
+        Raises NotAcknowledged when it does not. For a domain that has shut down already there is nothing to do.
+        """
+
+    @abstractmethod
+    def soft_reset(self, domid: int) -> None:
+        """Start a domain over that has shut down with reason soft-reset."""
+
+    @abstractmethod
+    def destroy(self, domid: int) -> None:
+        """End a domain at once."""
+
+    @abstractmethod
+    def rename(self, domid: int, name: str) -> None:
+        """Give a domain another name.
+
+        Raises InvalidRequest when another domain has it.
+        """
+
+    @abstractmethod
+    def sysrq(self, domid: int, key: str) -> None:
+        """Send a magic sysrq key."""
+
+    @abstractmethod
+    def trigger(self, domid: int, trigger: Trigger, vcpu: int = 0) -> None:
+        """Send a vCPU what only hardware could."""
+
+    @abstractmethod
+    def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+        """Write an ELF core of the domain to a file, whose path must be absolute."""
+
+    @abstractmethod
+    def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
+        """Attach to a console; 0 is the primary one.
+
+        What was printed recently comes first.
+        """
+
+    @abstractmethod
+    def dmesg(self) -> str:
+        """The hypervisor's log."""
+
+    @abstractmethod
+    def clear_dmesg(self) -> None:
+        """Empty the hypervisor's log."""
+
+    @abstractmethod
+    def subscribe(self) -> EventStream:
+        """Follow what happens to all domains from now on: events CREATED, SHUTDOWN and DESTROYED."""
+
+
 def every(stream: EventStream) -> Iterator[DomainEvent]:
     """The events of a stream up to its end."""
     while (event := stream.get()) is not None:
         yield event
 
 
-class Supervision(Protocol):
+class Supervision(ABC):
     """Somebody who follows domains through their lives."""
 
+    @abstractmethod
     def supervise(self, domid: int) -> None:
-        """Apply the domain's configured actions when it shuts down, and to what is built in its place."""
+        """Apply the configured actions when the domain ends, and to what is built in its place."""
 
+    @abstractmethod
     def watch(self, domid: int) -> EventStream:
-        """Everything that happens from now on to a supervised domain and its successors.
+        """Follow what happens from now on to a supervised domain and its successors.
 
         The stream ends after RELEASED or DESTROYED.
         """

@@ -53,7 +53,7 @@ TYPING_SECONDS: Final = 1.0  # how long input waits for a guest that does not re
 DOM0_NAME: Final = "Domain-0"
 
 
-class EmbeddedToolstack:
+class EmbeddedToolstack(Client):
     """A Client for the domains of `dom0`. Closing it destroys them; dom0 is closed with it."""
 
     def __init__(
@@ -303,7 +303,7 @@ class EmbeddedToolstack:
         self._guest(domid)
         raise NotSupported("Soft reset is not supported.")
 
-    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None:
+    def trigger(self, domid: int, trigger: Trigger, vcpu: int = 0) -> None:
         self._guest(domid)
         if trigger is not Trigger.NMI:
             raise InvalidRequest(f"Trigger {trigger} is for HVM domains; a PV domain can be sent nmi.")
@@ -398,8 +398,3 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         max_vcpus=config.vcpus_ceiling,
         uuid=config.uuid,
     )
-
-
-def checked_as_a_client(dom0: Dom0) -> Client:
-    """mypy holds EmbeddedToolstack against the protocol here."""
-    return EmbeddedToolstack(dom0)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from xenolith.toolstack.client import Client, DomainEvent, EventKind, EventStream, ToolstackError
+from xenolith.toolstack.client import Client, DomainEvent, EventKind, EventStream, Supervision, ToolstackError
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.events import EventHub, EventQueue
 from xenolith.toolstack.lifecycle import RESTART_PAUSE_S, Lifecycle, Plan, State, Step
@@ -21,7 +21,7 @@ from xenolith.toolstack.lifecycle import RESTART_PAUSE_S, Lifecycle, Plan, State
 _NO_DOMAIN = -1
 
 
-class Supervisor:
+class Supervisor(Supervision):
     """Follows the domains of a Client. Closing it ends the supervision and leaves the domains as they are."""
 
     def __init__(self, client: Client, dump_directory: Path, now: Callable[[], datetime] | None = None) -> None:

@@ -4,11 +4,11 @@ Every message is a JSON object, sent as its length in bytes (four bytes, big-end
 speaks first, with `Hello`; the daemon answers with `Welcome`. Then each request is answered by any number of
 `Progress` messages and exactly one `Result` or `Error`; requests of one connection are dealt with one after the other.
 
-Three requests open a stream and keep the connection to themselves: `subscribe` and `watch` are answered with a Result
-and then one `Event` after the other, `open_console` with a Result and then `Output` messages, while the client may send
-`Input`. A stream ends with `End`, or when either side closes the connection.
+A request whose method returns an EventStream is answered with a Result and then one `Event` after the other, one that
+returns a ConsoleStream with a Result and then `Output` messages, while the client may send `Input`; either keeps the
+connection to itself. A stream ends with `End`, or when either side closes the connection.
 
-The requests are the methods of `client.Client` and `client.Supervision`; their arguments and results are checked
+The requests are the verbs of `client.Client` and `client.Supervision`; their arguments and results are checked
 against the types of those methods (see `codec` for how types become JSON). docs/control-protocol.md is the description
 for people who write a client in another language.
 """
@@ -21,28 +21,22 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType
 from typing import Any, Final
 
 from xenolith.toolstack.client import (
+    Client,
     ConnectionLost,
     DomainEvent,
-    DomainInfo,
     DomainNotFound,
-    DomainStatistics,
-    HostInfo,
     InvalidRequest,
     NotAcknowledged,
     NotSupported,
     Progress,
-    ShutdownRequest,
+    Supervision,
     ToolstackError,
-    Trigger,
-    VcpuInfo,
 )
-from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.daemon.codec import CodecError, Json, decode, encode
+from xenolith.toolstack.verbs import verbs_of
 
 VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 4 << 20
@@ -132,39 +126,7 @@ _NAMES: Final = {kind: name for name, kind in MESSAGES.items()}
 _UNTYPED: Final = (Request, Result)  # their contents are typed by the method
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """The schema of one request."""
-
-    arguments: dict[str, Any]
-    result: Any
-    reports_progress: bool = False
-
-
-METHODS: Final = {
-    "host": Method({}, HostInfo),
-    "domains": Method({}, list[DomainInfo]),
-    "vcpus": Method({"domid": int}, list[VcpuInfo]),
-    "statistics": Method({}, list[DomainStatistics]),
-    "config": Method({"domid": int}, DomainConfig),
-    "set_config": Method({"domid": int, "config": DomainConfig}, NoneType),
-    "create": Method({"config": DomainConfig}, int, reports_progress=True),
-    "pause": Method({"domid": int}, NoneType),
-    "unpause": Method({"domid": int}, NoneType),
-    "request_shutdown": Method({"domid": int, "request": ShutdownRequest}, NoneType),
-    "soft_reset": Method({"domid": int}, NoneType),
-    "destroy": Method({"domid": int}, NoneType),
-    "rename": Method({"domid": int, "name": str}, NoneType),
-    "sysrq": Method({"domid": int, "key": str}, NoneType),
-    "trigger": Method({"domid": int, "trigger": Trigger, "vcpu": int}, NoneType),
-    "dump_core": Method({"domid": int, "path": Path}, NoneType, reports_progress=True),
-    "dmesg": Method({}, str),
-    "clear_dmesg": Method({}, NoneType),
-    "supervise": Method({"domid": int}, NoneType),
-    "open_console": Method({"domid": int, "number": int}, NoneType),
-    "subscribe": Method({}, NoneType),
-    "watch": Method({"domid": int}, NoneType),
-}
+METHODS: Final = verbs_of(Client) | verbs_of(Supervision)
 """The requests by name."""
 
 _ERRORS: Final = {
@@ -190,12 +152,12 @@ def check_arguments(request: Request) -> dict[str, Any]:
     method = METHODS.get(request.method)
     if method is None:
         raise CodecError(f"there is no request '{request.method[:60]}'")
-    missing = method.arguments.keys() - request.arguments.keys()
+    missing = method.arguments.keys() - method.optional - request.arguments.keys()
     unknown = request.arguments.keys() - method.arguments.keys()
     if missing or unknown:
         names = ", ".join(sorted(map(repr, missing or unknown)))
         raise CodecError(f"{request.method} {'lacks' if missing else 'has no'} argument {names}")
-    return {name: decode(kind, request.arguments[name]) for name, kind in method.arguments.items()}
+    return {name: decode(method.arguments[name], value) for name, value in request.arguments.items()}
 
 
 def to_bytes(message: Message) -> bytes:

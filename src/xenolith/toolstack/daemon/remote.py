@@ -1,7 +1,7 @@
 """The toolstack of a daemon: Client and Supervision over its socket.
 
-Simple requests share one connection, one after the other; what takes long or streams gets a connection of its own, so
-that a program may do both at once. `RemoteClient.connect` starts the daemon if none listens.
+Its methods are made from the definitions of the verbs (see `verbs`): each sends a request and waits for the answer, on
+a connection that no other thread uses meanwhile. `RemoteClient.connect` starts the daemon if none listens.
 """
 
 from __future__ import annotations
@@ -12,30 +12,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from xenolith.toolstack.client import (
     Client,
     ConnectionLost,
     ConsoleStream,
     DomainEvent,
-    DomainInfo,
-    DomainStatistics,
     EventStream,
-    HostInfo,
     OnProgress,
     Progress,
-    ShutdownRequest,
     Supervision,
     ToolstackError,
-    Trigger,
-    VcpuInfo,
     no_progress,
 )
-from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.daemon.codec import CodecError, decode, encode
 from xenolith.toolstack.daemon.protocol import (
-    METHODS,
     PEER_CREDENTIALS,
     VERSION,
     Channel,
@@ -52,48 +44,63 @@ from xenolith.toolstack.daemon.protocol import (
     exception,
 )
 from xenolith.toolstack.daemon.run_directory import RunDirectory, default_socket
+from xenolith.toolstack.verbs import Verb, forwarding
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _START_TIMEOUT_S: Final = 60.0
+_IDLE_CONNECTIONS: Final = 4  # kept for the next requests
 
 
 class NoDaemon(ToolstackError):
     """No daemon listens at the socket."""
 
 
-class RemoteClient:
+@forwarding
+class RemoteClient(Client, Supervision):
     """A Client and a Supervision: everything is done by the daemon at `socket_path`."""
 
     def __init__(self, socket_path: Path) -> None:
-        """Raises NoDaemon, and ConnectionLost if what listens there is no daemon of ours."""
+        """`RemoteClient.at` and `RemoteClient.connect` are for others to use."""
         self.socket_path = socket_path
-        self._lock = threading.Lock()
-        self._shared: Channel | None = self._open()
+        self._lock = threading.Lock()  # the two below
+        self._idle: list[Channel] = []
+        self._closed = False
 
     @classmethod
-    def connect(cls, socket_path: Path | None = None) -> RemoteClient:
+    def at(cls, socket_path: Path) -> Self:
+        """The daemon that listens at `socket_path`.
+
+        Raises NoDaemon, and ConnectionLost if what listens there is no daemon of ours.
+        """
+        client = cls(socket_path)
+        client._give_back(client._open())
+        return client
+
+    @classmethod
+    def connect(cls, socket_path: Path | None = None) -> Self:
         """The daemon at `socket_path`, by default this user's; it is started if none runs."""
         path = (socket_path or default_socket()).absolute()
         try:
-            return cls(path)
+            return cls.at(path)
         except NoDaemon:
             pass
         directory = RunDirectory(path)
         with directory.starting():
             try:
-                return cls(path)  # somebody else may have started it meanwhile
+                return cls.at(path)  # somebody else may have started it meanwhile
             except NoDaemon:
                 start_daemon(directory)
-                return cls(path)
+                return cls.at(path)
 
     def close(self) -> None:
         with self._lock:
-            if self._shared is not None:
-                self._shared.close()
-                self._shared = None
+            self._closed = True
+        self._drop_idle()
 
     def _open(self) -> Channel:
         """A new connection, after the greeting."""
+        if self._closed:
+            raise ConnectionLost(f"the connection to {self.socket_path} was closed")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_CONNECT_TIMEOUT_S)
         try:
@@ -128,108 +135,44 @@ class RemoteClient:
 
     # --- calls -------------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, /, **arguments: Any) -> Any:
-        """A request on the shared connection."""
-        with self._lock:
-            if self._shared is None:
-                self._shared = self._open()
-            try:
-                return _ask(self._shared, method, arguments, no_progress)
-            except ConnectionLost:
-                self._shared.close()
-                self._shared = None
-                raise
-
-    def _call_alone(self, method: str, progress: OnProgress = no_progress, /, **arguments: Any) -> Any:
-        """A request on a connection of its own."""
-        channel = self._open()
+    def ask(self, verb: Verb, arguments: dict[str, Any], progress: OnProgress | None) -> Any:
+        """A request, on a connection that no other thread uses meanwhile; a stream keeps its connection."""
+        channel = self._take()
         try:
-            return _ask(channel, method, arguments, progress)
-        finally:
-            channel.close()
-
-    def _stream(self, method: str, /, **arguments: Any) -> Channel:
-        """A connection on which a stream has begun."""
-        channel = self._open()
-        try:
-            _ask(channel, method, arguments, no_progress)
-        except BaseException:
-            channel.close()
+            value = _ask(channel, verb, arguments, progress or no_progress)
+        except ToolstackError as error:
+            if isinstance(error, ConnectionLost):
+                channel.close()
+                self._drop_idle()  # the others are to the same daemon
+            else:
+                self._give_back(channel)
             raise
-        return channel
+        except BaseException:
+            channel.close()  # the answer is still to come
+            raise
+        if verb.result in _STREAMS:
+            return _STREAMS[verb.result](channel)
+        self._give_back(channel)
+        return value
 
-    def host(self) -> HostInfo:
-        result: HostInfo = self._call("host")
-        return result
+    def _take(self) -> Channel:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return self._open()
 
-    def domains(self) -> list[DomainInfo]:
-        result: list[DomainInfo] = self._call("domains")
-        return result
+    def _give_back(self, channel: Channel) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < _IDLE_CONNECTIONS:
+                self._idle.append(channel)
+                return
+        channel.close()
 
-    def vcpus(self, domid: int) -> list[VcpuInfo]:
-        result: list[VcpuInfo] = self._call("vcpus", domid=domid)
-        return result
-
-    def statistics(self) -> list[DomainStatistics]:
-        result: list[DomainStatistics] = self._call("statistics")
-        return result
-
-    def config(self, domid: int) -> DomainConfig:
-        result: DomainConfig = self._call("config", domid=domid)
-        return result
-
-    def set_config(self, domid: int, config: DomainConfig) -> None:
-        self._call("set_config", domid=domid, config=config)
-
-    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
-        result: int = self._call_alone("create", progress, config=config)
-        return result
-
-    def pause(self, domid: int) -> None:
-        self._call("pause", domid=domid)
-
-    def unpause(self, domid: int) -> None:
-        self._call("unpause", domid=domid)
-
-    def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
-        self._call_alone("request_shutdown", domid=domid, request=request)
-
-    def soft_reset(self, domid: int) -> None:
-        self._call_alone("soft_reset", domid=domid)
-
-    def destroy(self, domid: int) -> None:
-        self._call_alone("destroy", domid=domid)
-
-    def rename(self, domid: int, name: str) -> None:
-        self._call("rename", domid=domid, name=name)
-
-    def sysrq(self, domid: int, key: str) -> None:
-        self._call("sysrq", domid=domid, key=key)
-
-    def trigger(self, domid: int, trigger: Trigger, vcpu: int) -> None:
-        self._call("trigger", domid=domid, trigger=trigger, vcpu=vcpu)
-
-    def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
-        self._call_alone("dump_core", progress, domid=domid, path=path)
-
-    def dmesg(self) -> str:
-        result: str = self._call("dmesg")
-        return result
-
-    def clear_dmesg(self) -> None:
-        self._call("clear_dmesg")
-
-    def supervise(self, domid: int) -> None:
-        self._call("supervise", domid=domid)
-
-    def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
-        return RemoteConsole(self._stream("open_console", domid=domid, number=number))
-
-    def subscribe(self) -> EventStream:
-        return RemoteEvents(self._stream("subscribe"))
-
-    def watch(self, domid: int) -> EventStream:
-        return RemoteEvents(self._stream("watch", domid=domid))
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
 
 
 def _received(channel: Channel) -> Message | None:
@@ -239,9 +182,9 @@ def _received(channel: Channel) -> Message | None:
         raise ConnectionLost(f"the daemon speaks another language: {error}") from error
 
 
-def _ask(channel: Channel, name: str, arguments: dict[str, Any], progress: OnProgress) -> Any:
+def _ask(channel: Channel, verb: Verb, arguments: dict[str, Any], progress: OnProgress) -> Any:
     """Send a request and wait for what comes of it."""
-    channel.send(Request(name, {key: encode(value) for key, value in arguments.items()}))
+    channel.send(Request(verb.name, {key: encode(value) for key, value in arguments.items()}))
     while True:
         answer = _received(channel)
         if isinstance(answer, Progress):
@@ -249,15 +192,16 @@ def _ask(channel: Channel, name: str, arguments: dict[str, Any], progress: OnPro
         elif isinstance(answer, Error):
             raise exception(answer)
         elif isinstance(answer, Result):
-            return _result(name, answer)
+            return _result(verb, answer)
         else:
             raise ConnectionLost("the daemon ended while it worked on this")
 
 
-def _result(name: str, answer: Result) -> Any:
-    expected = METHODS[name].result
+def _result(verb: Verb, answer: Result) -> Any:
+    if verb.result is type(None) or verb.result in _STREAMS:
+        return None
     try:
-        return None if expected is type(None) else decode(expected, answer.value)
+        return decode(verb.result, answer.value)
     except CodecError as error:
         raise ConnectionLost(f"the daemon speaks another language: {error}") from error
 
@@ -351,6 +295,10 @@ class RemoteEvents:
         self._receiver.close()
 
 
+_STREAMS: Final = {ConsoleStream: RemoteConsole, EventStream: RemoteEvents}
+"""What a verb that returns one of these has at this end."""
+
+
 def start_daemon(directory: RunDirectory) -> None:
     """Start a daemon that outlives this program; returns when it listens. Raises ToolstackError."""
     woken, wake = os.pipe()
@@ -384,8 +332,3 @@ def _explain_start(process: subprocess.Popen[bytes], words: str, directory: RunD
         reason = last or f"it ended with status {process.returncode}"
         raise ToolstackError(f"the daemon did not start: {reason} (its log: {directory.log_path})")
     process.returncode = 0  # it lives on; nobody here shall wait for it
-
-
-def checked_as_a_client(remote: RemoteClient) -> tuple[Client, Supervision]:
-    """mypy holds RemoteClient against the protocols here."""
-    return remote, remote

@@ -57,6 +57,7 @@ from xenolith.toolstack.daemon.protocol import (
     error_message,
 )
 from xenolith.toolstack.daemon.run_directory import LostDomain, RunDirectory
+from xenolith.toolstack.verbs import PROGRESS, Verb
 
 MAX_CONNECTIONS: Final = 128
 SEND_TIMEOUT_S: Final = 30.0
@@ -297,12 +298,14 @@ class _Connection:
             return
         note("request", logging.DEBUG, pid=self._pid, method=request.method)
         try:
-            if request.method == "open_console":
-                self._attach(self._client.open_console(**arguments))
-            elif request.method in ("subscribe", "watch"):
-                self._follow(request.method, arguments)
+            verb = METHODS[request.method]
+            value = self._call(verb, arguments)
+            if verb.result is ConsoleStream:
+                self._attach(value)
+            elif verb.result is EventStream:
+                self._follow(value)
             else:
-                self._channel.send(Result(encode(self._call(request.method, arguments))))
+                self._channel.send(Result(encode(value)))
         except ConnectionLost:
             raise
         except ToolstackError as error:
@@ -313,12 +316,12 @@ class _Connection:
             text = f"{request.method} failed inside the daemon, which is a bug: {error!r}; its log says more"
             self._channel.send(Error(ToolstackError.__name__, text, ToolstackError.rc))
 
-    def _call(self, name: str, arguments: dict[str, Any]) -> Any:
-        target = self._supervision if name == "supervise" else self._client
-        if METHODS[name].reports_progress:
-            arguments = arguments | {"progress": self._progress()}
-        value = getattr(target, name)(**arguments)
-        self._daemon.after_request(name)
+    def _call(self, verb: Verb, arguments: dict[str, Any]) -> Any:
+        target = self._supervision if verb.interface is Supervision else self._client
+        if verb.reports_progress:
+            arguments = arguments | {PROGRESS: self._progress()}
+        value = getattr(target, verb.name)(**arguments)
+        self._daemon.after_request(verb.name)
         return value
 
     def _progress(self) -> OnProgress:
@@ -334,9 +337,8 @@ class _Connection:
 
     # --- streams -----------------------------------------------------------------------------------------------
 
-    def _follow(self, method: str, arguments: dict[str, Any]) -> None:
+    def _follow(self, events: EventStream) -> None:
         """Send events until the stream or the connection ends."""
-        events = self._client.subscribe() if method == "subscribe" else self._supervision.watch(**arguments)
         self._stream = events
         self._channel.send(Result())
         reader = threading.Thread(target=self._wait_for_peer, args=(events,), daemon=True)
