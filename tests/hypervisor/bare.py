@@ -14,9 +14,9 @@ from typing import Any
 from xenolith.abi import layout
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, R8, R10, RAX, RDI, RDX, RIP, RSI, RSP
 from xenolith.hypervisor.control import Control
-from xenolith.hypervisor.domain import Domain, Vcpu
+from xenolith.hypervisor.domain import Domain, Vcpu, runnable
 from xenolith.hypervisor.hypervisor import Hypervisor
-from xenolith.hypervisor.sched.core import runnable
+from xenolith.hypervisor.lifecycle import create_dom0
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
 from xenolith.machine.memory import MachineMemory
@@ -141,7 +141,7 @@ class BareMachine:
 
         self.hypervisor = Hypervisor(MachineMemory(4096), engine, self.clock, pcpus)
         self.control = Control(self.hypervisor)
-        self.dom0 = self.control.create_dom0()
+        self.dom0 = create_dom0(self.hypervisor)
         self._started: list[Domain] = []
 
     def domain(self, vcpus: int = 1) -> Domain:

@@ -14,7 +14,7 @@ from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, E
 from xenolith.abi.layout import U64, VCPU_INFO_PENDING_SEL
 from xenolith.hypervisor import events
 from xenolith.hypervisor.domain import Domain, Vcpu
-from xenolith.hypervisor.events import do_event_channel_op, do_event_channel_op_compat
+from xenolith.hypervisor.hypercalls.event_channel_op import do_event_channel_op, do_event_channel_op_compat
 
 from .bare import DATA, BareMachine, pending, read, set_mask, upcall_pending, write
 

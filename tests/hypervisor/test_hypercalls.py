@@ -15,8 +15,8 @@ from xenolith.abi import hypercalls as abi
 from xenolith.abi.errno import E2BIG, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
 from xenolith.abi.layout import MULTICALL_ENTRY
 from xenolith.abi.x86 import PAGE_SIZE, RAX, RDI, RIP, RSI
-from xenolith.hypervisor.domain import Vcpu
-from xenolith.hypervisor.hypercalls.console_io import LOG_BYTES, MOST_AT_ONCE, do_console_io
+from xenolith.hypervisor.domain import LOG_BYTES, Vcpu
+from xenolith.hypervisor.hypercalls.console_io import MOST_AT_ONCE, do_console_io
 from xenolith.hypervisor.hypercalls.multicall import do_multicall
 from xenolith.hypervisor.hypercalls.physdev import do_physdev_op
 from xenolith.hypervisor.hypercalls.sched_op import do_sched_op, do_sched_op_compat

@@ -27,6 +27,7 @@ from xenolith.abi.hypercalls import (
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.sched.core import QUANTUM
+from xenolith.hypervisor.statistics import cpu_time
 
 from .bare import DATA, DEADLINE, BareMachine, Program, pending, write
 
@@ -62,7 +63,7 @@ def computes(machine: BareMachine, domain: Domain, until: int) -> Program:
 
 
 def running(domain: Domain) -> int:
-    return domain.cpu_time
+    return cpu_time(domain)
 
 
 def both_start_together(machine: BareMachine, *domains: Domain) -> None:

@@ -28,6 +28,7 @@ from xenolith.dom0.image import KernelImage
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
 from xenolith.hypervisor.hypervisor import Hypervisor
+from xenolith.hypervisor.lifecycle import create_dom0
 
 KIB_PER_PAGE: Final = 4
 NS_PER_SECOND: Final = 1_000_000_000
@@ -99,7 +100,7 @@ class Dom0:
         self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []
         """Called on dom0's event thread with each domain that shuts down, once it has been noted as ended."""
         self._lock = threading.Lock()
-        self._events = self.control.create_dom0().events
+        self._events = create_dom0(hypervisor).events
         self._thread = EventThread(hypervisor.log)
         self.xenstore = XenstoreService()
         self.xenstore.start()

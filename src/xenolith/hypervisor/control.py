@@ -14,7 +14,7 @@ import numpy as np
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
-from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED, RUNSTATE_running, SHUTDOWN_crash
+from xenolith.abi.hypercalls import RUNSTATE_running, SHUTDOWN_crash
 from xenolith.abi.vcpu_context import VcpuContext
 from xenolith.abi.x86 import (
     CS,
@@ -23,27 +23,22 @@ from xenolith.abi.x86 import (
     EFLAGS_RESERVED_ONE,
     ES,
     PAGE_SIZE,
-    PTE_A,
-    PTE_P,
-    PTE_RW,
-    PTE_US,
     RFLAGS,
     RIP,
     RSI,
     RSP,
     SS,
 )
-from xenolith.hypervisor import descriptors, inspection, paging, time
-from xenolith.hypervisor.domain import MAX_VCPUS, Domain
-from xenolith.hypervisor.events import EventChannels
+from xenolith.hypervisor import inspection, lifecycle, paging, time
+from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
-from xenolith.hypervisor.grants import GrantTable
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
+from xenolith.hypervisor.lifecycle import DomainCreateError, NoSuchDomain
 from xenolith.hypervisor.runstate import running_time
-from xenolith.hypervisor.statistics import Counters, counters
+from xenolith.hypervisor.shutdown import domain_shutdown
+from xenolith.hypervisor.statistics import Counters, counters, cpu_time
 from xenolith.machine.cpuid import native_cpuid
-from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import Frames, OutOfMemory
 
 if TYPE_CHECKING:
@@ -54,16 +49,6 @@ FEATURE_WORDS: Final = (
     (1, 0, 3), (1, 0, 2), (0x8000_0001, 0, 3), (0x8000_0001, 0, 2), (0xD, 1, 0), (7, 0, 1), (7, 0, 2),
     (0x8000_0007, 0, 3),
 )  # fmt: skip
-XEN_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A  # entries of Xen's own upper tables
-WINDOW_TABLE: Final = PTE_P | PTE_RW | PTE_A
-
-
-class NoSuchDomain(Exception):
-    """No domain has this id."""
-
-
-class DomainCreateError(Exception):
-    """The domain cannot be made; the text says why and what to change."""
 
 
 @dataclass(frozen=True)
@@ -129,111 +114,13 @@ class Control:
 
     # --- life cycle ----------------------------------------------------------------------------------
 
-    def create_dom0(self) -> Domain:
-        """Make domain 0, whose one vCPU is the Python code that calls this. Once, before any other domain.
-
-        dom0 makes its event-channel and grant hypercalls as calls of the methods of `events` and `grants`.
-        """
-        hypervisor = self._hypervisor
-        domain = Domain(hypervisor, 0, None, 1)
-        domain.events = EventChannels(domain)
-        domain.grants = GrantTable(domain)
-        with hypervisor.lock:
-            hypervisor.domains[0] = domain
-        return domain
-
     def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
         """Make an empty, paused domain; its domid. Raises DomainCreateError."""
-        hypervisor = self._hypervisor
-        if not 1 <= max_vcpus <= MAX_VCPUS:
-            raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
-        with hypervisor.lock:
-            domid = hypervisor.next_domid()
-            if domid >= DOMID_FIRST_RESERVED:
-                raise DomainCreateError("all domain ids are in use")
-            try:
-                engine = hypervisor.engine_factory(hypervisor.memory)
-            except EngineError as error:
-                raise DomainCreateError(f"the engine cannot be started: {error}") from error
-            domain = Domain(hypervisor, domid, engine, max_vcpus)
-            domain.uuid = uuid
-            domain.max_pages = max_pages
-            try:
-                self._set_up(domain)
-            except OutOfMemory as error:
-                engine.close()
-                raise DomainCreateError(f"not enough machine memory: {error}") from error
-            hypervisor.domains[domid] = domain
-        hypervisor.log(f"d{domid}: created with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
-        return domid
-
-    def _set_up(self, domain: Domain) -> None:
-        hypervisor, frames = self._hypervisor, domain.frames
-        engine = domain.engine
-        assert engine is not None
-        (domain.shared_info_mfn,) = frames.allocate_xen(1)
-        pages = len(domain.vcpus) * descriptors.PAGES_PER_VCPU
-        tables = frames.allocate_xen(2 + (pages + 511) // 512)
-        frames.share_with_guest(domain.shared_info_mfn, domain.domid)
-        domain.shared_info = domain.shared_info_mfn * PAGE_SIZE
-        domain.xen_frames = tables
-        l3, l2, *domain.window_l1 = tables
-        q = domain.memory.q
-        q[l3 << 9] = l2 << 12 | WINDOW_TABLE
-        for number, l1 in enumerate(domain.window_l1):
-            q[l2 << 9 | number] = l1 << 12 | WINDOW_TABLE
-        for vcpu in domain.vcpus:
-            descriptors.set_up_window(vcpu)
-            vcpu.shared_info = domain.shared_info
-            vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
-            vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
-            vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1
-            vcpu.state.xcr0 = 1
-        entries = domain.xen_l4_entries
-        entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
-        for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
-            entries[slot - layout.XEN_FIRST_SLOT] = entry
-        if engine.kernel_l4_entries is not None:
-            domain.engine_views = engine.l4_entries, engine.kernel_l4_entries
-            ((domain.view_slot, user_entry),) = engine.l4_entries.items()
-            domain.view_entries[:] = user_entry, engine.kernel_l4_entries[domain.view_slot]
-        domain.executable_mapped = engine.executable_mapped
-        domain.caches_tables = engine.caches_tables
-        domain.entry_changed = engine.entry_changed
-        domain.events = EventChannels(domain)
-        domain.grants = GrantTable(domain)
+        return lifecycle.create_domain(self._hypervisor, uuid, max_vcpus, max_pages)
 
     def destroy(self, domid: int) -> None:
         """End a domain and give back all it has, except frames that others still map."""
-        hypervisor = self._hypervisor
-        domain = self._domain(domid)
-        with hypervisor.lock:
-            if domain.dying:
-                return
-            domain.dying = True
-        hypervisor.scheduler.stop(domain)
-        domain.events.close_all()
-        domain.grants.release_all()
-        with domain.lock:
-            for vcpu in domain.vcpus:
-                vcpu.cpu = None
-                descriptors.destroy_gdt(vcpu)
-                descriptors.unload_ldt(vcpu)
-                if vcpu.info_mfn:
-                    paging.put_page_and_type(domain, vcpu.info_mfn)
-                    vcpu.info_mfn = 0
-        if domain.engine is not None:
-            domain.engine.close()
-            domain.engine = None
-        domain.executable_mapped = domain.entry_changed = None
-        with domain.lock:
-            paging.relinquish(domain)
-            frames = domain.frames
-            frames.count_info[domain.shared_info_mfn] -= 1
-            frames.free_xen([domain.shared_info_mfn, *domain.xen_frames])
-        with hypervisor.lock:
-            del hypervisor.domains[domid]
-        hypervisor.log(f"d{domid}: destroyed")
+        lifecycle.destroy(self._domain(domid))
 
     def pause(self, domid: int) -> None:
         """Stop the domain's vCPUs; none executes when this returns. Counts."""
@@ -257,8 +144,6 @@ class Control:
 
     def crash(self, domid: int, why: str) -> None:
         """Shut the domain down as crashed."""
-        from xenolith.hypervisor.sched.core import domain_shutdown
-
         domain = self._domain(domid)
         domain.crash_report = domain.crash_report or why
         domain_shutdown(domain, SHUTDOWN_crash)
@@ -492,7 +377,17 @@ def _info(domain: Domain) -> DomainInfo:
         max_pages=domain.max_pages,
         online_vcpus=len(vcpus),
         max_vcpus=len(domain.vcpus),
-        cpu_time=domain.cpu_time,
+        cpu_time=cpu_time(domain),
         traps=counters(domain).total_traps,
         engine=domain.engine.name if domain.engine else "python",
     )
+
+
+__all__ = [
+    "Control",
+    "DomainCreateError",
+    "DomainInfo",
+    "MachineInfo",
+    "NoSuchDomain",
+    "VcpuInfo",
+]

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
-from xenolith.abi.errno import EFAULT, EINVAL
+from xenolith.abi.errno import EINVAL
 from xenolith.abi.x86 import PTE_A, PTE_NX, PTE_P, is_canonical
 from xenolith.hypervisor import paging, tlb
-from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_SEGDESC, TYPE_WRITABLE
-from xenolith.hypervisor.guest_memory import READ, copy_from_guest, translate
+from xenolith.hypervisor.frames import TYPE_SEGDESC
+from xenolith.hypervisor.guest_memory import READ, translate
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
@@ -120,18 +120,6 @@ def _map(vcpu: Vcpu, page: int, mfn: int) -> None:
     tlb.flush_page([vcpu], gdt_va(vcpu.vcpu_id) + page * 4096)
 
 
-def do_set_gdt(vcpu: Vcpu, frame_list: int, entries: int) -> int:
-    """Take the GDT from a list of frames (each u64), `entries` descriptors long."""
-    entries &= 0xFFFFFFFF
-    pages = (entries + 511) // 512
-    if entries > layout.FIRST_RESERVED_GDT_ENTRY:
-        return -EINVAL
-    data = copy_from_guest(vcpu, frame_list, pages * 8) if pages else b""
-    if data is None:
-        return -EFAULT
-    return set_gdt_frames(vcpu, [layout.U64.unpack_from(data, 8 * page)[0] for page in range(pages)], entries)
-
-
 def set_gdt_frames(vcpu: Vcpu, mfns: list[int], entries: int) -> int:
     """Replace the vCPU's GDT."""
     domain = vcpu.domain
@@ -156,25 +144,6 @@ def destroy_gdt(vcpu: Vcpu) -> None:
     for page, mfn in enumerate(old):
         _map(vcpu, page, vcpu.domain.hypervisor.zero_mfn)
         paging.put_page_and_type(vcpu.domain, mfn)
-
-
-def do_update_descriptor(vcpu: Vcpu, address: int, descriptor: int) -> int:
-    """Write one descriptor at a machine address."""
-    domain = vcpu.domain
-    allowed = checked(descriptor)
-    mfn = address >> 12
-    if address & 7 or allowed is None or not domain.frames.get_page(mfn, domain.domid):
-        return -EINVAL
-    info = domain.frames.type_info[mfn]
-    in_use = info & TYPE_MASK == TYPE_SEGDESC and info & TYPE_COUNT
-    result = paging.get_page_type(domain, mfn, TYPE_SEGDESC if in_use else TYPE_WRITABLE)
-    if not result:
-        domain.memory.q[address >> 3] = allowed
-        paging.put_page_type(domain, mfn)
-        for each in domain.vcpus:
-            each.forget_flat()
-    paging.put_page(domain, mfn)
-    return -EINVAL if result else 0
 
 
 # --- the LDT ---------------------------------------------------------------------------------------
@@ -224,4 +193,3 @@ def drop_ldt(domain: Domain) -> None:
     for vcpu in domain.vcpus:
         if vcpu.ldt_frames:
             unload_ldt(vcpu)
-

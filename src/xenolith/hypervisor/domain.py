@@ -14,33 +14,37 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from ctypes import c_bool, c_uint8, c_uint32, c_uint64
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI, advanced
-from xenolith.hypervisor import ring0
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
-from xenolith.hypervisor.hypercalls.console_io import EmergencyConsole
-from xenolith.hypervisor.runstate import running_time
-from xenolith.hypervisor.time import Timer, VcpuTimers
 from xenolith.machine.engines.native_state import FLAT_PAIRS, UNLIMITED, ModeFields
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
 from xenolith.machine.native import Fields
-
-# Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values; more in traps.py.
-COUNT_SYSCALL_BOUNCE: Final = 40
-COUNT_SYSCALL_UNTRAPPED: Final = 44
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.events import EventChannels
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.hypervisor.sched.core import Context
+    from xenolith.hypervisor.time import Timer, VcpuTimers
 
 MAX_VCPUS: Final = 32
 COUNTERS: Final = 64
 CPUID_ANSWERS: Final = 128  # kept for each vCPU; a guest may ask for any number of leaves
+LOG_BYTES: Final = 64 << 10  # kept of each domain's emergency console
+
+# Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
+COUNT_SYSCALL_BOUNCE: Final = 40
+COUNT_UPCALL: Final = 41
+COUNT_PAGE_TABLE_WRITE: Final = 42
+COUNT_PRIVILEGED: Final = 43
+COUNT_SYSCALL_UNTRAPPED: Final = 44
+
+
+Hypercall = tuple[Callable[..., Any], int]  # and how many arguments it takes besides the vCPU
 
 
 class VcpuFields(ModeFields):
@@ -92,8 +96,6 @@ class Vcpu(VcpuFields):
         self.domain_address = ctypes.addressof(domain)
         self.vcpu_id = vcpu_id
         self.address = ctypes.addressof(self)
-        self.native_handler = ring0.handler_address()
-        self.native_timer, self.now = ring0.timer_address(), ring0.clock_address(domain.hypervisor.clock)
         self.native_budget = UNLIMITED
         self.state = CpuState()
         self.cpu: Cpu | None = None  # the execution context it is loaded on
@@ -130,7 +132,7 @@ class Vcpu(VcpuFields):
         self.time_area_va = 0
         self.runstate_area_va = 0
 
-        # Scheduling and time (hypervisor/scheduler.py, hypervisor/time.py).
+        # Scheduling and time (sched, time).
         self.online = False  # VCPUOP_up was called
         self.initialised = False
         self.blocked = False
@@ -141,9 +143,8 @@ class Vcpu(VcpuFields):
         self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
         self.context: Context | None = None  # the scheduler's, once the domain was started
         self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
-        self.share = 0  # weighted ns of CPU time, see scheduler.py
-        self.timers = VcpuTimers(self)
-        self.set_timer_late = self.timers.set_singleshot_late
+        self.share = 0  # weighted ns of CPU time, see sched
+        self.timers: VcpuTimers
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
 
@@ -223,6 +224,28 @@ class Vcpu(VcpuFields):
         return f"d{self.domain.domid}v{self.vcpu_id}"
 
 
+class EmergencyConsole:
+    """What a domain wrote with console_io: the last LOG_BYTES bytes, and a hook that sees it all as it comes.
+
+    The hook runs in the midst of a hypercall and must only hand on (compare events.Handler).
+    """
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+        self.hook: Callable[[bytes], None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._kept += data
+        if len(self._kept) > 2 * LOG_BYTES:
+            del self._kept[:-LOG_BYTES]
+        if self.hook is not None:
+            self.hook(data)
+
+    @property
+    def text(self) -> bytes:
+        return bytes(self._kept[-LOG_BYTES:])
+
+
 class DomainLock:
     """The lock of a domain: an RLock, and, against native code that handles a trap, a word which that holds meanwhile.
 
@@ -234,21 +257,21 @@ class DomainLock:
         self.python = threading.RLock()
         self._depth = 0
         self._word = ctypes.addressof(domain) + DomainFields.lock_word.offset
-        self._take = ring0.lock_taker()
+        self.take_word: Callable[[int], None] | None = None  # with native code: takes the word at this address
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take it, or answer False if that would mean to wait and `blocking` is False."""
         if not self.python.acquire(blocking):
             return False
         self._depth += 1
-        if self._depth == 1 and self._take is not None:
-            self._take(self._word)
+        if self._depth == 1 and self.take_word is not None:
+            self.take_word(self._word)
         return True
 
     def release(self) -> None:
         """Undo one `acquire`."""
         self._depth -= 1
-        if not self._depth and self._take is not None:
+        if not self._depth and self.take_word is not None:
             c_uint32.from_address(self._word).value = 0
         self.python.release()
 
@@ -282,7 +305,7 @@ class DomainFields(ctypes.Structure):
         ("count_info_address", c_uint64),
         ("stamp_address", c_uint64),
         ("machine_frames", c_uint64),
-        ("trap_counts", c_uint64 * COUNTERS),  # by kind, see traps.py
+        ("trap_counts", c_uint64 * COUNTERS),  # by vector, TRAP_* or COUNT_*
         ("hypercall_counts", c_uint64 * COUNTERS),
         ("xen_l4_entries", c_uint64 * (layout.XEN_LAST_SLOT - layout.XEN_FIRST_SLOT + 1)),
         ("view_slot", c_uint64),  # of L4 tables, which the engine wants to differ between the modes; 0: none
@@ -342,10 +365,12 @@ class Domain(DomainFields):
         # A present page-table entry changed: word index, old and new value. Entry 0: its whole table is no more.
         self.entry_changed: Callable[[int, int, int], None] | None = None
 
-        # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
-        self.posted: deque[int] = deque()
+        # Its part of the mechanisms, which lifecycle puts in place.
+        self.hypercalls: list[Hypercall] = []  # by number
         self.events: EventChannels
         self.grants: GrantTable
+        # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
+        self.posted: deque[int] = deque()
 
         # Life cycle.
         self.paused_by_control = 0
@@ -386,17 +411,24 @@ class Domain(DomainFields):
         return self.grants.granted_frames()
 
     @property
-    def cpu_time(self) -> int:
-        """ns for which its vCPUs have run."""
-        now = self.hypervisor.clock.now()
-        return sum(running_time(vcpu, now) for vcpu in self.vcpus)
-
-    @property
     def shut_down(self) -> bool:
         return self.shutdown_reason is not None
 
     def __repr__(self) -> str:
         return f"d{self.domid}"
+
+
+def runnable(vcpu: Vcpu) -> bool:
+    """Whether the vCPU could execute guest code now."""
+    domain = vcpu.domain
+    return (
+        vcpu.online
+        and not vcpu.blocked
+        and not vcpu.pause_count
+        and not domain.paused_by_control
+        and domain.shutdown_reason is None
+        and not domain.dying
+    )
 
 
 __all__ = ["MAX_VCPUS", "Domain", "Vcpu", "register_file"]

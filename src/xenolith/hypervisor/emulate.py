@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout, x86
 from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDI, RDX, RIP, RSI, advanced, is_canonical
 from xenolith.hypervisor import cpuid as cpuid_policy
+from xenolith.hypervisor.bounce import inject_page_fault
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
+from xenolith.hypervisor.hypercalls import misc, mmu
 from xenolith.machine.tsc import read_tsc
 
 if TYPE_CHECKING:
@@ -138,8 +140,6 @@ def _string_io(vcpu: Vcpu, cpu: Cpu, inward: bool, size: int, repeated: bool, le
         address = regs[pointer]
         reached = copy_to_guest(vcpu, address, b"\xff" * size) if inward else copy_from_guest(vcpu, address, size)
         if not reached:
-            from xenolith.hypervisor.traps import inject_page_fault
-
             inject_page_fault(vcpu, cpu, x86.PFEC_WRITE if inward else 0, address)
             return NOT_FINISHED
         regs[pointer] = advanced(address, step)
@@ -199,8 +199,6 @@ def _simple_address(regs: memoryview, modrm: int, rex: int) -> int | None:
 
 
 def _special_register(vcpu: Vcpu, cpu: Cpu, opcode: int, number: int, register: int) -> bool:
-    from xenolith.hypervisor import traps
-
     regs = cpu.regs
     if opcode == 0x20:
         value = read_cr(vcpu, number)
@@ -211,12 +209,12 @@ def _special_register(vcpu: Vcpu, cpu: Cpu, opcode: int, number: int, register: 
     if opcode == 0x22:
         return write_cr(vcpu, cpu, number, regs[register])
     if opcode == 0x21:
-        value = traps.do_get_debugreg(vcpu, number)
+        value = misc.do_get_debugreg(vcpu, number)
         if value < 0:
             return False
         regs[register] = value
         return True
-    return traps.do_set_debugreg(vcpu, number, regs[register]) == 0
+    return misc.do_set_debugreg(vcpu, number, regs[register]) == 0
 
 
 def read_cr(vcpu: Vcpu, number: int) -> int | None:
@@ -235,8 +233,6 @@ def read_cr(vcpu: Vcpu, number: int) -> int | None:
 
 def write_cr(vcpu: Vcpu, cpu: Cpu, number: int, value: int) -> bool:
     """Write a control register; False where the guest may not."""
-    from xenolith.hypervisor.hypercalls import mmu
-
     if number == 0:
         if (value ^ CR0_GUEST) & ~x86.CR0_TS:
             return False

@@ -14,7 +14,7 @@ dom0 is Python and has no shared_info: its ports call a handler, as a device cal
 runs on the thread of whoever sent, which may hold its domain's lock, so it must only hand on: set an event, release a
 semaphore.
 
-Bindings of all domains change under one lock, `_binding_lock`: the innermost of all locks, held for a few
+Bindings of all domains change under one lock, `binding_lock`: the innermost of all locks, held for a few
 assignments, so that binding two domains needs neither domain's lock.  Sending reads bindings without it.
 """
 
@@ -22,39 +22,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from struct import Struct
 from typing import TYPE_CHECKING, Final
 
-from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
+from xenolith.abi.errno import EEXIST, EINVAL, ENOENT, ENOSPC
 from xenolith.abi.extensions import VIRQ_XENOLITH_VIRTUAL_TIMER
 from xenolith.abi.hypercalls import (
-    DOMID_SELF,
     EVTCHN_2L_NR_CHANNELS,
     NR_VIRQS,
     VIRQ_DEBUG,
     VIRQ_TIMER,
     VIRQ_XENOPROF,
     VIRQ_XENPMU,
-    EVTCHNOP_alloc_unbound,
-    EVTCHNOP_bind_interdomain,
-    EVTCHNOP_bind_ipi,
-    EVTCHNOP_bind_pirq,
-    EVTCHNOP_bind_vcpu,
-    EVTCHNOP_bind_virq,
-    EVTCHNOP_close,
-    EVTCHNOP_reset,
-    EVTCHNOP_send,
-    EVTCHNOP_status,
-    EVTCHNOP_unmask,
-    EVTCHNSTAT_closed,
-    EVTCHNSTAT_interdomain,
-    EVTCHNSTAT_ipi,
-    EVTCHNSTAT_unbound,
-    EVTCHNSTAT_virq,
     SHUTDOWN_watchdog,
 )
-from xenolith.abi.layout import SHARED_EVTCHN_MASK, SHARED_EVTCHN_PENDING, U16, U32, VCPU_INFO_PENDING_SEL
-from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
+from xenolith.abi.layout import SHARED_EVTCHN_MASK, SHARED_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL
+from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.machine.atomic import clear_bit, set_bit
 
 if TYPE_CHECKING:
@@ -63,7 +45,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PORT: Final = 1023  # as xl.cfg's max_event_channels
 PORTS_PER_BUCKET: Final = 64  # the port table grows by buckets; a port is valid once its bucket exists
-NR_PIRQS: Final = 56  # as Xen counts them on a machine with one I/O APIC of 24 pins; a domU may bind none of them
 
 # Port states (Xen: ECS_*).
 FREE: Final = 0
@@ -72,14 +53,6 @@ UNBOUND: Final = 2
 INTERDOMAIN: Final = 3
 VIRQ: Final = 5
 IPI: Final = 6
-STATUS: Final = {
-    FREE: EVTCHNSTAT_closed,
-    RESERVED: EVTCHNSTAT_closed,
-    UNBOUND: EVTCHNSTAT_unbound,
-    INTERDOMAIN: EVTCHNSTAT_interdomain,
-    VIRQ: EVTCHNSTAT_virq,
-    IPI: EVTCHNSTAT_ipi,
-}
 PER_VCPU_VIRQS: Final = frozenset((VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_XENPMU, VIRQ_XENOLITH_VIRTUAL_TIMER))
 
 # Domain.posted holds ports, ~vcpu_id for a poll whose time is up, and these:
@@ -88,7 +61,7 @@ _CODE_WRITTEN: Final = -(1 << 40)  # minus an MFN
 
 Handler = Callable[[int], None]
 
-_binding_lock = threading.RLock()
+binding_lock = threading.RLock()
 
 
 class EventChannels:
@@ -130,7 +103,7 @@ class EventChannels:
 
     def alloc_unbound(self, remote_domid: int) -> int:
         """A new port that `remote_domid` may bind to."""
-        with _binding_lock:
+        with binding_lock:
             port = self._allocate()
             if port > 0:
                 self.state[port] = UNBOUND
@@ -140,7 +113,7 @@ class EventChannels:
     def bind_interdomain(self, remote: Domain, remote_port: int) -> int:
         """A new port connected to an unbound port of `remote` that waits for this domain."""
         theirs = remote.events
-        with _binding_lock:
+        with binding_lock:
             port = self._allocate()
             if port < 0:
                 return port
@@ -168,7 +141,7 @@ class EventChannels:
         if vcpu_id >= len(self.domain.vcpus):
             return -ENOENT
         vcpu = self.domain.vcpus[vcpu_id]
-        with _binding_lock:
+        with binding_lock:
             if vcpu.virq_port[virq]:
                 return -EEXIST
             port = self._allocate()
@@ -183,7 +156,7 @@ class EventChannels:
         """A new port by which the domain notifies one of its own vCPUs."""
         if vcpu_id >= len(self.domain.vcpus):
             return -ENOENT
-        with _binding_lock:
+        with binding_lock:
             port = self._allocate()
             if port > 0:
                 self.state[port] = IPI
@@ -194,7 +167,7 @@ class EventChannels:
         """Choose the vCPU that a port notifies; those bound to one vCPU by nature cannot move."""
         if vcpu_id >= len(self.domain.vcpus):
             return -ENOENT
-        with _binding_lock:
+        with binding_lock:
             if not self.valid(port):
                 return -EINVAL
             state = self.state[port]
@@ -205,7 +178,7 @@ class EventChannels:
 
     def close(self, port: int) -> int:
         """Free a port. The peer of an interdomain port is unbound again, waiting for this domain."""
-        with _binding_lock:
+        with binding_lock:
             if not self.valid(port) or self.state[port] in (FREE, RESERVED):
                 return -EINVAL
             if self.state[port] == VIRQ:
@@ -381,8 +354,6 @@ def _apply_request(domain: Domain, request: int) -> None:
             domain.executable_mapped(_CODE_WRITTEN - request)
         return
     if request == _WATCHDOG:
-        from xenolith.hypervisor.sched.core import domain_shutdown
-
         domain_shutdown(domain, SHUTDOWN_watchdog)
         return
     vcpu = domain.vcpus[~request]
@@ -418,166 +389,3 @@ def send_global_virq(hypervisor: Hypervisor, virq: int) -> None:
 
 
 # --- the hypercall ---------------------------------------------------------------------------------
-
-_ALLOC_UNBOUND = Struct("<HHI")  # dom, remote_dom, port
-_BIND_INTERDOMAIN = Struct("<HHII")  # remote_dom, pad, remote_port, local_port
-_BIND_VIRQ = Struct("<III")  # virq, vcpu, port
-_BIND_PIRQ = Struct("<III")  # pirq, flags, port
-_BIND_IPI = Struct("<II")  # vcpu, port
-_BIND_VCPU = Struct("<II")  # port, vcpu
-_STATUS = Struct("<HHI")  # dom, pad, port; then status and vcpu, then what the status tells of
-_EVTCHN_OP_SIZE = 28  # struct evtchn_op: the command and a union of the above
-
-EVTCHNOP_reset_cont: Final = 14  # Xen's own continuation of a reset
-
-
-def domain_by_any_id(vcpu: Vcpu, domid: int) -> Domain | None:
-    """The domain a guest names, DOMID_SELF being itself (Xen: rcu_lock_domain_by_any_id)."""
-    if domid in (DOMID_SELF, vcpu.domain.domid):
-        return vcpu.domain
-    return vcpu.domain.hypervisor.domain(domid)
-
-
-def _target(vcpu: Vcpu, domid: int) -> Domain | int:
-    """The domain an operation is for: only a privileged one may name another (Xen: XSM_TARGET)."""
-    domain = domain_by_any_id(vcpu, domid)
-    if domain is None:
-        return -ESRCH
-    if domain is not vcpu.domain and not vcpu.domain.privileged:
-        return -EPERM
-    return domain
-
-
-def _answer_port(vcpu: Vcpu, va: int, port: int) -> int:
-    if port < 0:
-        return port
-    return 0 if copy_to_guest(vcpu, va, U32.pack(port)) else -EFAULT
-
-
-def _op_alloc_unbound(vcpu: Vcpu, data: bytes, va: int) -> int:
-    domid, remote_domid, _ = _ALLOC_UNBOUND.unpack(data)
-    domain = _target(vcpu, domid)
-    if isinstance(domain, int):
-        return domain
-    if remote_domid == DOMID_SELF:
-        remote_domid = vcpu.domain.domid
-    return _answer_port(vcpu, va + 4, domain.events.alloc_unbound(remote_domid))
-
-
-def _op_bind_interdomain(vcpu: Vcpu, data: bytes, va: int) -> int:
-    remote_domid, _, remote_port, _ = _BIND_INTERDOMAIN.unpack(data)
-    remote = domain_by_any_id(vcpu, remote_domid)
-    if remote is None:
-        return -ESRCH
-    return _answer_port(vcpu, va + 8, vcpu.domain.events.bind_interdomain(remote, remote_port))
-
-
-def _op_bind_virq(vcpu: Vcpu, data: bytes, va: int) -> int:
-    virq, vcpu_id, _ = _BIND_VIRQ.unpack(data)
-    return _answer_port(vcpu, va + 8, vcpu.domain.events.bind_virq(virq, vcpu_id))
-
-
-def _op_bind_ipi(vcpu: Vcpu, data: bytes, va: int) -> int:
-    vcpu_id, _ = _BIND_IPI.unpack(data)
-    return _answer_port(vcpu, va + 4, vcpu.domain.events.bind_ipi(vcpu_id))
-
-
-def _op_bind_pirq(vcpu: Vcpu, data: bytes, va: int) -> int:
-    pirq, _, _ = _BIND_PIRQ.unpack(data)
-    return -EPERM if pirq < NR_PIRQS else -EINVAL
-
-
-def _op_bind_vcpu(vcpu: Vcpu, data: bytes, va: int) -> int:
-    port, vcpu_id = _BIND_VCPU.unpack(data)
-    return vcpu.domain.events.bind_vcpu(port, vcpu_id)
-
-
-def _op_close(vcpu: Vcpu, data: bytes, va: int) -> int:
-    return vcpu.domain.events.close(U32.unpack(data)[0])
-
-
-def _op_send(vcpu: Vcpu, data: bytes, va: int) -> int:
-    return vcpu.domain.events.send(U32.unpack(data)[0])
-
-
-def _op_unmask(vcpu: Vcpu, data: bytes, va: int) -> int:
-    return vcpu.domain.events.unmask(U32.unpack(data)[0])
-
-
-def _op_status(vcpu: Vcpu, data: bytes, va: int) -> int:
-    domid, _, port = _STATUS.unpack(data)
-    domain = domain_by_any_id(vcpu, domid)
-    if domain is None:
-        return -ESRCH
-    channels = domain.events
-    with _binding_lock:
-        if not channels.valid(port):
-            return -EINVAL
-        if domain is not vcpu.domain and not vcpu.domain.privileged:
-            return -EPERM
-        state = channels.state[port]
-        answer = U32.pack(STATUS[state]) + U32.pack(channels.vcpu_id[port])
-        if state == UNBOUND:
-            answer += U16.pack(channels.remote_domid[port])
-        elif state == INTERDOMAIN:
-            answer += _STATUS.pack(channels.remote_domid[port], 0, channels.remote_port[port])
-        elif state == VIRQ:
-            answer += U32.pack(channels.virq[port])
-    return 0 if copy_to_guest(vcpu, va + 8, answer) else -EFAULT
-
-
-def _op_reset(vcpu: Vcpu, data: bytes, va: int) -> int:
-    domain = _target(vcpu, U16.unpack(data)[0])
-    if isinstance(domain, int):
-        return domain
-    if domain is not vcpu.domain and not domain.paused_by_control:
-        return -EINVAL
-    domain.events.close_all()
-    return 0
-
-
-_OPERATIONS: Final[dict[int, tuple[int, Callable[[Vcpu, bytes, int], int]]]] = {
-    EVTCHNOP_bind_interdomain: (_BIND_INTERDOMAIN.size, _op_bind_interdomain),
-    EVTCHNOP_bind_virq: (_BIND_VIRQ.size, _op_bind_virq),
-    EVTCHNOP_bind_pirq: (_BIND_PIRQ.size, _op_bind_pirq),
-    EVTCHNOP_close: (4, _op_close),
-    EVTCHNOP_send: (4, _op_send),
-    EVTCHNOP_status: (_STATUS.size, _op_status),
-    EVTCHNOP_alloc_unbound: (_ALLOC_UNBOUND.size, _op_alloc_unbound),
-    EVTCHNOP_bind_ipi: (_BIND_IPI.size, _op_bind_ipi),
-    EVTCHNOP_bind_vcpu: (_BIND_VCPU.size, _op_bind_vcpu),
-    EVTCHNOP_unmask: (4, _op_unmask),
-    EVTCHNOP_reset: (2, _op_reset),
-    EVTCHNOP_reset_cont: (2, _op_reset),
-    # init_control, expand_array, set_priority: the FIFO ABI, which guests can do without, is not offered
-}
-
-
-def do_event_channel_op(vcpu: Vcpu, cmd: int, arg: int) -> int:
-    """event_channel_op: one operation on the domain's ports, its argument at `arg`."""
-    cmd &= 0xFFFFFFFF
-    if cmd == EVTCHNOP_send and arg & 3 == 0:  # the hot one
-        address = translate(vcpu, arg, READ)
-        if address < 0:
-            return -EFAULT
-        domain = vcpu.domain
-        return domain.events.send(domain.memory.d[address >> 2])
-    operation = _OPERATIONS.get(cmd)
-    if operation is None:
-        return -ENOSYS
-    size, function = operation
-    data = copy_from_guest(vcpu, arg, size)
-    if data is None:
-        return -EFAULT
-    return function(vcpu, data, arg)
-
-
-def do_event_channel_op_compat(vcpu: Vcpu, arg: int) -> int:
-    """The first form of event_channel_op: command and argument in one structure."""
-    data = copy_from_guest(vcpu, arg, _EVTCHN_OP_SIZE)
-    if data is None:
-        return -EFAULT
-    cmd = U32.unpack_from(data)[0]
-    if cmd > EVTCHNOP_unmask:
-        return -ENOSYS
-    return do_event_channel_op(vcpu, cmd, arg + 4)

@@ -31,7 +31,7 @@ from xenolith.abi.x86 import (
     PTE_RW,
     PTE_US,
 )
-from xenolith.hypervisor import tlb
+from xenolith.hypervisor import descriptors, tlb
 from xenolith.hypervisor.frames import (
     ALLOCATED,
     EXISTENCE_COUNT,
@@ -170,9 +170,7 @@ def validate(domain: Domain, mfn: int, kind: int) -> int:
     if kind == TYPE_L1:
         return _validate_l1(domain, mfn)
     if kind == TYPE_SEGDESC:
-        from xenolith.hypervisor.descriptors import validate_descriptor_page
-
-        return validate_descriptor_page(domain, mfn)
+        return descriptors.validate_descriptor_page(domain, mfn)
     return _validate_upper(domain, mfn, kind)
 
 
@@ -395,9 +393,7 @@ def put_l1_target(domain: Domain, old: int) -> None:
         if not info & TYPE_COUNT:
             frames.stamp[target] = domain.flush_epoch
     elif frames.type_info[target] & TYPE_MASK == TYPE_SEGDESC and domain.ldt_in_use:
-        from xenolith.hypervisor.descriptors import drop_ldt
-
-        drop_ldt(domain)
+        descriptors.drop_ldt(domain)
     count = frames.count_info[target] - 1
     frames.count_info[target] = count
     if not count & EXISTENCE_COUNT:

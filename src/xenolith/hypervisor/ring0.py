@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import ClassVar, Final
 
 from xenolith.abi import errno, hypercalls, layout, x86
+from xenolith.hypervisor import bounce, domain, frames, guest_memory, paging, time
+from xenolith.hypervisor.hypercalls import iret, mmu, multicall
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
 from xenolith.machine.engines import native_state, protocol
@@ -60,9 +62,6 @@ class IretFrame(ctypes.Structure):
 
 def declarations() -> str:
     """Of everything that the C uses."""
-    from xenolith.hypervisor import domain, frames, guest_memory, paging, time, traps
-    from xenolith.hypervisor.hypercalls import mmu, multicall
-
     sizes = SimpleNamespace(
         MMU_UPDATE_SIZE=layout.MMU_UPDATE.size,
         MMUEXT_OP_SIZE=layout.MMUEXT_OP.size,
@@ -105,8 +104,9 @@ def declarations() -> str:
             native.define(mmu, "BATCH"),
             native.define(sizes, " ".join(vars(sizes))),
             native.declare("iret_frame", IretFrame),
-            native.define(traps, "ALWAYS_SET ENTRY_FLAGS SYSCALL_FLAGS SAVED_FLAGS IRET_FLAGS"),
-            native.define(traps, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
+            native.define(bounce, "ALWAYS_SET ENTRY_FLAGS SYSCALL_FLAGS SAVED_FLAGS"),
+            native.define(iret, "IRET_FLAGS"),
+            native.define(domain, "COUNT_SYSCALL_BOUNCE COUNT_UPCALL COUNT_PAGE_TABLE_WRITE COUNT_PRIVILEGED"),
             native.define(time, "LONGEST_TICK LOOK_LATE"),
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),

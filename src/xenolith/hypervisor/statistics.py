@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import hypercalls, x86
-from xenolith.hypervisor import traps
-from xenolith.hypervisor.domain import COUNT_SYSCALL_BOUNCE, COUNT_SYSCALL_UNTRAPPED
+from xenolith.hypervisor.domain import (
+    COUNT_PAGE_TABLE_WRITE,
+    COUNT_PRIVILEGED,
+    COUNT_SYSCALL_BOUNCE,
+    COUNT_SYSCALL_UNTRAPPED,
+    COUNT_UPCALL,
+)
+from xenolith.hypervisor.runstate import running_time
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER
 
 if TYPE_CHECKING:
@@ -27,9 +33,9 @@ TRAP_NAMES: Final = {
     TRAP_CPUID: "cpuid",
     COUNT_SYSCALL_BOUNCE: "system call of a program",
     COUNT_SYSCALL_UNTRAPPED: "system call without a trap",
-    traps.COUNT_UPCALL: "event upcall",
-    traps.COUNT_PAGE_TABLE_WRITE: "page table write",
-    traps.COUNT_PRIVILEGED: "privileged instruction",
+    COUNT_UPCALL: "event upcall",
+    COUNT_PAGE_TABLE_WRITE: "page table write",
+    COUNT_PRIVILEGED: "privileged instruction",
 }
 
 DERIVED: Final = ("event upcall", "page table write", "privileged instruction")
@@ -55,13 +61,19 @@ class Counters:
         return direct + sum(self.hypercalls.values())
 
 
+def cpu_time(domain: Domain) -> int:
+    """ns for which the domain's vCPUs have run."""
+    now = domain.hypervisor.clock.now()
+    return sum(running_time(vcpu, now) for vcpu in domain.vcpus)
+
+
 def counters(domain: Domain) -> Counters:
     """A snapshot, the largest counts first."""
     counts = list(domain.trap_counts)
     counts[COUNT_SYSCALL_UNTRAPPED] = sum(vcpu.untrapped_syscalls for vcpu in domain.vcpus)
-    counts[traps.COUNT_UPCALL] += sum(vcpu.untrapped_ticks for vcpu in domain.vcpus)
+    counts[COUNT_UPCALL] += sum(vcpu.untrapped_ticks for vcpu in domain.vcpus)
     return Counters(
-        domain.cpu_time,
+        cpu_time(domain),
         _by_name(counts, TRAP_NAMES, "trap"),
         _by_name(list(domain.hypercall_counts), HYPERCALL_NAMES, "hypercall"),
     )

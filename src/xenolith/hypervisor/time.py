@@ -322,20 +322,3 @@ def set_wall_clock(domain: Domain) -> None:
     d[base + SHARED_WC_NSEC >> 2] = nanoseconds
     d[base + SHARED_WC_SEC_HI >> 2] = seconds >> 32
     d[base + SHARED_WC_VERSION >> 2] = (version | 1) + 1 & 0xFFFFFFFF
-
-
-def do_set_timer_op(vcpu: Vcpu, timeout: int) -> int:
-    """Set (0: stop) the singleshot timer to a system time in ns.
-
-    Times before boot, or 2**50 ns (13 days) or more ahead, mean a guest that cannot count: it gets 100 ms, as from Xen.
-    """
-    hypervisor = vcpu.domain.hypervisor
-    timer = vcpu.timers.singleshot
-    if not timeout:
-        hypervisor.timers.cancel(timer)
-        return 0
-    now = hypervisor.clock.now()
-    if timeout >= 1 << 63 or timeout - now >= 1 << 50:
-        timeout = now + 100 * MILLISECOND
-    hypervisor.timers.set(timer, timeout)
-    return 0

@@ -15,6 +15,7 @@ from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, PTE_P, PTE_RW, RAX, RIP
 from xenolith.hypervisor import paging
 from xenolith.hypervisor.emulate import fetch
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, VALIDATED
+from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -42,8 +43,6 @@ def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
     domain = vcpu.domain
     if not domain.vm_assist & ENABLED:
         return False
-    from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
-
     mapping = l1_entry_index(vcpu, va)
     if mapping < 0:
         return False

@@ -6,7 +6,6 @@ before its console driver runs is the best hint at why it does not boot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.errno import E2BIG, EFAULT, ENOSYS
@@ -16,32 +15,9 @@ from xenolith.hypervisor.guest_memory import copy_from_guest
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
-LOG_BYTES: Final = 64 << 10  # kept of each domain's output
 MOST_AT_ONCE: Final = 1 << 20
 CHUNK: Final = 4096
 INT_MAX: Final = (1 << 31) - 1
-
-
-class EmergencyConsole:
-    """What a domain wrote with console_io: the last LOG_BYTES bytes, and a hook that sees it all as it comes.
-
-    The hook runs in the midst of a hypercall and must only hand on (compare events.Handler).
-    """
-
-    def __init__(self) -> None:
-        self._kept = bytearray()
-        self.hook: Callable[[bytes], None] | None = None
-
-    def write(self, data: bytes) -> None:
-        self._kept += data
-        if len(self._kept) > 2 * LOG_BYTES:
-            del self._kept[:-LOG_BYTES]
-        if self.hook is not None:
-            self.hook(data)
-
-    @property
-    def text(self) -> bytes:
-        return bytes(self._kept[-LOG_BYTES:])
 
 
 def do_console_io(vcpu: Vcpu, cmd: int, count: int, buffer: int) -> int:

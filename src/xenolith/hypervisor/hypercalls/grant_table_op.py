@@ -51,10 +51,11 @@ from xenolith.abi.hypercalls import (
 from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import paging, tlb
-from xenolith.hypervisor.events import domain_by_any_id
+from xenolith.hypervisor.events import post_code_written
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import Mapping
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
+from xenolith.hypervisor.hypercalls.event_channel_op import domain_by_any_id
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 
 if TYPE_CHECKING:
@@ -394,8 +395,6 @@ def _copy_between(vcpu: Vcpu, source: _Side, dest: _Side, source_offset: int, de
             if dest.owner.executable_mapped is not None and dest.owner is vcpu.domain:
                 dest.owner.executable_mapped(dest.mfn)
             elif dest.owner is not vcpu.domain:
-                from xenolith.hypervisor.events import post_code_written
-
                 post_code_written(dest.owner, dest.mfn)
             dest.drop()
         source.drop()

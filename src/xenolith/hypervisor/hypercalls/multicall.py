@@ -41,10 +41,8 @@ def do_multicall(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
 
 
 def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
-    from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
-
     memory = vcpu.domain.memory
-    counts = vcpu.domain.hypercall_counts
+    table, counts = vcpu.domain.hypercalls, vcpu.domain.hypercall_counts
     for index in range(nr_calls):
         va = call_list + index * ENTRY
         if index and (vcpu.kicked or not vcpu.may_run):
@@ -66,7 +64,7 @@ def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
             number, _, *arguments = _unpack_from(memory.b, address)
         if number < HYPERCALLS:
             counts[number] += 1
-            function, count = HYPERCALL_TABLE[number]
+            function, count = table[number]
             vcpu.restarted = False
             result: int = function(vcpu, *arguments[:count])
             if vcpu.restarted:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.errno import EFAULT, EINVAL, ENOSPC, ENOSYS, EPERM, ESRCH
 from xenolith.abi.layout import U32
-from xenolith.hypervisor.events import NR_PIRQS, domain_by_any_id
 from xenolith.hypervisor.guest_memory import address_ok, copy_from_guest, copy_to_guest
+from xenolith.hypervisor.hypercalls.event_channel_op import NR_PIRQS, domain_by_any_id
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu

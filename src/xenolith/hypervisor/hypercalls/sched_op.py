@@ -20,7 +20,7 @@ from xenolith.abi.hypercalls import (
 from xenolith.abi.layout import U32, VCPU_INFO_UPCALL_MASK
 from xenolith.hypervisor.events import RESERVED, post_watchdog
 from xenolith.hypervisor.guest_memory import address_ok, copy_from_guest
-from xenolith.hypervisor.sched.core import domain_shutdown
+from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.time import NS_PER_SECOND, Timer
 
 if TYPE_CHECKING:

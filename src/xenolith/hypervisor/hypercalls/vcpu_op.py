@@ -71,7 +71,7 @@ from xenolith.hypervisor import descriptors, paging
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, address_ok, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.runstate import runstate_info, set_runstate, write_runstate_area
-from xenolith.hypervisor.sched.core import domain_shutdown
+from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.time import MILLISECOND, update_time
 
 if TYPE_CHECKING:
@@ -439,3 +439,20 @@ def do_vcpu_op(vcpu: Vcpu, cmd: int, vcpu_id: int, arg: int) -> int:
         return -ENOENT
     operation = _OPERATIONS.get(cmd & 0xFFFFFFFF)
     return -ENOSYS if operation is None else operation(vcpu, vcpus[vcpu_id], arg)
+
+
+def do_set_timer_op(vcpu: Vcpu, timeout: int) -> int:
+    """Set (0: stop) the singleshot timer to a system time in ns.
+
+    Times before boot, or 2**50 ns (13 days) or more ahead, mean a guest that cannot count: it gets 100 ms, as from Xen.
+    """
+    hypervisor = vcpu.domain.hypervisor
+    timer = vcpu.timers.singleshot
+    if not timeout:
+        hypervisor.timers.cancel(timer)
+        return 0
+    now = hypervisor.clock.now()
+    if timeout >= 1 << 63 or timeout - now >= 1 << 50:
+        timeout = now + 100 * MILLISECOND
+    hypervisor.timers.set(timer, timeout)
+    return 0

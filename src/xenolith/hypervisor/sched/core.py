@@ -28,11 +28,12 @@ from xenolith.abi.hypercalls import (
     RUNSTATE_offline,
     RUNSTATE_runnable,
     RUNSTATE_running,
-    SHUTDOWN_crash,
 )
 from xenolith.abi.x86 import DS, ES, FS, GS
-from xenolith.hypervisor import events
+from xenolith.hypervisor import bounce, events, traps
+from xenolith.hypervisor.domain import runnable
 from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
+from xenolith.hypervisor.shutdown import domain_crash
 from xenolith.hypervisor.time import Timer, update_time
 from xenolith.machine.tsc import TscClock
 
@@ -83,23 +84,8 @@ class Context:
     def handler(self, vcpu: Vcpu) -> TrapHandler:
         handler = self._handlers.get(vcpu)
         if handler is None:
-            from xenolith.hypervisor.traps import trap_handler  # traps imports this module
-
-            handler = self._handlers[vcpu] = trap_handler(vcpu, self.cpu)
+            handler = self._handlers[vcpu] = traps.trap_handler(vcpu, self.cpu)
         return handler
-
-
-def runnable(vcpu: Vcpu) -> bool:
-    """Whether the vCPU could execute guest code now."""
-    domain = vcpu.domain
-    return (
-        vcpu.online
-        and not vcpu.blocked
-        and not vcpu.pause_count
-        and not domain.paused_by_control
-        and domain.shutdown_reason is None
-        and not domain.dying
-    )
 
 
 class Scheduler:
@@ -326,8 +312,6 @@ class Scheduler:
             pass
 
     def _execute(self, context: Context, vcpu: Vcpu) -> None:
-        from xenolith.hypervisor.traps import prepare_entry
-
         domain, cpu, clock = context.domain, context.cpu, self._clock
         start = clock.now()
         with domain.lock:
@@ -351,7 +335,7 @@ class Scheduler:
                     vcpu.may_run = True
                     if vcpu.time_outdated or self._refresh_time:
                         update_time(vcpu)
-                    if not prepare_entry(vcpu, cpu):
+                    if not traps.prepare_entry(vcpu, cpu):
                         continue
                 cpu.run(handler)
                 vcpu.in_guest = False
@@ -363,8 +347,6 @@ class Scheduler:
 
     def _switch(self, context: Context, vcpu: Vcpu) -> None:
         """Exchange the vCPU that is loaded on the context's Cpu."""
-        from xenolith.hypervisor.traps import bounce_failsafe
-
         cpu, before = context.cpu, context.loaded
         context.loaded = None
         if before is None:
@@ -383,7 +365,7 @@ class Scheduler:
         # A selector that cannot be loaded has become null; the guest is told what it was.
         ds, es, fs, gs = (vcpu.state.regs[index] & 0xFFFF for index in (DS, ES, FS, GS))
         if (regs[DS] & 0xFFFF, regs[ES] & 0xFFFF, regs[FS] & 0xFFFF, regs[GS] & 0xFFFF) != (ds, es, fs, gs):
-            bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
+            bounce.bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
 
     def _account(self, context: Context, vcpu: Vcpu, start: int) -> None:
         context.slice_start = now = self._clock.now()  # until it is released, nobody may count the time once more
@@ -504,27 +486,3 @@ def _wanted_share(context: Context) -> int:
 
 def _contexts(domain: Domain) -> list[Context]:
     return list({id(vcpu.context): vcpu.context for vcpu in domain.vcpus if vcpu.context is not None}.values())
-
-
-# --- the end of a domain ---------------------------------------------------------------------------
-
-
-def domain_shutdown(domain: Domain, reason: int) -> None:
-    """The domain stops for `reason` (SHUTDOWN_*), of which dom0 will hear. The first reason counts."""
-    with domain.lock:
-        if domain.shutdown_reason is not None:
-            return
-        domain.shutdown_reason = domain.shutdown_code if domain.shutdown_code is not None else reason
-        domain.hypervisor.scheduler.tell_to_leave(domain)
-    domain.hypervisor.log(f"{domain!r}: shut down, reason {domain.shutdown_reason}")
-    domain.hypervisor.scheduler.announce_shutdown(domain)
-
-
-def domain_crash(victim: Vcpu | Domain, text: str) -> None:
-    """End a domain that cannot go on, telling the log why."""
-    from xenolith.hypervisor.domain import Vcpu  # domain imports this module's neighbours
-
-    domain = victim.domain if isinstance(victim, Vcpu) else victim
-    domain.hypervisor.log(text)
-    domain.crash_report = domain.crash_report or text
-    domain_shutdown(domain, SHUTDOWN_crash)

@@ -1,0 +1,153 @@
+"""Making and unmaking a domain: who gives it its part of each mechanism (Xen: domain_create, domain_kill, pv/domain.c).
+
+A domain is born empty and paused, with Xen's own frames for it: shared_info, and the page tables that map the window of
+its descriptor tables.  When it dies it gives back all it has, except frames that others still map.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi import layout
+from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
+from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
+from xenolith.hypervisor import descriptors, paging, ring0
+from xenolith.hypervisor.domain import MAX_VCPUS, Domain
+from xenolith.hypervisor.events import EventChannels
+from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
+from xenolith.hypervisor.time import VcpuTimers
+from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.memory import OutOfMemory
+
+if TYPE_CHECKING:
+    from xenolith.hypervisor.hypervisor import Hypervisor
+
+XEN_TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A  # entries of Xen's own upper tables
+WINDOW_TABLE: Final = PTE_P | PTE_RW | PTE_A
+
+
+class NoSuchDomain(Exception):
+    """No domain has this id."""
+
+
+class DomainCreateError(Exception):
+    """The domain cannot be made; the text says why and what to change."""
+
+
+def create_dom0(hypervisor: Hypervisor) -> Domain:
+    """Make domain 0, whose one vCPU is the Python code that calls this. Once, before any other domain.
+
+    dom0 makes its event-channel and grant hypercalls as calls of the methods of `events` and `grants`.
+    """
+    domain = Domain(hypervisor, 0, None, 1)
+    _wire(domain)
+    with hypervisor.lock:
+        hypervisor.domains[0] = domain
+    return domain
+
+
+def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
+    """Make an empty, paused domain; its domid. Raises DomainCreateError."""
+    if not 1 <= max_vcpus <= MAX_VCPUS:
+        raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
+    with hypervisor.lock:
+        domid = hypervisor.next_domid()
+        if domid >= DOMID_FIRST_RESERVED:
+            raise DomainCreateError("all domain ids are in use")
+        try:
+            engine = hypervisor.engine_factory(hypervisor.memory)
+        except EngineError as error:
+            raise DomainCreateError(f"the engine cannot be started: {error}") from error
+        domain = Domain(hypervisor, domid, engine, max_vcpus)
+        domain.uuid = uuid
+        domain.max_pages = max_pages
+        try:
+            _set_up(domain)
+        except OutOfMemory as error:
+            engine.close()
+            raise DomainCreateError(f"not enough machine memory: {error}") from error
+        hypervisor.domains[domid] = domain
+    hypervisor.log(f"d{domid}: created with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
+    return domid
+
+
+def _set_up(domain: Domain) -> None:
+    hypervisor, frames = domain.hypervisor, domain.frames
+    engine = domain.engine
+    assert engine is not None
+    (domain.shared_info_mfn,) = frames.allocate_xen(1)
+    pages = len(domain.vcpus) * descriptors.PAGES_PER_VCPU
+    tables = frames.allocate_xen(2 + (pages + 511) // 512)
+    frames.share_with_guest(domain.shared_info_mfn, domain.domid)
+    domain.shared_info = domain.shared_info_mfn * PAGE_SIZE
+    domain.xen_frames = tables
+    l3, l2, *domain.window_l1 = tables
+    q = domain.memory.q
+    q[l3 << 9] = l2 << 12 | WINDOW_TABLE
+    for number, l1 in enumerate(domain.window_l1):
+        q[l2 << 9 | number] = l1 << 12 | WINDOW_TABLE
+    for vcpu in domain.vcpus:
+        descriptors.set_up_window(vcpu)
+        vcpu.shared_info = domain.shared_info
+        vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
+        vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
+        vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1
+        vcpu.state.xcr0 = 1
+    entries = domain.xen_l4_entries
+    entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
+    for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
+        entries[slot - layout.XEN_FIRST_SLOT] = entry
+    if engine.kernel_l4_entries is not None:
+        domain.engine_views = engine.l4_entries, engine.kernel_l4_entries
+        ((domain.view_slot, user_entry),) = engine.l4_entries.items()
+        domain.view_entries[:] = user_entry, engine.kernel_l4_entries[domain.view_slot]
+    domain.executable_mapped = engine.executable_mapped
+    domain.caches_tables = engine.caches_tables
+    domain.entry_changed = engine.entry_changed
+    _wire(domain)
+
+
+def _wire(domain: Domain) -> None:
+    """Give a domain its part of each mechanism, and native code where there is some."""
+    domain.lock.take_word = ring0.lock_taker()
+    domain.hypercalls = HYPERCALL_TABLE
+    domain.events = EventChannels(domain)
+    domain.grants = GrantTable(domain)
+    for vcpu in domain.vcpus:
+        vcpu.native_handler = ring0.handler_address()
+        vcpu.native_timer, vcpu.now = ring0.timer_address(), ring0.clock_address(domain.hypervisor.clock)
+        vcpu.timers = VcpuTimers(vcpu)
+        vcpu.set_timer_late = vcpu.timers.set_singleshot_late
+
+
+def destroy(domain: Domain) -> None:
+    """End a domain and give back all it has, except frames that others still map."""
+    hypervisor = domain.hypervisor
+    with hypervisor.lock:
+        if domain.dying:
+            return
+        domain.dying = True
+    hypervisor.scheduler.stop(domain)
+    domain.events.close_all()
+    domain.grants.release_all()
+    with domain.lock:
+        for vcpu in domain.vcpus:
+            vcpu.cpu = None
+            descriptors.destroy_gdt(vcpu)
+            descriptors.unload_ldt(vcpu)
+            if vcpu.info_mfn:
+                paging.put_page_and_type(domain, vcpu.info_mfn)
+                vcpu.info_mfn = 0
+    if domain.engine is not None:
+        domain.engine.close()
+        domain.engine = None
+    domain.executable_mapped = domain.entry_changed = None
+    with domain.lock:
+        paging.relinquish(domain)
+        frames = domain.frames
+        frames.count_info[domain.shared_info_mfn] -= 1
+        frames.free_xen([domain.shared_info_mfn, *domain.xen_frames])
+    with hypervisor.lock:
+        del hypervisor.domains[domain.domid]
+    hypervisor.log(f"{domain!r}: destroyed")
