@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import sys
-from xenolith.machine.engines import adaptive
+from xenolith.machine.engines.adaptive import engine as adaptive
 
 TRAPS_BETWEEN_MOVES = adaptive.NATIVE_WINDOW = 40
 
