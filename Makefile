@@ -1,20 +1,24 @@
-# make demo | test | quick | lint | docs | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
+# make demo | test | quick | sanitize | lint | docs | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --dist worksteal
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: help demo test quick lint docs bench clean
+SANITIZED := tests/machine/test_native.py tests/machine/test_extended.py tests/machine/kvm/test_run.py \
+    tests/hypervisor/test_ring0.py tests/guests
+
+.PHONY: help demo test quick sanitize lint docs bench clean
 
 help:
-	@echo "make demo    boot several domains side by side and show that they are isolated"
-	@echo "make test    all tests, booting the stock Debian kernels among them (apt fetches those once)"
-	@echo "make quick   the tests that take seconds"
-	@echo "make lint    ruff, mypy and the import directions"
-	@echo "make docs    what docs/ has from the definitions of commands and requests, anew"
-	@echo "make bench   the evaluation: tables of measurements, into bench/results"
-	@echo "make clean   remove .venv and caches (not the downloaded guests in ~/.cache/xenolith)"
+	@echo "make demo      boot several domains side by side and show that they are isolated"
+	@echo "make test      all tests, booting the stock Debian kernels among them (apt fetches those once)"
+	@echo "make quick     the tests that take seconds"
+	@echo "make sanitize  the native code's tests, with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make lint      ruff, mypy and the import directions"
+	@echo "make docs      what docs/ has from the definitions of commands and requests, anew"
+	@echo "make bench     the evaluation: tables of measurements, into bench/results"
+	@echo "make clean     remove .venv and caches (not the downloaded guests in ~/.cache/xenolith)"
 
 demo: $(READY)
 	@$(VENV)/bin/xenolith demo
@@ -24,6 +28,12 @@ test: $(READY)
 
 quick: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+# A sanitizer's report ends the process, and goes to standard error: pytest leaves that alone.
+sanitize: $(READY)
+	@XENOLITH_NATIVE=sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --capture=sys $(SANITIZED)
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check .

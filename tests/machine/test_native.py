@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from pathlib import Path
@@ -94,6 +98,44 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(native.Missing, match=r"cannot compile into .*file/xenolith/native"):
         native.load(written(tmp_path, ""))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("code", "report"),
+    [
+        ("int answer(volatile int n) { int a[2] = {1, 2}; return a[n]; }", "AddressSanitizer|out of bounds"),
+        ("int answer(volatile int n) { return 0x7fffffff + n; }", "signed integer overflow"),
+    ],
+)
+def test_sanitizers_end_the_process_at_the_first_error(tmp_path: Path, code: str, report: str) -> None:
+    compiler = native._compiler()
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip(f"{compiler} has no sanitizers")
+    program = "import sys, pathlib; from xenolith.machine import native; " + (
+        "native.load(pathlib.Path(sys.argv[1])).answer(int(sys.argv[2])); print('went on')"
+    )
+    environment = {"XENOLITH_NATIVE": "sanitize", "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(libraries)}
+    fine, ended = (
+        subprocess.run(
+            [sys.executable, "-c", program, written(tmp_path, code), argument],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+        )
+        for argument in ("0", "2")
+    )
+    assert fine.returncode == 0, fine.stderr
+    assert fine.stdout == "went on\n"
+    assert ended.returncode != 0
+    assert re.search(report, ended.stderr)
+    assert ended.stdout == ""
 
 
 def _sources() -> list[tuple[str, Callable[[], tuple[Path, str, tuple[Path, ...]]]]]:

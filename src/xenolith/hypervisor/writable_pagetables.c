@@ -30,7 +30,7 @@ static bool carry_out(struct vcpu *v, u64 index, u64 va)
     if (two_bytes)
         opcode = *c++;
     modrm = *c++;
-    u8 mod = modrm >> 6, rm = modrm & 7, reg = (modrm >> 3 & 7) | (rex & 4) << 1;
+    u8 mod = modrm >> 6, rm = modrm & 7, reg = (u8)((modrm >> 3 & 7) | (rex & 4) << 1);
     if (mod == 3)
         return false;
     u8 base = rm;

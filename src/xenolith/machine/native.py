@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any, Final
 
 OPTIONS: Final = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-nostdlib", "-ffreestanding", "-fno-strict-aliasing")
+# XENOLITH_NATIVE=sanitize, for tests (`make sanitize`): the first bad access or undefined operation ends the process.
+# The sanitizers' libraries have to be loaded before Python.
+SANITIZERS: Final = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 COMPILERS: Final = ("cc", "gcc", "clang")
 PRELUDE: Final = """\
 #include <stdbool.h>
@@ -112,10 +115,11 @@ def _load(path: Path) -> ctypes.PyDLL:
 def _build(text: str, name: str) -> Path:
     compiler = _compiler()
     assert compiler is not None
-    key = hashlib.sha256("\0".join((text, compiler, *OPTIONS)).encode()).hexdigest()[:32]
+    options = OPTIONS + SANITIZERS if os.environ.get("XENOLITH_NATIVE") == "sanitize" else OPTIONS
+    key = hashlib.sha256("\0".join((text, compiler, *options)).encode()).hexdigest()[:32]
     path = _cache() / f"{name}-{key}.so"
     if not path.exists():
-        _compile(compiler, text, path)
+        _compile(compiler, options, text, path)
     return path
 
 
@@ -129,12 +133,12 @@ def buffer_address(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def _compile(compiler: str, text: str, path: Path) -> None:
+def _compile(compiler: str, options: Sequence[str], text: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
             made = Path(place) / path.name
-            command = [compiler, *OPTIONS, "-x", "c", "-", "-o", str(made)]
+            command = [compiler, *options, "-x", "c", "-", "-o", str(made)]
             result = subprocess.run(command, input=text, capture_output=True, text=True)
             if result.returncode:
                 raise Missing(f"{compiler} cannot compile {path.stem.rpartition('-')[0]}.c: {result.stderr.strip()}")
