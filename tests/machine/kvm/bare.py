@@ -9,6 +9,7 @@ from struct import pack
 from xenolith.abi.x86 import L2_SHIFT, L3_SHIFT, L4_SHIFT, PAGE_SHIFT, PTE_P, PTE_RW, PTE_US, RIP, RSP
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
+from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import CpuState
 from xenolith.machine.memory import MachineMemory
 
@@ -34,7 +35,7 @@ class Machine:
         self.states: list[CpuState] = []
 
     def make_engine(self) -> KvmEngine:
-        return KvmEngine(self.memory)
+        return KvmEngine(self.memory, host_traits())
 
     def frame(self) -> int:
         return int(self.memory.allocate(1)[0])

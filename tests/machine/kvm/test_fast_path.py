@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from iced_x86 import Decoder, Formatter, FormatterSyntax
 
+from xenolith.abi.hypercalls import HYPERVISOR_iret
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CS,
@@ -30,7 +31,7 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine.engines.kvm import area, fast_path
+from xenolith.machine.engines.kvm import area, fast_path_code
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
@@ -153,13 +154,13 @@ def loop(count: int) -> str:
 @pytest.mark.parametrize("name", ["USER_CODE", "KERNEL_CODE", "GATE_IN", "GATE_OUT", "GATE_TICK"])
 def test_the_listings_say_what_they_encode(name: str) -> None:
     codes = {
-        "USER_CODE": fast_path._USER,
-        "KERNEL_CODE": fast_path.kernel_code(0),
-        "GATE_IN": fast_path.GATE_IN_CODE,
-        "GATE_OUT": fast_path.GATE_OUT_CODE,
-        "GATE_TICK": fast_path.GATE_TICK_CODE,
+        "USER_CODE": fast_path_code.USER,
+        "KERNEL_CODE": fast_path_code.kernel_code(0),
+        "GATE_IN": fast_path_code.GATE_IN_CODE,
+        "GATE_OUT": fast_path_code.GATE_OUT_CODE,
+        "GATE_TICK": fast_path_code.GATE_TICK_CODE,
     }
-    listing = [line[32:] for line in getattr(fast_path, name).splitlines() if line[:1] == " "]
+    listing = [line[32:] for line in getattr(fast_path_code, name).splitlines() if line[:1] == " "]
     formatter = Formatter(FormatterSyntax.NASM)
     instructions = list(Decoder(64, codes[name].code, ip=0))
     assert sum(instruction.len for instruction in instructions) == len(codes[name].code)
@@ -219,7 +220,7 @@ def test_an_iret_that_needs_more_goes_to_python(guest: Guest, condition: str, wh
         entry = "48 81 64 24 20 ff fd ff ff" + entry  # and qword [rsp + 32], ~IF
     guest.machine.write_code(entry, KERNEL - CODE)
     assert guest.run("0f 05") == [TRAP_SYSCALL]
-    assert guest.cpu.regs[RAX] == fast_path.IRET
+    assert guest.cpu.regs[RAX] == HYPERVISOR_iret
     assert guest.modes.kernel_mode
     assert guest.cpu.regs[RSP] == KERNEL_SP - 56 + 16 - 32
 
@@ -259,7 +260,7 @@ def set_timer(guest: Guest, deadline: int, flags: int = 0) -> None:
 
 def test_a_timer_that_the_hypervisor_looks_for_anyway_takes_no_trap(guest: Guest) -> None:
     guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
-    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    guest.modes.timer_look = 1000 + fast_path_code.TIMER_SLOP
     set_timer(guest, 1000)
     guest.cpu.regs[RBX] = 0x77
     assert guest.run("0f 05") == [VECTOR_UD]
@@ -270,7 +271,7 @@ def test_a_timer_that_the_hypervisor_looks_for_anyway_takes_no_trap(guest: Guest
 @pytest.mark.parametrize("why", ["earlier", "nobody looks", "flags", "another vCPU", "another command", "no memory"])
 def test_any_other_timer_goes_to_python(guest: Guest, why: str) -> None:
     code = SET_TIMER
-    guest.modes.timer_look = 0 if why == "nobody looks" else 1000 + fast_path.TIMER_SLOP
+    guest.modes.timer_look = 0 if why == "nobody looks" else 1000 + fast_path_code.TIMER_SLOP
     set_timer(guest, 999 if why == "earlier" else 2000, flags=why == "flags")
     if why == "another vCPU":
         guest.modes.vcpu_id = 1
@@ -288,7 +289,7 @@ def test_any_other_timer_goes_to_python(guest: Guest, why: str) -> None:
 def test_an_alarm_before_the_guest_has_set_its_timer_makes_that_go_to_python(guest: Guest) -> None:
     """On a busy machine: nobody would look for the timer any more."""
     guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
-    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    guest.modes.timer_look = 1000 + fast_path_code.TIMER_SLOP
     set_timer(guest, 1000)
     times = iter((1, -1))
     guest.modes.until = lambda _moment: next(times)  # type: ignore[method-assign]
@@ -298,7 +299,7 @@ def test_an_alarm_before_the_guest_has_set_its_timer_makes_that_go_to_python(gue
 
 
 def offsets(first: str, last: str) -> list[int]:
-    code = fast_path.kernel_code(0)
+    code = fast_path_code.kernel_code(0)
     starts = [int(each.ip) for each in Decoder(64, code.code, ip=0)]
     return [at for at in starts if code.labels[first] <= at < code.labels[last]]
 
@@ -357,7 +358,7 @@ def test_a_fault_anywhere_in_set_segment_base_becomes_the_hypercall(
 @pytest.mark.parametrize("at", offsets("vcpu_op", "timer_slow"))
 def test_a_fault_anywhere_in_a_timer_becomes_the_hypercall(guest: Guest, at: int) -> None:
     guest.machine.write_code(SET_TIMER + "0f 0b", KERNEL - CODE)
-    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    guest.modes.timer_look = 1000 + fast_path_code.TIMER_SLOP
     set_timer(guest, 1000)
     assert guest.run("0f 0b") == [VECTOR_UD]
     stop_at(guest, at)
@@ -366,17 +367,17 @@ def test_a_fault_anywhere_in_a_timer_becomes_the_hypercall(guest: Guest, at: int
     assert (regs[RAX], regs[RSP], regs[RIP]) == (24, KERNEL_SP - 56, KERNEL + 19)
 
 
-@pytest.mark.parametrize("at", [at for at in offsets("iret", "iret_slow") if at < fast_path._AT["gate"]])
+@pytest.mark.parametrize("at", [at for at in offsets("iret", "iret_slow") if at < fast_path_code.AT["gate"]])
 def test_a_fault_anywhere_in_an_iret_becomes_the_hypercall(guest: Guest, at: int) -> None:
     assert guest.run("0f 0b") == [VECTOR_UD]
     stop_at(guest, at)
-    in_syscall = fast_path._AT["from_syscall"]
-    if fast_path._AT["iret_stored"] < at < in_syscall and at >= in_syscall - 12:
+    in_syscall = fast_path_code.AT["from_syscall"]
+    if fast_path_code.AT["iret_stored"] < at < in_syscall and at >= in_syscall - 12:
         guest.machine.write_code(SYSCALL_ENTRY.replace("68 00 01", "68 00 00"), KERNEL - CODE)
     assert guest.run("0f 05") == [TRAP_SYSCALL]
     regs = guest.cpu.regs
     assert guest.modes.kernel_mode
-    assert (regs[RAX], regs[RSP]) == (fast_path.IRET, KERNEL_SP - 72)
+    assert (regs[RAX], regs[RSP]) == (HYPERVISOR_iret, KERNEL_SP - 72)
     assert (regs[GS_BASE], guest.modes.other_gs_base) == (KERNEL_GS, USER_GS)
     assert regs[RIP] == KERNEL + 27
 
@@ -401,7 +402,7 @@ HYPERCALLS = (
 def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: Guest, entry: str) -> None:
     rounds = 20_000
     guest.machine.write_code(entry, KERNEL - CODE)
-    guest.modes.timer_look = 1000 + fast_path.TIMER_SLOP
+    guest.modes.timer_look = 1000 + fast_path_code.TIMER_SLOP
     set_timer(guest, 1234)
     regs = guest.cpu.regs
     regs[RBX] = regs[R8] = 0
@@ -452,7 +453,7 @@ def test_a_program_that_jumps_into_the_gate_makes_a_system_call(guest: Guest) ->
     guest.machine.write_code("0f 0b", KERNEL - CODE)
     guest.run("0f 0b")
     regs = guest.cpu.regs
-    regs[RDI], regs[R11], regs[RCX] = guest.code_va + fast_path._USER.labels["gate"], (1 << 64) - 1, 0x1234
+    regs[RDI], regs[R11], regs[RCX] = guest.code_va + fast_path_code.USER.labels["gate"], (1 << 64) - 1, 0x1234
     assert guest.run("ff e7") == [VECTOR_UD]
     assert (regs[RIP], guest.modes.kernel_mode, regs[GS_BASE]) == (KERNEL, True, KERNEL_GS)
     saved = guest.machine.memory.q[(guest.machine.data[KERNEL_STACK_PAGE] + 1 << 9) - 3]
@@ -462,7 +463,7 @@ def test_a_program_that_jumps_into_the_gate_makes_a_system_call(guest: Guest) ->
 def test_another_vcpus_gate_is_an_int3(guest: Guest) -> None:
     other = guest.machine.engine.cpu(1)
     assert other is not guest.cpu
-    gate = guest.code_va + area.PER_CPU_SIZE + fast_path._USER.labels["gate"]
+    gate = guest.code_va + area.PER_CPU_SIZE + fast_path_code.USER.labels["gate"]
     guest.cpu.regs[RDI] = gate
     assert guest.run("ff e7") == [3]
     assert (guest.cpu.regs[RIP], guest.modes.kernel_mode) == (gate + 1, False)
@@ -473,7 +474,7 @@ def test_gates_are_closed_while_the_fast_path_is_off(guest: Guest) -> None:
     for change in ("syscall_callback", "user_l4", "syscall_masks_events"):
         before = getattr(guest.modes, change)
         setattr(guest.modes, change, 0)
-        guest.cpu.regs[RDI] = guest.code_va + fast_path._USER.labels["gate"]
+        guest.cpu.regs[RDI] = guest.code_va + fast_path_code.USER.labels["gate"]
         assert guest.run("ff e7") == [TRAP_SYSCALL]
         assert guest.run("0f 05") == [TRAP_SYSCALL]
         assert not guest.modes.kernel_mode
@@ -509,9 +510,9 @@ def test_a_kernel_that_writes_nonsense_to_the_data_harms_itself_alone(guest: Gue
         guest.modes.kernel_mode = False
         guest.modes.kernel_sp, guest.modes.other_gs_base = KERNEL_SP, KERNEL_GS
         guest.cpu.switch_mode(guest.machine.l4, True)
-        regs[RDI] = guest.code_va + 0x1000 + rng.choice(list(fast_path.FIELDS.values()))
+        regs[RDI] = guest.code_va + 0x1000 + rng.choice(list(fast_path_code.FIELDS.values()))
         regs[RSI] = rng.choice((*interesting, rng.getrandbits(64)))
-        regs[RBX] = guest.code_va + rng.randrange(fast_path._AT["iret_end"])
+        regs[RBX] = guest.code_va + rng.randrange(fast_path_code.AT["iret_end"])
         regs[RSP], regs[RCX] = rng.choice((STACK_TOP, 0, 1 << 63)), rng.choice(interesting)
         for register in (RAX, R8, R11):
             regs[register] = rng.choice((*interesting, 3, 23, 25))
@@ -552,8 +553,8 @@ def test_it_can_be_turned_off(machine: Machine, monkeypatch: pytest.MonkeyPatch)
 def test_a_non_canonical_way_back_is_a_fault_in_the_guest(guest: Guest) -> None:
     """A guest kernel that puts an impossible RIP where the gate takes it from, and jumps to the gate."""
     guest.run("0f 0b")
-    rip = area.PER_CPU + area.CPU_DATA + fast_path.FIELDS["rip"]
-    gate = guest.code_va + fast_path._AT["gate"]
+    rip = area.PER_CPU + area.CPU_DATA + fast_path_code.FIELDS["rip"]
+    gate = guest.code_va + fast_path_code.AT["gate"]
     guest.machine.write_code("48 89 37 ff e3", KERNEL - CODE)
     guest.cpu.regs[RDI], guest.cpu.regs[RSI], guest.cpu.regs[RBX] = rip, 1 << 63, gate
     assert guest.run("0f 05") == [VECTOR_GP]

@@ -40,11 +40,12 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine import page_walk
-from xenolith.machine.engines.kvm import api, area, fast_path, native_run
+from xenolith.machine.engines.kvm import api, area, fast_path_code, native_run
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
 from xenolith.machine.engines.kvm.api import ioctl
-from xenolith.machine.engines.kvm.cpu import _CODE0, _DATA0
+from xenolith.machine.engines.kvm.fast_path import FastPath
 from xenolith.machine.engines.kvm.host import host_traits
+from xenolith.machine.engines.kvm.segment_registers import CODE0, DATA0
 from xenolith.machine.engines.native_state import GO_ON, NOT_HANDLED
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
 from xenolith.machine.memory import LOCAL_APIC_MFN, MachineMemory
@@ -163,7 +164,7 @@ class TickingGuest(Guest):
         self.fast_path.enter()
         word, bit = divmod(modes.timer_port, 64)
         for name, value in (
-            ("ticks_left", fast_path.TICKS),
+            ("ticks_left", fast_path_code.TICKS),
             ("tick_now", LOOK - 100_000 + first - length),
             ("tick_length", length),
             ("tick_entry", modes.event_callback),
@@ -171,13 +172,13 @@ class TickingGuest(Guest):
             ("tick_bit", 1 << bit),
             ("tick_selector", 1 << word),
         ):
-            self.data[fast_path.FIELDS[name] // 8] = value
+            self.data[fast_path_code.FIELDS[name] // 8] = value
         shared.tick_length, shared.ticking = length, True
         cpu._pages.list[area.TICK_CR3] = modes.kernel_l4 << PAGE_SHIFT
         cpu.set_timer(first, length)
 
     @property
-    def fast_path(self) -> fast_path.FastPath:
+    def fast_path(self) -> FastPath:
         assert self.cpu._fast_path is not None
         return self.cpu._fast_path
 
@@ -258,7 +259,7 @@ def test_a_tick_that_needs_more_goes_to_python(guest: TickingGuest, why: str) ->
     regs[RIP] = CODE
     guest.start_ticks(LENGTH, LENGTH)
     if why == "count":
-        guest.data[fast_path.FIELDS["ticks_left"] // 8] = 0
+        guest.data[fast_path_code.FIELDS["ticks_left"] // 8] = 0
     before = regs[RSP]
     seen = guest.go()
     if why == "selectors":  # nor does the return from the system call take the fast path
@@ -267,7 +268,7 @@ def test_a_tick_that_needs_more_goes_to_python(guest: TickingGuest, why: str) ->
     assert seen == [TRAP_NOTHING]
     assert (regs[RIP], regs[RCX], regs[RSP]) == (CODE + len(bytes.fromhex(program)) - 2, 0x123, before)
     assert (regs[GS_BASE], modes.other_gs_base, modes.kernel_mode) == (USER_GS, KERNEL_GS, False)
-    assert guest.delivered == modes.ticks - (fast_path.TICKS if why == "count" else 0) == 0
+    assert guest.delivered == modes.ticks - (fast_path_code.TICKS if why == "count" else 0) == 0
     assert modes.timers == ([] if why == "no timer" else [LOOK + 10**9] if why == "early" else [LOOK])
 
 
@@ -277,10 +278,10 @@ def test_a_tick_in_guest_kernel_mode_goes_to_python(guest: TickingGuest) -> None
     assert (guest.cpu.regs[RIP], guest.modes.kernel_mode, guest.modes.timers) == (KERNEL + 19, True, [LOOK])
 
 
-USER_CODE = [int(each.ip) for each in Decoder(64, fast_path._USER.code, ip=0)]
+USER_CODE = [int(each.ip) for each in Decoder(64, fast_path_code.USER.code, ip=0)]
 
 
-@pytest.mark.parametrize("at", [at for at in USER_CODE if at <= fast_path._USER.labels["gate"]])
+@pytest.mark.parametrize("at", [at for at in USER_CODE if at <= fast_path_code.USER.labels["gate"]])
 @pytest.mark.parametrize("kicked", [False, True], ids=["tick", "kick on the way"])
 def test_a_tick_between_the_system_call_and_the_gate_is_the_system_call(
     guest: TickingGuest, at: int, kicked: bool
@@ -289,8 +290,8 @@ def test_a_tick_between_the_system_call_and_the_gate_is_the_system_call(
     assert guest.run("0f 0b") == [VECTOR_UD]
     guest.cpu._pages.user_code[at : at + 2] = b"\xeb\xfe"
     if kicked:
-        stop_at(guest, fast_path._AT["tick_saved"])
-    guest.data[fast_path.FIELDS["timer"] // 8] = LOOK
+        stop_at(guest, fast_path_code.AT["tick_saved"])
+    guest.data[fast_path_code.FIELDS["timer"] // 8] = LOOK
     regs = guest.cpu.regs
     regs[RAX] = 0x1234
     before = regs[RSP]
@@ -299,7 +300,7 @@ def test_a_tick_between_the_system_call_and_the_gate_is_the_system_call(
     assert (guest.modes.kernel_mode, guest.mask) == (False, 0)
 
 
-@pytest.mark.parametrize("at", [at for at in offsets("tick", "tick_end") if at < fast_path._AT["tick_slow"]])
+@pytest.mark.parametrize("at", [at for at in offsets("tick", "tick_end") if at < fast_path_code.AT["tick_slow"]])
 def test_a_fault_anywhere_on_the_way_leaves_the_event_to_python(guest: TickingGuest, at: int) -> None:
     """The program goes on where it was; the event is pending already, or the timer is known to be due."""
     regs, modes = guest.cpu.regs, guest.modes
@@ -318,23 +319,25 @@ def test_a_fault_anywhere_on_the_way_leaves_the_event_to_python(guest: TickingGu
     assert not word or (upcall and selector)  # or setting it again would do nothing
 
 
-GATE = [int(each.ip) for each in Decoder(64, fast_path.GATE_TICK_CODE.code, ip=0)]
+GATE = [int(each.ip) for each in Decoder(64, fast_path_code.GATE_TICK_CODE.code, ip=0)]
 
 
-@pytest.mark.parametrize("at", [at for at in GATE if at < fast_path.GATE_TICK_CODE.labels["other"]])
+@pytest.mark.parametrize("at", [at for at in GATE if at < fast_path_code.GATE_TICK_CODE.labels["other"]])
 def test_a_stop_anywhere_in_the_gate_is_one_before_it(guest: TickingGuest, at: int) -> None:
     assert guest.run("0f 0b") == [VECTOR_UD]
-    regs, labels = guest.cpu.regs, fast_path.GATE_TICK_CODE.labels
+    regs, labels = guest.cpu.regs, fast_path_code.GATE_TICK_CODE.labels
     fast = guest.fast_path
-    rax, interrupted, stub = 0x7777, CODE + 0x123, guest.code_va + fast_path._AT["tick"]
+    rax, interrupted, stub = 0x7777, CODE + 0x123, guest.code_va + fast_path_code.AT["tick"]
     exchanged, stored = at >= labels["exchanged"], at > labels["exchanged"]
-    guest.cpu._pages.frame[:] = memoryview(
-        (ctypes.c_uint64 * 6)(rax, stub if exchanged else interrupted, 0x33, 0x246, STACK_TOP - 64, 0x2B)
-    ).cast("B").cast("Q")
+    guest.cpu._pages.frame[:] = (
+        memoryview((ctypes.c_uint64 * 6)(rax, stub if exchanged else interrupted, 0x33, 0x246, STACK_TOP - 64, 0x2B))
+        .cast("B")
+        .cast("Q")
+    )
     on_stack = labels["pushed"] <= at <= labels["stored"]
     regs[RAX] = rax if not on_stack else interrupted if at == labels["exchanged"] else 0x9999
-    guest.data[fast_path.FIELDS["tick_rip"] // 8] = interrupted if stored else 0
-    assert fast.finish_gate(fast_path.GATE_TICK_AT + at) == guest.machine.l4
+    guest.data[fast_path_code.FIELDS["tick_rip"] // 8] = interrupted if stored else 0
+    assert fast.finish_gate(fast_path_code.GATE_TICK_AT + at) == guest.machine.l4
     assert (regs[RAX], regs[RIP], regs[RSP], regs[RFLAGS]) == (rax, interrupted, STACK_TOP - 64, 0x246)
     assert fast.timer_told
 
@@ -371,7 +374,7 @@ def test_kicks_at_any_moment_lose_and_repeat_nothing(guest: TickingGuest) -> Non
             set_timer(guest, LOOK)
             fast = guest.fast_path
             guest.start_ticks(rng.randrange(10_000, 200_000), 200_000)
-            guest.data[fast_path.FIELDS["timer"] // 8] = 1  # the guest set it before; it is due at once
+            guest.data[fast_path_code.FIELDS["timer"] // 8] = 1  # the guest set it before; it is due at once
             enter, fast.enter = fast.enter, lambda: None  # type: ignore[method-assign]
             guest.cpu.run(on_trap)
             fast.enter = enter  # type: ignore[method-assign]
@@ -405,7 +408,7 @@ def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest,
     tables = {"user": guest.machine.l4, "kernel": guest.kernel_l4}
     mapped = [page_walk.read(memory, l4, pointer - 64, 64) for l4 in tables.values()]
     guest.start_ticks(LENGTH, LENGTH)
-    cpu._cs, cpu._ss = _CODE0, _DATA0
+    cpu._segments.cs, cpu._segments.ss = CODE0, DATA0
     regs[RIP], regs[RSP] = area.HypervisorArea.SYSCALL32_STUB, pointer
     regs[RCX], regs[R11] = CODE + 0x40, EFLAGS_IF | 2
     seen: list[tuple[int, int, int]] = []

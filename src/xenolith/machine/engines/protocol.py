@@ -23,12 +23,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from xenolith.abi.x86 import REGISTER_WORDS
+from xenolith.abi.x86 import (
+    EFLAGS_DEFINED,
+    EFLAGS_IF,
+    EFLAGS_IOPL,
+    EFLAGS_RESERVED_ONE,
+    EFLAGS_VM,
+    REGISTER_WORDS,
+)
 
 TRAP_SYSCALL: Final = 32
 TRAP_SYSENTER: Final = 33
 TRAP_NOTHING: Final = 35  # no trap at all: an engine that stopped the vCPU asks for events to be looked for
 TRAP_CPUID: Final = 34  # engines that can intercept CPUID; RIP after it; answer by writing RAX RBX RCX RDX
+
+# Of RFLAGS, what guest code may have set and what it always has.
+ENTRY_FLAGS: Final = EFLAGS_DEFINED & ~(EFLAGS_IOPL | EFLAGS_VM)
+ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
 
 TrapHandler = Callable[[int, int, int], bool]
 

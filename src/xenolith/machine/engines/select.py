@@ -75,8 +75,9 @@ def _kvm(memory: MachineMemory) -> Engine:
     """KVM, with Unicorn at its side where this host's KVM gets some states of a guest wrong."""
     from xenolith.machine.engines.kvm.engine import KvmEngine
 
-    if _host_traits().is_exact:
-        return KvmEngine(memory)
+    traits = _host_traits()
+    if traits.is_exact:
+        return KvmEngine(memory, traits)
     from xenolith.machine.engines.adaptive.engine import POLICY_KVM, AdaptiveEngine
 
     return AdaptiveEngine(memory, "kvm", POLICY_KVM)

@@ -58,6 +58,7 @@ from xenolith.machine.engines.adaptive.placement import LEAST_PATIENCE, Placemen
 from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
+from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.native_state import UNLIMITED, EngineCalls
 from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, GuestModes, TrapHandler
 from xenolith.machine.engines.unicorn import layout
@@ -128,7 +129,7 @@ class AdaptiveEngine(Engine):
     def __init__(self, memory: MachineMemory, name: str = "adaptive", policy: str = POLICY_MEASURED) -> None:
         self.name = name
         self.memory = memory
-        self.kvm = KvmEngine(memory)
+        self.kvm = KvmEngine(memory, host_traits())
         self.unicorn = UnicornEngine(memory)
         self.xcr0_mask = self.kvm.xcr0_mask
         self.l4_entries = {**self.unicorn.l4_entries, **self.kvm.l4_entries}

@@ -272,6 +272,11 @@ class HypervisorArea:
         index = start + CPU_INFO - AREA >> PAGE_SHIFT
         return CpuPages(self._memory, number, mfns, self._l1s[-1][index : index + 2], self._kernel_l1)
 
+    def has_view(self, l4_mfn: int, view: int) -> bool:
+        """Whether this L4 table maps the area in the view of the guest's user (0) or kernel (1)."""
+        entry = self.kernel_l4_entry if view else self.l4_entry
+        return not (int(self._memory.q[l4_mfn << 9 | SLOT]) ^ entry) & ~(PTE_A | PTE_D)
+
     def release(self) -> None:
         """Give the frames back. Nothing may map them any more."""
         self._memory.free_many(self._frames)

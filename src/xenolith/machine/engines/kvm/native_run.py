@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 from xenolith.abi import hypercalls, layout, x86
 from xenolith.machine import native
 from xenolith.machine.engines import native_state, protocol
-from xenolith.machine.engines.kvm import api, area, changes, fast_path
+from xenolith.machine.engines.kvm import api, area, changes, fast_path_code
 from xenolith.machine.native import Fields
 
 SOURCE: Final = Path(__file__).with_name("run.c")
@@ -152,17 +152,15 @@ _CALLS: Final = ("get_rflags", "set_rflags", "switch_mode", "flush_tlb", "flush_
 
 def declarations() -> str:
     """Of everything that run.c uses."""
-    from xenolith.machine.engines.kvm import cpu
-
-    data = SimpleNamespace(**{name.upper(): offset // 8 for name, offset in fast_path.FIELDS.items()})
+    data = SimpleNamespace(**{name.upper(): offset // 8 for name, offset in fast_path_code.FIELDS.items()})
     numbers = SimpleNamespace(
         MOST=area.EntryStubs.MOST,
-        ENTRY_FLAGS=cpu.ENTRY_FLAGS,
-        ALWAYS_SET=cpu.ALWAYS_SET,
-        NO_SELECTOR=fast_path.NO_SELECTOR,
-        NO_TIMER=fast_path.NO_TIMER,
-        TIMER_SLOP=fast_path.TIMER_SLOP,
-        TICKS=fast_path.TICKS,
+        ENTRY_FLAGS=protocol.ENTRY_FLAGS,
+        ALWAYS_SET=protocol.ALWAYS_SET,
+        NO_SELECTOR=fast_path_code.NO_SELECTOR,
+        NO_TIMER=fast_path_code.NO_TIMER,
+        TIMER_SLOP=fast_path_code.TIMER_SLOP,
+        TICKS=fast_path_code.TICKS,
         SEGMENT_SIZE=api.SEGMENT.size,
     )
     return "".join(

@@ -1,0 +1,184 @@
+"""The rarer ways out of the guest: exceptions other than page faults, ports that no trap stub uses, KVM's refusals."""
+
+from __future__ import annotations
+
+from struct import unpack_from
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi.x86 import (
+    EFLAGS_RF,
+    OPCODE_INT3,
+    OPCODE_INT_N,
+    OPCODE_INTO,
+    PAGE_SIZE,
+    R11,
+    RAX,
+    RCX,
+    RFLAGS,
+    RIP,
+    RSP,
+    VECTOR_BP,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_OF,
+    VECTOR_PF,
+    VECTOR_UD,
+    VECTORS_WITH_ERROR_CODE,
+    advanced,
+)
+from xenolith.machine.engines.kvm import api, area, processor, run_page, segment_loads
+from xenolith.machine.engines.kvm.api import run_ioctl
+from xenolith.machine.engines.protocol import (
+    ALWAYS_SET,
+    ENTRY_FLAGS,
+    TRAP_NOTHING,
+    TRAP_SYSCALL,
+    EngineError,
+    TrapHandler,
+)
+
+if TYPE_CHECKING:
+    from xenolith.machine.engines.kvm.cpu import KvmCpu
+    from xenolith.machine.engines.kvm.fast_path import FastPath
+    from xenolith.machine.engines.kvm.processor import DebugRegisters
+    from xenolith.machine.engines.kvm.run_page import RunPage
+    from xenolith.machine.engines.kvm.segment_registers import SegmentRegisters
+
+EFLAGS_OF: Final = 1 << 11
+_DIRECTION_IN: Final = 0
+_ERROR_IDT: Final = 2  # error code of a fault that INT n caused
+_INT3: Final = bytes((OPCODE_INT3,))
+_INT_N: Final = bytes((OPCODE_INT_N,))
+_INTO: Final = bytes((OPCODE_INTO,))
+_IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
+
+
+class Exits:
+    """Those of one vCPU. Its general registers are in the register file already."""
+
+    def __init__(
+        self,
+        fd: int,
+        cpu: KvmCpu,
+        page: RunPage,
+        frame: memoryview,
+        segments: SegmentRegisters,
+        debug: DebugRegisters,
+        fast_path: FastPath | None,
+    ) -> None:
+        self._fd = fd
+        self._cpu = cpu
+        self._regs = cpu.regs
+        self._page = page
+        self._frame = frame  # of the trap, see area.CpuPages
+        self._segments = segments
+        self._debug = debug
+        self._fast_path = fast_path
+
+    def exception(self, on_trap: TrapHandler, vector: int, error_code: int, selector: int) -> bool:
+        """An exception other than a page fault; `selector` is the hardware CS it came from."""
+        if not selector & 3:
+            raise EngineError(f"exception {vector} (error code {error_code:#x}) in the engine's own entry code")
+        self._segments.look_for_far_jump(selector)
+        regs = self._regs
+        if vector == VECTOR_UD:
+            vector, error_code = self._undefined_opcode()
+        elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT:
+            va = self._segments.descriptor_va(error_code)
+            if va is not None and self._cpu.read_memory(va, 8) is None:
+                return on_trap(VECTOR_PF, 0, va)  # the processor's own read of the table
+            if segment_loads.carry_out(self._cpu):
+                return True
+        address = 0
+        if vector in (VECTOR_BP, VECTOR_OF):
+            processor.forget_vector(self._fd)
+        if vector == VECTOR_DB:
+            address = self._debug.read_status()
+            regs[RFLAGS] &= ~EFLAGS_RF
+        return on_trap(vector, error_code if vector in VECTORS_WITH_ERROR_CODE else 0, address)
+
+    def _undefined_opcode(self) -> tuple[int, int]:
+        """What a #UD really is: some hosts raise it for INT n and, in compatibility mode, INT3 and INTO."""
+        regs = self._regs
+        code = self._cpu.fetch(2)
+        compatibility = not self._segments.is_flat
+        if code[:1] == _INT3 and compatibility:
+            regs[RIP] = advanced(regs[RIP], 1)
+            return VECTOR_BP, 0
+        if code[:1] == _INTO and compatibility:
+            if regs[RFLAGS] & EFLAGS_OF:
+                regs[RIP] = advanced(regs[RIP], 1)
+                return VECTOR_OF, 0
+        elif code[:1] == _INT_N and len(code) == 2:
+            if code[1] in (VECTOR_BP, VECTOR_OF):
+                regs[RIP] = advanced(regs[RIP], 2)
+                return code[1], 0
+            return VECTOR_GP, code[1] << 3 | _ERROR_IDT
+        return VECTOR_UD, 0
+
+    def tick(self, on_trap: TrapHandler) -> bool:
+        """The local timer has interrupted something that is not for the fast path."""
+        _, rip, selector, flags, rsp, _ = self._frame
+        regs, fast_path = self._regs, self._fast_path
+        assert fast_path is not None
+        if not selector & 3:
+            if rip & -PAGE_SIZE != area.SYSCALL_PAGE:
+                raise EngineError(f"a tick in the engine's own code at {rip:#x}")
+            regs[RIP], regs[RSP], regs[RFLAGS] = regs[RCX], rsp, regs[R11] & ENTRY_FLAGS | ALWAYS_SET
+            fast_path.take_over(False)
+            return on_trap(TRAP_SYSCALL, 0, 0)
+        regs[RIP], regs[RSP], regs[RFLAGS] = rip, rsp, flags & ENTRY_FLAGS | ALWAYS_SET
+        self._segments.look_for_far_jump(selector)
+        trap = fast_path.take_over(fast_path.contains(rip))
+        return on_trap(TRAP_NOTHING if trap is None else trap, 0, 0)
+
+    def other_port(self, on_trap: TrapHandler, port: int) -> bool:
+        """An OUT of no trap stub: SYSCALL from compatibility mode, or the guest's own, to the one port it can reach."""
+        regs, page = self._regs, self._page
+        rip = page.q[run_page.WORD_RIP]
+        flags = page.q[run_page.WORD_RFLAGS]
+        if page.cpl == 0:
+            if port not in (area.PORT_SYSCALL32, area.PORT_SYSCALL):
+                raise EngineError(f"the engine's own code at {rip:#x} wrote to port {port:#x}")
+            regs[RIP] = regs[RCX]
+            regs[RFLAGS] = regs[R11] & ENTRY_FLAGS | ALWAYS_SET
+            return on_trap(TRAP_SYSCALL, 0, 0)
+        rax = regs[RAX]
+        if page.b[api.RUN_DETAIL] == _DIRECTION_IN:  # the kernel wants to finish the instruction first
+            self._finish_io()
+        regs[RAX] = rax
+        regs[RIP] = self._start_of_io(rip)
+        regs[RFLAGS] = flags & ENTRY_FLAGS | ALWAYS_SET
+        return on_trap(VECTOR_GP, 0, 0)
+
+    def _finish_io(self) -> None:
+        """Let the kernel complete an IN whose result nobody wants, without executing anything more."""
+        self._page.b[api.RUN_IMMEDIATE_EXIT] = 1
+        self._page.q[run_page.DIRTY] = 0
+        run_ioctl(self._fd, api.KVM_RUN, 0)
+        self._page.b[api.RUN_IMMEDIATE_EXIT] = 0
+
+    def _start_of_io(self, rip: int) -> int:
+        """The address of the I/O instruction that ends at `rip` (or starts there, where KVM has not advanced RIP)."""
+        read = self._cpu.read_memory
+        last = read(advanced(rip, -1), 1) or b"\0"
+        if last in _IO_BY_DX:
+            return advanced(rip, -1)
+        before = read(advanced(rip, -2), 1) or b"\0"
+        if before[0] & 0xFC == 0xE4 and last[0] == area.PORT_SYSCALL:
+            return advanced(rip, -2)
+        return rip
+
+    def unexpected(self) -> None:
+        """An exit that no stub asked for: EngineError, or guest code that KVM cannot emulate, which counts as #UD."""
+        page = self._page
+        reason = page.d[run_page.EXIT_REASON]
+        if page.cpl == 3 and reason == api.KVM_EXIT_INTERNAL_ERROR:
+            page.read_all_registers()
+            self._segments.look_for_loads()
+            self._segments.look_for_far_jump(page.hardware_cs)
+            return
+        first, second = unpack_from("<QQ", page.b, api.RUN_DETAIL)
+        name = api.EXIT_NAMES.get(reason, "?")
+        rip = page.q[run_page.WORD_RIP]
+        raise EngineError(f"KVM stopped for reason {reason} ({name}; {first:#x} {second:#x}) at {rip:#x}")

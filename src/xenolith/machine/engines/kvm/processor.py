@@ -1,0 +1,178 @@
+"""The state of a virtual processor that is not in its kvm_run page: set up once, or moved by ioctls."""
+
+from __future__ import annotations
+
+from struct import pack_into, unpack_from
+from typing import TYPE_CHECKING, Final
+
+from xenolith.abi.x86 import (
+    CR4_OSFXSR,
+    CR4_OSXMMEXCPT,
+    CR4_OSXSAVE,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NX,
+    EFER_SCE,
+    EFLAGS_AC,
+    EFLAGS_DF,
+    EFLAGS_IF,
+    EFLAGS_IOPL,
+    EFLAGS_NT,
+    EFLAGS_TF,
+    MSR_STAR,
+)
+from xenolith.machine.engines.kvm import api, area
+from xenolith.machine.engines.kvm.api import ioctl
+from xenolith.machine.engines.kvm.segment_registers import FLAT_CODE, FLAT_STACK, NULL_IMAGE
+from xenolith.machine.engines.protocol import CpuState, EngineError
+
+if TYPE_CHECKING:
+    from xenolith.machine.engines.kvm.vm import VirtualMachine
+
+CR0: Final = 0x8005_0033  # PG AM WP NE ET MP PE
+_EFER: Final = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
+_MSR_LSTAR: Final = 0xC000_0082
+_MSR_CSTAR: Final = 0xC000_0083
+_MSR_SFMASK: Final = 0xC000_0084
+_XSTATE_BV: Final = 512  # in an XSAVE image
+_DR6_INITIAL: Final = 0xFFFF_0FF0
+_DR7_INITIAL: Final = 0x400
+_SEGMENTS: Final = (api.SREGS_CS, api.SREGS_DS, api.SREGS_ES, api.SREGS_FS, api.SREGS_GS, api.SREGS_SS)
+
+
+def set_up(fd: int, vm: VirtualMachine, tss_va: int, syscall_page: int, fast_path: bool) -> bytearray:
+    """Bring a new virtual processor into long mode, on the hypervisor area: its system registers (struct kvm_sregs)."""
+    ioctl(fd, api.KVM_SET_CPUID2, vm.cpuid_table())
+    cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT
+    if vm.kvm_xsave:
+        cr4 |= CR4_OSXSAVE
+    sregs = bytearray(api.SREGS_SIZE)
+    ioctl(fd, api.KVM_GET_SREGS, sregs)
+    for offset in _SEGMENTS:
+        sregs[offset : offset + api.SEGMENT.size] = NULL_IMAGE
+    pack = api.SEGMENT.pack_into
+    pack(sregs, api.SREGS_CS, *api.SEGMENT.unpack(FLAT_CODE))
+    pack(sregs, api.SREGS_SS, *api.SEGMENT.unpack(FLAT_STACK))
+    pack(sregs, api.SREGS_TR, tss_va, area.TSS_LIMIT, area.TSS_SELECTOR, 0xB, 1, 0, 0, 0, 0, 0, 0, 0)
+    pack(sregs, api.SREGS_LDT, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1)
+    api.DTABLE.pack_into(sregs, api.SREGS_GDT, area.GDT, area.GDT_LIMIT)
+    api.DTABLE.pack_into(sregs, api.SREGS_IDT, area.IDT, area.IDT_LIMIT)
+    for offset, value in (
+        (api.SREGS_CR0, CR0),
+        (api.SREGS_CR3, 0),
+        (api.SREGS_CR4, cr4),
+        (api.SREGS_EFER, _EFER),
+    ):
+        pack_into("<Q", sregs, offset, value)
+    if vm.has_ticks:  # guests must not find the local APIC in memory, whatever frames they have
+        (base,) = unpack_from("<Q", sregs, api.SREGS_APIC_BASE)
+        pack_into("<Q", sregs, api.SREGS_APIC_BASE, base | api.X2APIC)
+    try:
+        ioctl(fd, api.KVM_SET_SREGS, sregs)
+    except OSError as error:
+        raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
+    # STAR: SYSCALL loads CS and SS from bits 47..32; SYSRET is never executed.
+    flags_cleared = EFLAGS_TF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
+    if not fast_path:  # which is at CPL 3 and cannot set it again: the local timer would stay silent
+        flags_cleared |= EFLAGS_IF
+    entries = (
+        (MSR_STAR, area.CODE0 << 32 | area.USER_CODE32 << 48),
+        (_MSR_LSTAR, syscall_page),
+        (_MSR_CSTAR, area.HypervisorArea.SYSCALL32_STUB),
+        (_MSR_SFMASK, flags_cleared),
+    )
+    table = api.MSRS_HEADER.pack(len(entries), 0)
+    table += b"".join(api.MSR_ENTRY.pack(index, 0, value) for index, value in entries)
+    if ioctl(fd, api.KVM_SET_MSRS, bytearray(table)) != len(entries):
+        raise EngineError("KVM refuses the system-call registers of a 64-bit guest")
+    return sregs
+
+
+def clear_events(fd: int, *offsets: int) -> None:
+    """Clear these bytes of struct kvm_vcpu_events."""
+    events = bytearray(api.VCPU_EVENTS_SIZE)
+    ioctl(fd, api.KVM_GET_VCPU_EVENTS, events)
+    for offset in offsets:
+        events[offset] = 0
+    ioctl(fd, api.KVM_SET_VCPU_EVENTS, events)
+
+
+def forget_vector(fd: int) -> None:
+    """Clear KVM's memory of the last exception's number."""
+    clear_events(fd, api.EVENTS_EXCEPTION_VECTOR)
+
+
+def forget_exception(fd: int) -> None:
+    """Take back an exception that KVM holds queued."""
+    clear_events(fd, api.EVENTS_EXCEPTION_INJECTED, api.EVENTS_EXCEPTION_PENDING, api.EVENTS_EXCEPTION_VECTOR)
+
+
+class DebugRegisters:
+    """DR0 to DR7, as ring 0 set them."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._values = [0] * 8
+
+    def load(self, values: list[int]) -> None:
+        self._values = list(values)
+        self._write()
+
+    def set(self, number: int, value: int) -> None:
+        self._values[number] = value
+        self._write()
+
+    def read_status(self) -> int:
+        """DR6 as the processor left it."""
+        registers = bytearray(api.DEBUGREGS.size)
+        ioctl(self._fd, api.KVM_GET_DEBUGREGS, registers)
+        self._values[6] = int(api.DEBUGREGS.unpack(registers)[4])
+        return self._values[6]
+
+    def stored(self) -> list[int]:
+        """All of them."""
+        self.read_status()
+        return list(self._values)
+
+    def _write(self) -> None:
+        db0, db1, db2, db3, _, _, dr6, dr7 = self._values
+        registers = api.DEBUGREGS.pack(db0, db1, db2, db3, dr6 or _DR6_INITIAL, dr7 or _DR7_INITIAL, 0)
+        ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))
+
+
+class ExtendedState:
+    """x87, SSE and what else the host has, in the standard format of XSAVE, and XCR0."""
+
+    def __init__(self, fd: int, vm: VirtualMachine) -> None:
+        self._fd = fd
+        self._vm = vm
+        self.xcr0 = 1
+
+    def image(self) -> bytearray:
+        image = bytearray(api.XSAVE_SIZE)
+        ioctl(self._fd, api.KVM_GET_XSAVE, image)
+        return image[: self._vm.xsave_size]
+
+    def load(self, state: CpuState) -> None:
+        image = bytearray(api.XSAVE_SIZE)
+        image[: len(state.xsave)] = state.xsave
+        (components,) = unpack_from("<Q", image, _XSTATE_BV)
+        unknown = components & ~self._vm.xcr0_mask
+        if unknown:
+            raise EngineError(f"the vCPU has extended state that this host lacks (XSAVE components {unknown:#x})")
+        ioctl(self._fd, api.KVM_SET_XSAVE, image)
+        self.set_xcr0(state.xcr0)
+
+    def set_xcr0(self, value: int) -> None:
+        self.xcr0 = value
+        if self._vm.traits.xcr0_settable and not self.try_xcr0(value):
+            raise EngineError(f"KVM refuses XCR0 = {value:#x}")
+
+    def try_xcr0(self, value: int) -> bool:
+        """Whether KVM takes this XCR0."""
+        try:
+            ioctl(self._fd, api.KVM_SET_XCRS, bytearray(api.XCRS.pack(1, 0, 0, 0, value, *(0,) * 45)))
+        except OSError:
+            return False
+        return True
