@@ -21,12 +21,17 @@ from xenolith.abi.errno import ESRCH
 from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.dom0 import domain_tree
+from xenolith.dom0.backends.block import BlockBackend, BlockStatistics, VbdSpec
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
+from xenolith.dom0.disks import DiskError
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
+from xenolith.dom0.peer import GrantError
+from xenolith.dom0.xenbus import Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
+from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.lifecycle import create_dom0
 
@@ -51,6 +56,7 @@ class DomainSpec:
     max_memory_kib: int | None = None
     vcpus: int = 1
     max_vcpus: int | None = None
+    disks: tuple[VbdSpec, ...] = ()
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
@@ -62,10 +68,15 @@ class GuestDomain:
         self.domid = built.domid
         self.built = built
         self.console = console
+        self.disks: dict[int, Device[BlockBackend]] = {}  # by virtual device number
         self.undo = undo  # takes the domain apart, in the reverse order of its making
         self.started = False
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
+
+    def disk_statistics(self) -> BlockStatistics:
+        """What its disks did, all together."""
+        return BlockStatistics.total(device.backend.statistics for device in self.disks.values())
 
     @property
     def end(self) -> DomainInfo | None:
@@ -85,6 +96,37 @@ class GuestDomain:
             self._ended.notify_all()
 
 
+class _Peer:
+    """A domain with front-ends (see `peer.Peer`)."""
+
+    def __init__(self, dom0: Domain, hypervisor: Hypervisor, domid: int) -> None:
+        self._dom0 = dom0
+        self._hypervisor = hypervisor
+        self.domid = domid
+
+    def bind(self, remote_port: int, handler: Callable[[], None]) -> int:
+        remote = self._hypervisor.domain(self.domid)
+        port = self._dom0.events.bind_interdomain(remote, remote_port) if remote else -ESRCH
+        if port > 0:
+            self._dom0.events.set_handler(port, lambda _: handler())
+        return port
+
+    def close_port(self, port: int) -> None:
+        self._dom0.events.close(port)
+
+    def notify(self, port: int) -> None:
+        self._dom0.events.send(port)
+
+    def map(self, ref: int, writable: bool) -> tuple[int, memoryview]:
+        handle = self._dom0.grants.map(self._hypervisor.domain(self.domid), ref, writable)
+        if handle < 0:
+            raise GrantError(f"GNTST {handle}")
+        return handle, self._dom0.grants.mapped(handle)
+
+    def unmap(self, handle: int) -> None:
+        self._dom0.grants.unmap(handle)
+
+
 class Dom0:
     """Domain 0 on a hypervisor, with its services running.
 
@@ -100,10 +142,12 @@ class Dom0:
         self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []
         """Called on dom0's event thread with each domain that shuts down, once it has been noted as ended."""
         self._lock = threading.Lock()
-        self._events = create_dom0(hypervisor).events
+        self._domain = create_dom0(hypervisor)
+        self._events = self._domain.events
         self._thread = EventThread(hypervisor.log)
         self.xenstore = XenstoreService()
         self.xenstore.start()
+        self.xenbus = Xenbus(self.xenstore, hypervisor.log)
         self.xenstore.write("/local/domain/0/name", "Domain-0", ["n0"])
         self.xenstore.write("/local/domain/0/domid", "0", ["n0"])
         port = self._events.bind_virq(VIRQ_DOM_EXC, 0)
@@ -126,10 +170,23 @@ class Dom0:
             console = self._connect_console(built, undo)
             self._describe(spec, built, undo)
             self._connect_xenstore(built, undo)
+            disks = [self._plug_disk(domid, each, undo) for each in spec.disks]
             domain = GuestDomain(spec, built, console, undo.pop_all())
+        domain.disks.update((device.number, device) for device in disks)
         with self._lock:
             self.domains[domid] = domain
         return domain
+
+    def _plug_disk(self, domid: int, spec: VbdSpec, undo: ExitStack) -> Device[BlockBackend]:
+        peer = _Peer(self._domain, self.hypervisor, domid)
+        try:
+            backend = BlockBackend(peer, spec, self.hypervisor.log)
+        except DiskError as error:
+            raise DomainCreateError(str(error)) from error
+        front, back = backend.nodes()
+        device = self.xenbus.plug(peer, spec.number, backend, front, back)
+        undo.callback(device.stop)
+        return device
 
     def _connect_console(self, built: BuiltDomain, undo: ExitStack) -> Console:
         port, notify = self._bind(built.domid, built.console_port, undo)
@@ -219,6 +276,8 @@ class Dom0:
                 domain.console.service()
             else:
                 domain.console.close()
+                for device in domain.disks.values():
+                    device.stop_soon()
             domain.set_end(info)
             self.xenstore.domain_event("@releaseDomain")
             for hook in self.shutdown_hooks:

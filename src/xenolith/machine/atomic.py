@@ -68,3 +68,12 @@ compare_exchange_16: Final[Callable[[int, int, int], int]] = function(
     ctypes.c_uint16,
 )
 """The same for a 16-bit word."""
+
+fence: Final[Callable[[], None]] = function(
+    bytes.fromhex(
+        "f0 83 0c 24 00"  # lock or dword [rsp], 0
+        "c3"
+    ),
+    None,
+)
+"""No load after this is carried out before any store before it."""

@@ -17,6 +17,7 @@ from typing import Final
 
 from xenolith.abi import layout
 from xenolith.dom0 import domain_tree
+from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
@@ -45,6 +46,7 @@ from xenolith.toolstack.client import (
     no_progress,
 )
 from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.devices import virtual_block_device
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
 
@@ -183,6 +185,8 @@ class EmbeddedToolstack(Client):
         found = []
         for info in self.domains():
             counters = self._control.counters(info.domid)
+            domain = self.dom0.domains.get(info.domid)
+            disks = domain.disk_statistics() if domain else BlockStatistics()
             found.append(
                 DomainStatistics(
                     domid=info.domid,
@@ -190,6 +194,10 @@ class EmbeddedToolstack(Client):
                     vcpu_times_ns=tuple(vcpu.cpu_time_ns for vcpu in self.vcpus(info.domid)),
                     traps=counters.total_traps,
                     hypercalls=sum(counters.hypercalls.values()),
+                    disk_read_bytes=disks.read_bytes,
+                    disk_written_bytes=disks.written_bytes,
+                    disk_reads=disks.reads,
+                    disk_writes=disks.writes,
                 )
             )
         return found
@@ -369,9 +377,7 @@ class _Attachment:
 def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
     """What dom0 is to make. Raises NotSupported and ToolstackError."""
     lacking = config.unsupported()
-    lacking += [
-        key for key, given in {"disk": config.disks, "vif": config.nics, "p9": config.p9_shares}.items() if given
-    ]
+    lacking += [key for key, given in {"vif": config.nics, "p9": config.p9_shares}.items() if given]
     if config.bootloader:
         lacking.append("bootloader")
     if lacking:
@@ -396,5 +402,6 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         max_memory_kib=config.memory_ceiling_kib,
         vcpus=config.vcpus_online,
         max_vcpus=config.vcpus_ceiling,
+        disks=tuple(virtual_block_device(disk) for disk in config.disks),
         uuid=config.uuid,
     )

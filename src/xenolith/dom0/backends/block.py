@@ -1,0 +1,313 @@
+"""The block back-end: virtual block devices for guests (paper 3.4.2; public/io/blkif.h; Linux: xen-blkback).
+
+A request names up to 11 segments (up to 256 in frames of their own, "indirect"), each a part of a granted frame.
+Data goes between the disk and these frames with one preadv or pwritev, without a copy.  The back-end's thread does
+this with none of the hypervisor's locks held; a slow disk delays its own device.
+
+A front-end that has the feature "persistent" uses the same grants again and again, so they stay mapped (`Grants`), up
+to as many as Linux's back-end keeps.
+
+What a guest can do wrong.  A request is copied once and every field of it checked; one that makes no sense, or that
+names a frame which was not granted, is answered with an error.  A ring that lies closes the device (`xenbus`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple, dataclass
+from typing import ClassVar, Final
+
+from xenolith.abi import blkif
+from xenolith.dom0.disks import Disk, DiskSource
+from xenolith.dom0.disks.open import open_disk
+from xenolith.dom0.peer import GrantError, Peer
+from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
+from xenolith.dom0.xenbus import Backend, FrontendError, FrontendNodes
+
+MAX_INDIRECT_SEGMENTS: Final = 256  # 1 MiB a request
+MAX_PERSISTENT_GRANTS: Final = 1056  # a ring; as xen-blkback: 32 requests of 32 segments and an indirect frame
+_REF_LIMIT: Final = 1 << 32
+_PORT_LIMIT: Final = 1 << 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class VbdSpec:
+    """A virtual block device for a domain."""
+
+    number: int  # as the guest knows it, see xen-vbd-interface(7): 51712 is xvda
+    name: str
+    source: DiskSource | None  # None: a drive without a medium
+    cdrom: bool = False
+
+
+class BadRequest(Exception):
+    """A request makes no sense."""
+
+
+@dataclass
+class BlockStatistics:
+    """What a device did since it was plugged in."""
+
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    discards: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    errors: int = 0
+
+    @classmethod
+    def total(cls, statistics: Iterable[BlockStatistics]) -> BlockStatistics:
+        """The sum of several devices'."""
+        return cls(*map(sum, zip(*map(astuple, statistics), strict=True)))
+
+
+class Grants:
+    """The frames of a front-end's that one ring has mapped."""
+
+    def __init__(self, peer: Peer, persistent: bool) -> None:
+        self._peer: Final = peer
+        self._limit: Final = MAX_PERSISTENT_GRANTS if persistent else 0
+        self._kept: Final[dict[int, tuple[int, memoryview]]] = {}  # by reference: handle and frame
+        self._passing: Final[list[int]] = []  # handles
+
+    def frame(self, ref: int, writable: bool) -> memoryview:
+        """The frame of a grant, until `release`. Raises GrantError."""
+        kept = self._kept.get(ref)
+        if kept is not None:
+            return kept[1]
+        if len(self._kept) < self._limit:
+            kept = self._kept[ref] = self._peer.map(ref, True)  # it will serve requests of both kinds
+            return kept[1]
+        handle, frame = self._peer.map(ref, writable)
+        self._passing.append(handle)
+        return frame
+
+    def release(self) -> None:
+        """A request is done: give up all that is not kept."""
+        while self._passing:
+            self._peer.unmap(self._passing.pop())
+
+    def close(self) -> None:
+        self.release()
+        while self._kept:
+            self._peer.unmap(self._kept.popitem()[1][0])
+
+
+class _Queue:
+    """One ring of a device, with its event channel."""
+
+    def __init__(self, backend: BlockBackend, ref: int, remote_port: int, persistent: bool) -> None:
+        """Raises FrontendError."""
+        peer = self._peer = backend.peer
+        self._disk: Final = backend.disk
+        self._statistics: Final = backend.statistics
+        self._backend: Final = backend
+        with contextlib.ExitStack() as undo:
+            try:
+                handle, memory = peer.map(ref, True)
+            except GrantError as error:
+                raise FrontendError(f"its ring (grant {ref}) cannot be mapped: {error}") from error
+            undo.callback(peer.unmap, handle)
+            ring = SharedRing(memory, blkif.REQUEST_SIZE)
+            self._responses: Final = ResponseWriter(ring)
+            self._requests: Final = RequestReader(ring, self._responses)
+            self._grants: Final = Grants(peer, persistent)
+            undo.callback(self._grants.close)
+            port = peer.bind(remote_port, backend.ring)
+            if port < 0:
+                raise FrontendError(f"its event channel {remote_port} cannot be bound (errno {-port})")
+            undo.callback(peer.close_port, port)
+            self._port: Final = port
+            self._undo: Final = undo.pop_all()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def serve(self) -> bool:
+        """Carry out all requests that are there; True where more have come meanwhile."""
+        try:
+            requests = self._requests.take()
+        except RingError as error:
+            raise FrontendError(str(error)) from error
+        for request in requests:
+            self._answer(request)
+        if self._responses.push():
+            self._peer.notify(self._port)
+        return self._requests.rearm()
+
+    def _answer(self, request: bytes) -> None:
+        operation, count, _, number, sector = blkif.REQUEST.unpack_from(request)
+        status = blkif.BLKIF_RSP_OKAY
+        try:
+            if operation in (blkif.BLKIF_OP_READ, blkif.BLKIF_OP_WRITE):
+                if not 1 <= count <= blkif.BLKIF_MAX_SEGMENTS_PER_REQUEST:
+                    raise BadRequest
+                self._transfer(operation, sector, request[blkif.SEGMENTS :], count)
+            elif operation == blkif.BLKIF_OP_INDIRECT:
+                operation, sector, segments, count = self._indirect(request)
+                self._transfer(operation, sector, segments, count)
+            elif operation == blkif.BLKIF_OP_FLUSH_DISKCACHE:
+                self._flush(sector, request[blkif.SEGMENTS :], count)
+            elif operation == blkif.BLKIF_OP_DISCARD:
+                status = self._discard(request)
+            else:
+                status = blkif.BLKIF_RSP_EOPNOTSUPP
+        except (BadRequest, GrantError):
+            status = blkif.BLKIF_RSP_ERROR
+        except OSError as error:
+            status = blkif.BLKIF_RSP_ERROR
+            self._backend.note_error(error)
+        if status:
+            self._statistics.errors += 1
+        self._grants.release()
+        self._responses.put(blkif.RESPONSE.pack(number, operation, status))
+
+    def _indirect(self, request: bytes) -> tuple[int, int, bytes, int]:
+        """The operation, sector, segments and their number, of a request whose segments lie in frames of their own."""
+        _, operation, count, _, sector, _, *refs = blkif.INDIRECT.unpack_from(request)
+        if operation not in (blkif.BLKIF_OP_READ, blkif.BLKIF_OP_WRITE) or not 1 <= count <= MAX_INDIRECT_SEGMENTS:
+            raise BadRequest
+        size = count * blkif.SEGMENT.size  # all fit one frame
+        return operation, sector, bytes(self._grants.frame(refs[0], False)[:size]), count
+
+    def _transfer(self, operation: int, sector: int, segments: bytes, count: int) -> None:
+        """Read or write. `segments` is a copy."""
+        reading = operation == blkif.BLKIF_OP_READ
+        if not reading and not self._disk.writable:
+            raise BadRequest
+        frame = self._grants.frame
+        buffers = []
+        sectors = 0
+        for ref, first, last in blkif.SEGMENT.iter_unpack(segments[: count * blkif.SEGMENT.size]):
+            if first > last or last >= blkif.SECTORS_PER_PAGE:
+                raise BadRequest
+            memory = frame(ref, reading)
+            part = last - first + 1
+            buffers.append(memory if part == blkif.SECTORS_PER_PAGE else memory[first << 9 : (last + 1) << 9])
+            sectors += part
+        if sector + sectors > self._disk.sectors:
+            raise BadRequest
+        statistics = self._statistics
+        if reading:
+            self._disk.read(sector << 9, buffers)
+            statistics.reads += 1
+            statistics.read_bytes += sectors << 9
+        else:
+            self._disk.write(sector << 9, buffers)
+            statistics.writes += 1
+            statistics.written_bytes += sectors << 9
+
+    def _flush(self, sector: int, segments: bytes, count: int) -> None:
+        """Bring what was written to stable storage; data that comes with the request is written after that and also."""
+        if count > blkif.BLKIF_MAX_SEGMENTS_PER_REQUEST:
+            raise BadRequest
+        self._statistics.flushes += 1
+        if self._disk.writable:
+            self._disk.flush()
+        if count:
+            self._transfer(blkif.BLKIF_OP_WRITE, sector, segments, count)
+            self._disk.flush()
+
+    def _discard(self, request: bytes) -> int:
+        _, flag, _, _, sector, sectors = blkif.DISCARD.unpack_from(request)
+        if not self._disk.discard_granularity or flag & blkif.BLKIF_DISCARD_SECURE:
+            return blkif.BLKIF_RSP_EOPNOTSUPP
+        if sector + sectors > self._disk.sectors:
+            raise BadRequest
+        self._statistics.discards += 1
+        if sectors:
+            self._disk.discard(sector << 9, sectors << 9)
+        return blkif.BLKIF_RSP_OKAY
+
+
+class BlockBackend(Backend):
+    """A virtual block device on a disk, which it closes in the end."""
+
+    kind: ClassVar[str] = "vbd"
+
+    def __init__(self, peer: Peer, spec: VbdSpec, log: Callable[[str], None]) -> None:
+        """Raises DiskError."""
+        self.peer: Final = peer
+        self.spec: Final = spec
+        self.disk: Final[Disk] = open_disk(spec.source)
+        self.statistics: Final = BlockStatistics()
+        self.ring: Callable[[], None] = _nothing
+        self._log: Final = log
+        self._info: Final = (
+            (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0)
+            | (0 if self.disk.writable else blkif.VDISK_READONLY)
+        )
+        self._queues: list[_Queue] = []
+        self._seen: set[int | None] = set()  # kinds of errors that were logged
+
+    def offer(self) -> Mapping[str, str]:
+        granularity = self.disk.discard_granularity
+        return {
+            "feature-flush-cache": "1",
+            "feature-persistent": "1",
+            "feature-max-indirect-segments": str(MAX_INDIRECT_SEGMENTS),
+            "max-ring-page-order": "0",
+            "feature-discard": str(int(bool(granularity))),
+            "discard-granularity": str(granularity),
+            "discard-alignment": "0",
+            "discard-secure": "0",
+        }
+
+    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
+        protocol = nodes.text("protocol", blkif.PROTOCOL)
+        if protocol != blkif.PROTOCOL:
+            raise FrontendError(f"it speaks {protocol!r}, not {blkif.PROTOCOL}")
+        self.ring = ring
+        ref, port = nodes.number("ring-ref", _REF_LIMIT), nodes.number("event-channel", _PORT_LIMIT)
+        persistent = bool(nodes.number("feature-persistent", 2, default=0))
+        self._queues.append(_Queue(self, ref, port, persistent))
+
+    def describe(self) -> Mapping[str, str]:
+        return {
+            "sectors": str(self.disk.sectors),
+            "info": str(self._info),
+            "sector-size": str(blkif.SECTOR_SIZE),
+            "physical-sector-size": str(self.disk.physical_sector_size),
+        }
+
+    def serve(self) -> bool:
+        busy = False
+        for queue in self._queues:
+            busy |= queue.serve()
+        return busy
+
+    def disconnect(self) -> None:
+        while self._queues:
+            self._queues.pop().close()
+
+    def close(self) -> None:
+        self.disk.close()
+
+    def note_error(self, error: OSError) -> None:
+        """The storage failed. Each kind of failure has one line in the log."""
+        if error.errno not in self._seen:
+            self._seen.add(error.errno)
+            self._log(f"d{self.peer.domid}: {self.spec.name}: {error}")
+
+    def nodes(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """What is in the front-end's and the back-end's directory from the beginning, as libxl writes it.
+
+        Not the path of the file ("params"): it is none of the guest's business.
+        """
+        spec, kind = self.spec, "cdrom" if self.spec.cdrom else "disk"
+        front = {"virtual-device": str(spec.number), "device-type": kind, "trusted": "1"}
+        back = {
+            "dev": spec.name,
+            "type": "phy",
+            "mode": "w" if self.disk.writable else "r",
+            "device-type": kind,
+            "removable": str(int(spec.cdrom)),
+            "bootable": "1",
+        }
+        return front, back
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,100 @@
+"""A disk in a file, or in a block device of the host, sector by sector."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+from xenolith.dom0.disks import SECTOR, Buffers, DiskError, rest
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+BLKDISCARD: Final = 0x1277
+BLKPBSZGET: Final = 0x127B
+_RANGE: Final = Struct("=QQ")
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class RawDisk:
+    """A file or block device as a disk.
+
+    The host's page cache is used, so a write that was not flushed survives the end of this process but not that of the
+    host.  The file is locked (flock): one disk at a time may write to it, or any number read.
+    """
+
+    def __init__(self, path: Path, writable: bool = True, discard: bool = True) -> None:
+        """Raises DiskError."""
+        self.path: Final = path
+        self.writable: Final = writable
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe would block
+        try:
+            if writable and stat.S_ISBLK(os.stat(path).st_mode):
+                flags |= os.O_EXCL  # not one that the host has mounted
+            self._descriptor = os.open(path, flags)
+        except OSError as error:
+            raise DiskError(f"cannot open the disk {path}: {error.strerror}") from error
+        try:
+            self._examine(discard)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _examine(self, discard: bool) -> None:
+        status = os.fstat(self._descriptor)
+        self._is_device = stat.S_ISBLK(status.st_mode)
+        if not self._is_device and not stat.S_ISREG(status.st_mode):
+            raise DiskError(f"{self.path} can be no disk: it is neither a file nor a block device")
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_EX if self.writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            others = "another disk uses it" if self.writable else "another disk writes to it"
+            raise DiskError(f"{self.path} is in use: {others}") from error
+        self.sectors = os.lseek(self._descriptor, 0, os.SEEK_END) // SECTOR
+        if not self.sectors:
+            raise DiskError(f"{self.path} has no sector: it is shorter than {SECTOR} bytes")
+        self.physical_sector_size = SECTOR
+        if self._is_device:
+            answer = fcntl.ioctl(self._descriptor, BLKPBSZGET, bytes(4))
+            self.physical_sector_size = int.from_bytes(answer, "little")
+        unit = self.physical_sector_size if self._is_device else status.st_blksize
+        self.discard_granularity = unit if discard and self.writable else 0
+
+    def read(self, position: int, buffers: Buffers) -> None:
+        self._move(os.preadv, position, buffers)
+
+    def write(self, position: int, buffers: Buffers) -> None:
+        self._move(os.pwritev, position, buffers)
+
+    def _move(self, transfer: Callable[[int, Buffers, int], int], position: int, buffers: Buffers) -> None:
+        wanted = sum(map(len, buffers))
+        while (count := transfer(self._descriptor, buffers, position)) != wanted:
+            if not count:
+                raise OSError(errno.EIO, f"{self.path} has been cut off before byte {position + 1}")
+            buffers = rest(buffers, count)
+            position += count
+            wanted -= count
+
+    def flush(self) -> None:
+        """Raises OSError also where the file has been removed: what was written to it will be found by nobody."""
+        os.fdatasync(self._descriptor)
+        if not os.fstat(self._descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, f"{self.path} has been removed")
+
+    def discard(self, position: int, length: int) -> None:
+        if self._is_device:
+            fcntl.ioctl(self._descriptor, BLKDISCARD, _RANGE.pack(position, length))
+        elif _libc.fallocate(self._descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
