@@ -20,10 +20,9 @@ BYSTANDER = next(guest for guest in CATALOGUE if guest.name == "hello")
 
 def digest_of_frames(machine: Machine, domid: int) -> tuple[str, list[int]]:
     """A digest of every frame that a domain owns, and which they are."""
-    frames = machine.dom0.hypervisor.frames
-    owned = np.flatnonzero(frames.owners == domid).tolist()
-    memory = machine.dom0.hypervisor.memory
-    return hashlib.sha256(b"".join(bytes(memory.page(mfn)) for mfn in owned)).hexdigest(), owned
+    domain = machine.dom0.hypervisor.domains[domid]
+    owned = np.flatnonzero(domain.frames.owners == domid).tolist()
+    return hashlib.sha256(b"".join(bytes(domain.memory.page(mfn)) for mfn in owned)).hexdigest(), owned
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.lifecycle import create_dom0
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
-from xenolith.machine.memory import MachineMemory
+from xenolith.machine.memory import MachineMemory, MemoryBudget
 
 Step = Callable[[], None] | tuple[int, ...]
 Program = Generator[Step, int, None]
@@ -139,7 +139,7 @@ class BareMachine:
         def engine(_: MachineMemory) -> Any:
             return ScriptedEngine(cpus_shared)
 
-        self.hypervisor = Hypervisor(MachineMemory(4096), engine, self.clock, pcpus)
+        self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus)
         self.control = Control(self.hypervisor)
         self.dom0 = create_dom0(self.hypervisor)
         self._started: list[Domain] = []

@@ -28,11 +28,14 @@ from xenolith.abi.grant_table import (
 from xenolith.abi.hypercalls import GNTTABOP_copy, GNTTABOP_map_grant_ref, GNTTABOP_unmap_grant_ref
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor import audit, paging
+from xenolith.hypervisor.control import DomainCreateError
 from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.frames import TYPE_L1
 from xenolith.hypervisor.guest_memory import WRITE, translate
+from xenolith.hypervisor.hypercalls import memory_op
 from xenolith.hypervisor.hypercalls.grant_table_op import do_grant_table_op
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
+from xenolith.machine.memory import MOST_ALIASES
 
 from .bare import DATA, BareMachine, read, write
 
@@ -117,10 +120,10 @@ def test_what_an_entry_says_later_does_not_change_what_is_mapped(machine: BareMa
 
 
 def test_grants_that_are_refused(machine: BareMachine) -> None:
-    domain, other = machine.domain(), machine.domain()
+    domain = machine.domain()
     grants = machine.dom0.grants
     grant(domain, REF, 5, frame(domain, 3))
-    grant(domain, REF + 1, 0, frame(other, 3))
+    grant(domain, REF + 1, 0, domain.view.gdt_mfn)
     grant(domain, REF + 2, 0, 0xFFFFFFFF)
     grant(domain, REF + 3, 0, domain.vcpus[0].kernel_l4)
     assert grants.map(None, REF, False) == GNTST_bad_domain
@@ -342,3 +345,101 @@ def test_no_sequence_of_grants_and_mappings_breaks_the_frame_table(
     for handle in handles:
         machine.dom0.grants.unmap(handle)
     assert not audit.check(machine.hypervisor)
+
+
+# --- each domain's memory is its own ---------------------------------------------------------------
+
+
+def mapped_page(mapper: Domain, va: int) -> memoryview:
+    """What the mapper's page table shows at an address, in its own memory."""
+    return mapper.memory.page(mapper.memory.q[l1_entry_index(mapper.vcpus[0], va)] >> 12 & 0xFFFFFFFFF)
+
+
+def test_a_foreign_frame_appears_at_an_alias_and_is_gone_with_its_mapping(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    grant(granter, REF, mapper.domid, frame(granter, 3))
+    va = DATA + 2 * PAGE_SIZE
+    status, handle = map_grant(mapper.vcpus[0], va, REF, granter.domid)
+    assert status == GNTST_okay
+    page = mapped_page(mapper, va)
+    write(granter.vcpus[0], DATA + 3 * PAGE_SIZE, b"theirs")
+    assert bytes(page[:6]) == b"theirs"
+    page[:4] = b"mine"
+    assert read(granter.vcpus[0], DATA + 3 * PAGE_SIZE, 6) == b"miners"
+    assert not audit.check(machine.hypervisor)
+    assert unmap_grant(mapper.vcpus[0], va, handle) == GNTST_okay
+    assert bytes(page[:6]) == bytes(6), "whoever still holds the address finds nothing"
+    page[:4] = b"late"
+    assert read(granter.vcpus[0], DATA + 3 * PAGE_SIZE, 4) == b"mine"
+
+
+def test_a_store_to_a_frame_granted_read_only_reaches_a_copy_whatever_let_it_pass(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    grant(granter, REF, mapper.domid, frame(granter, 3), GTF_permit_access | GTF_readonly)
+    write(granter.vcpus[0], DATA + 3 * PAGE_SIZE, b"theirs")
+    va = DATA + 2 * PAGE_SIZE
+    status, handle = map_grant(mapper.vcpus[0], va, REF, granter.domid, GNTMAP_host_map | GNTMAP_readonly)
+    assert status == GNTST_okay
+    page = mapped_page(mapper, va)
+    assert bytes(page[:6]) == b"theirs"
+    page[:6] = b"broken"  # no check of ours is in the way here
+    assert read(granter.vcpus[0], DATA + 3 * PAGE_SIZE, 6) == b"theirs"
+    assert unmap_grant(mapper.vcpus[0], va, handle) == GNTST_okay
+
+
+@pytest.mark.parametrize("xens", [False, True], ids=["a page", "a frame of its grant table"])
+def test_a_granted_frame_outlives_its_granter_and_nobody_else_gets_it(machine: BareMachine, xens: bool) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    grant(granter, REF, mapper.domid, frame(granter, 3))
+    if xens:
+        grant(granter, REF, mapper.domid, granter.grants.frames[0])
+    va = DATA + 2 * PAGE_SIZE
+    status, handle = map_grant(mapper.vcpus[0], va, REF, granter.domid)
+    assert status == GNTST_okay
+    page = mapped_page(mapper, va)
+    page[:6] = b"theirs"
+    free = machine.hypervisor.memory.free_frames
+    machine.control.destroy(granter.domid)
+    held = machine.hypervisor.memory.free_frames
+    assert held > free
+    victim = machine.domain()
+    for number in range(1, 8):
+        write(victim.vcpus[0], DATA + number * PAGE_SIZE, b"secret")
+    assert bytes(page[:6]) == b"theirs"
+    page[:6] = b"attack"
+    assert all(read(victim.vcpus[0], DATA + number * PAGE_SIZE, 6) == b"secret" for number in range(1, 8))
+    machine.control.destroy(victim.domid)
+    assert unmap_grant(mapper.vcpus[0], va, handle) == GNTST_okay
+    assert machine.hypervisor.memory.free_frames == held + 1
+
+
+def test_a_mapper_that_dies_gives_up_what_it_had_mapped(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    mfn = frame(granter, 3)
+    grant(granter, REF, mapper.domid, mfn)
+    status, _ = map_grant(mapper.vcpus[0], DATA + 2 * PAGE_SIZE, REF, granter.domid)
+    assert status == GNTST_okay
+    with granter.lock:
+        assert memory_op.remove_page(granter, mfn), "the granter gives it back, but for the mapper's reference"
+        paging.modify_l1(granter, l1_entry_index(granter.vcpus[0], DATA + 3 * PAGE_SIZE), 0)
+    assert granter.frames.owner[mfn] == granter.domid
+    epoch = granter.flush_epoch
+    machine.control.destroy(mapper.domid)
+    assert granter.frames.owner[mfn] != granter.domid
+    assert granter.flush_epoch > epoch, "the granter's TLBs have forgotten it"
+    assert flags(granter, REF) == GTF_permit_access
+    assert machine.hypervisor.memory.free_aliases == MOST_ALIASES
+
+
+def test_domains_are_made_until_the_budget_is_used_and_all_of_it_comes_back(machine: BareMachine) -> None:
+    budget = machine.hypervisor.memory
+    free, domains = budget.free_frames, []
+    with pytest.raises(DomainCreateError, match="free"):
+        while True:
+            domains.append(machine.domain().domid)
+            machine.control.populate(domains[-1], 40)
+    assert len(domains) > 10
+    for domid in [*domains, domains[-1] + 1]:
+        if machine.hypervisor.domain(domid) is not None:
+            machine.control.destroy(domid)
+    assert budget.free_frames == free

@@ -9,7 +9,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,43 +25,45 @@ from xenolith.hypervisor.frames import (
     TYPE_L4,
     TYPE_MASK,
     TYPE_WRITABLE,
-    FrameTable,
 )
-from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.grants import GrantTable, Mapping
 from xenolith.hypervisor.hypercalls import memory_op
 from xenolith.hypervisor.time import TimerQueue
+from xenolith.hypervisor.view import View
 from xenolith.machine.clock import VirtualClock
-from xenolith.machine.memory import MachineMemory
+from xenolith.machine.memory import MemoryBudget
 
 FRAMES_EACH = 12
 LEVELS = (TYPE_L1, TYPE_L2, TYPE_L3, TYPE_L4)
 
 
 class Machine:
-    """Two domains on a machine without engines: d1 owns `own`, d2 owns `foreign`."""
+    """Two domains on a machine without engines: d1 owns `own`, and has frames of d2's mapped at `foreign`."""
 
     def __init__(self) -> None:
-        self.memory = MachineMemory(64)
-        m2p = np.zeros(64, dtype=np.uint64)
         clock = VirtualClock()
         self.hypervisor: Any = SimpleNamespace(
-            memory=self.memory, frames=FrameTable(self.memory), domains={}, m2p=m2p.data, m2p_words=m2p,
-            clock=clock, timers=TimerQueue(clock),
-        )  # fmt: skip
+            memory=MemoryBudget(4096), domains={}, clock=clock, timers=TimerQueue(clock)
+        )
         self.hypervisor.domain = self.hypervisor.domains.get
         self.domain = self._domain(1)
         self.other = self._domain(2)
+        self.memory = self.domain.memory
         self.own = self._populate(self.domain)
-        self.foreign = self._populate(self.other)
+        self.foreign: list[int] = []
+        for mfn in self._populate(self.other):
+            alias = self.domain.frames.map_foreign(self.other.memory, mfn, True)
+            self.domain.grants.add_mapping(Mapping(self.other, 0, mfn, True, 0, alias))
+            self.foreign.append(alias)
 
     def _domain(self, domid: int) -> Domain:
-        domain = Domain(self.hypervisor, domid, None, 1)
+        domain = Domain(self.hypervisor, domid, None, 1, View(self.hypervisor.memory, FRAMES_EACH))
         domain.grants = GrantTable(domain)
         self.hypervisor.domains[domid] = domain
         return domain
 
     def _populate(self, domain: Domain) -> list[int]:
-        mfns = self.memory.allocate(FRAMES_EACH)
+        mfns = domain.memory.allocate(FRAMES_EACH)
         domain.frames.assign(mfns, domain.domid)
         domain.total_pages = domain.max_pages = FRAMES_EACH
         return [int(mfn) for mfn in mfns]

@@ -10,7 +10,7 @@ from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0.services import Dom0
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.machine.engines.select import choose
-from xenolith.machine.memory import MachineMemory
+from xenolith.machine.memory import MemoryBudget
 
 SWITCH_SECONDS: Final = 0.0005  # how long a trap may wait for another thread's Python; Python's own default is 5 ms
 XEN_MIB: Final = 16  # Xen's own frames: descriptor windows, shared_info, what the engines map
@@ -24,6 +24,6 @@ def power_on(domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2) -
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     mib = sum(domains_mib)
-    memory = MachineMemory(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
+    memory = MemoryBudget(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
     chosen = choose(engine)
     return Dom0(Hypervisor(memory, chosen.factory, pcpus=pcpus), chosen.name)

@@ -216,10 +216,10 @@ class Control:
         try:
             mfns = domain.memory.allocate(count)
         except OutOfMemory as error:
-            free = domain.memory.free_frames
+            free = hypervisor.memory.free_frames
             raise DomainCreateError(f"the machine has {free >> 8} MiB free, the domain wants {count >> 8}") from error
         domain.frames.assign(mfns, domid)
-        hypervisor.m2p_words[mfns] = np.arange(count, dtype=np.uint64)
+        domain.view.m2p_words[mfns] = np.arange(count, dtype=np.uint64)
         domain.total_pages += count
         return mfns
 

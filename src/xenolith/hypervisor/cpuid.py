@@ -127,5 +127,5 @@ def _xen_leaf(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
             return hz // 1000, 0, 0, 0
         return 0, 0, 0, 0
     if leaf == 5:
-        return 0, max(domain.memory.frames - 1, 1).bit_length() + 12, 0, 0
+        return 0, max(domain.memory.span - 1, 1).bit_length() + 12, 0, 0
     return 0, 0, 0, 0

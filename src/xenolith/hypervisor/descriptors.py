@@ -104,9 +104,9 @@ def lookup(vcpu: Vcpu, selector: int) -> int:
 def set_up_window(vcpu: Vcpu) -> None:
     """The window of a vCPU without a GDT: empty descriptors, then Xen's own. No LDT."""
     domain = vcpu.domain
-    hypervisor = domain.hypervisor
+    view = domain.view
     for page in range(GDT_PAGES):
-        mfn = hypervisor.gdt_mfn if page == layout.FIRST_RESERVED_GDT_PAGE else hypervisor.zero_mfn
+        mfn = view.gdt_mfn if page == layout.FIRST_RESERVED_GDT_PAGE else view.zero_mfn
         domain.memory.q[window_index(domain, vcpu.vcpu_id, page)] = mfn << 12 | WINDOW_ENTRY
 
 
@@ -142,7 +142,7 @@ def destroy_gdt(vcpu: Vcpu) -> None:
     old, vcpu.gdt_frames, vcpu.gdt_entries = vcpu.gdt_frames, [], 0
     vcpu.forget_flat()
     for page, mfn in enumerate(old):
-        _map(vcpu, page, vcpu.domain.hypervisor.zero_mfn)
+        _map(vcpu, page, vcpu.domain.view.zero_mfn)
         paging.put_page_and_type(vcpu.domain, mfn)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.hypervisor.sched.core import Context
     from xenolith.hypervisor.time import Timer, VcpuTimers
+    from xenolith.hypervisor.view import View
 
 MAX_VCPUS: Final = 32
 COUNTERS: Final = 64
@@ -294,8 +295,6 @@ class DomainFields(ctypes.Structure):
     odd_references: bool
     """Frames may be referenced in ways that only Python's `paging` knows: by grant mappings, linear page tables, or
     after their allocation was given up. Never cleared."""
-    python_only: bool
-    """Others map its frames by grant, and count that by Python's lock alone: all traps are Python's. Never cleared."""
 
     _fields_: ClassVar[Fields] = (
         ("memory_address", c_uint64),  # where machine memory begins in this process
@@ -321,7 +320,6 @@ class DomainFields(ctypes.Structure):
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
         ("odd_references", c_bool),
-        ("python_only", c_bool),
     )
 
 
@@ -330,14 +328,17 @@ class Domain(DomainFields):
 
     __hash__ = object.__hash__
 
-    def __init__(self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int, view: View
+    ) -> None:
         self.hypervisor = hypervisor
-        self.memory = hypervisor.memory
-        self.frames = frames = hypervisor.frames
+        self.view = view
+        self.memory = view.memory
+        self.frames = frames = view.frames
         self.domid = domid
         self.engine = engine  # None: dom0, whose code is Python
         self.memory_address, self.machine_frames = self.memory.address, frames.frames
-        self.m2p_address = hypervisor.m2p_words.ctypes.data
+        self.m2p_address = view.m2p_words.ctypes.data
         self.owner_address, self.stamp_address = frames.owners.ctypes.data, frames.stamps.ctypes.data
         self.type_info_address, self.count_info_address = frames.type_infos.ctypes.data, frames.count_infos.ctypes.data
         self.lock = DomainLock(self)
@@ -353,7 +354,6 @@ class Domain(DomainFields):
         self.shared_info_mfn = 0
         # What the engine wants mapped in tables of guest-user and of guest-kernel mode, where that differs.
         self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
-        self.xen_frames: list[int] = []  # MFNs of Xen's frames that serve this domain alone
         self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
         self.flush_epoch = 1
         self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries

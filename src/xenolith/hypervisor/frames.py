@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_XEN
+from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_IO, DOMID_XEN
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -47,16 +47,20 @@ EXISTENCE_COUNT: Final = (1 << 32) - 1
 ALLOCATED: Final = 1 << 32  # one of the references is the allocation itself
 
 
+INVALID_M2P_ENTRY: Final = (1 << 64) - 1
+FOREIGN: Final = DOMID_IO  # owner of an alias, where a frame of another domain appears (see machine.memory)
+
+
 class FrameTable:
-    """Owner, type and counts of every machine frame."""
+    """Owner, type and counts of every frame of a domain's memory, and of its aliases."""
 
     def __init__(self, memory: MachineMemory) -> None:
         self.memory = memory
-        self.frames = memory.frames
-        self.owners: npt.NDArray[np.uint16] = np.full(memory.frames, DOMID_INVALID, dtype=np.uint16)
-        self.type_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
-        self.count_infos: npt.NDArray[np.uint64] = np.zeros(memory.frames, dtype=np.uint64)
-        self.stamps: npt.NDArray[np.uint32] = np.zeros(memory.frames, dtype=np.uint32)
+        self.frames = memory.span
+        self.owners: npt.NDArray[np.uint16] = np.full(memory.span, DOMID_INVALID, dtype=np.uint16)
+        self.type_infos: npt.NDArray[np.uint64] = np.zeros(memory.span, dtype=np.uint64)
+        self.count_infos: npt.NDArray[np.uint64] = np.zeros(memory.span, dtype=np.uint64)
+        self.stamps: npt.NDArray[np.uint32] = np.zeros(memory.span, dtype=np.uint32)
         self.owner = self.owners.data
         self.type_info = self.type_infos.data
         self.count_info = self.count_infos.data
@@ -69,23 +73,32 @@ class FrameTable:
         self.count_infos[mfns] = ALLOCATED | 1
         return [int(mfn) for mfn in mfns]
 
-    def allocate_xen_extent(self, order: int) -> int:
-        """2**order contiguous frames for the hypervisor itself; the first MFN. Raises OutOfMemory."""
-        first = self.memory.allocate_extent(order)
+    def allocate_xen_extent(self, order: int, used: int) -> int:
+        """2**order contiguous frames for the hypervisor itself, which will use `used` of them; the first MFN.
+
+        Raises OutOfMemory.
+        """
+        first = self.memory.allocate_extent(order, charge=used)
         self.owners[first : first + (1 << order)] = DOMID_XEN
         self.count_infos[first : first + (1 << order)] = ALLOCATED | 1
         return first
-
-    def free_xen(self, mfns: list[int]) -> None:
-        """Give back frames of the hypervisor's own."""
-        for mfn in mfns:
-            self.release(mfn)
 
     def share_with_guest(self, mfn: int, domid: int) -> None:
         """Let a domain map this Xen frame writable, as its shared_info (Xen: share_xen_page_with_guest)."""
         self.owner[mfn] = domid
         self.type_info[mfn] = TYPE_WRITABLE | VALIDATED | 1
         self.count_info[mfn] += 1
+
+    def end_sharing(self, mfn: int) -> None:
+        """Undo `share_with_guest` of a domain that is dead; others may still have the frame mapped by grant."""
+        self.type_info[mfn] -= 1
+        self.count_info[mfn] -= 1
+
+    def referenced(self, domid: int) -> list[int]:
+        """MFNs of the frames of a dead domain that others still refer to."""
+        held = (self.owners == domid) & ((self.count_infos & np.uint64(EXISTENCE_COUNT)) != 0)
+        mfns: list[int] = np.flatnonzero(held).tolist()
+        return mfns
 
     def assign(self, mfns: npt.NDArray[np.uint64], domid: int) -> None:
         """Make freshly allocated frames the domain's, each with its allocation's reference."""
@@ -100,6 +113,24 @@ class FrameTable:
         self.type_info[mfn] = 0
         self.count_info[mfn] = 0
         self.memory.free(mfn)
+
+    def map_foreign(self, other: MachineMemory, mfn: int, writable: bool) -> int:
+        """Let a frame of another domain's memory appear; its alias MFN, with one reference. Raises OutOfMemory.
+
+        Nothing but the grant operation that asked for it may map it: it is nobody's as far as paging knows.
+        """
+        alias = self.memory.map_alias(other, mfn, writable)
+        self.owner[alias] = FOREIGN
+        self.type_info[alias] = TYPE_WRITABLE | VALIDATED if writable else TYPE_NONE
+        self.count_info[alias] = 1
+        return alias
+
+    def unmap_foreign(self, alias: int) -> None:
+        """Drop that reference, the last one."""
+        assert self.owner[alias] == FOREIGN and self.count_info[alias] == 1, self.describe(alias)
+        self.owner[alias] = DOMID_INVALID
+        self.type_info[alias] = self.count_info[alias] = 0
+        self.memory.unmap_alias(alias)
 
     def valid(self, mfn: int) -> bool:
         """Whether this machine has such a frame (Xen: mfn_valid)."""

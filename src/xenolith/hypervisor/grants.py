@@ -67,9 +67,10 @@ class Mapping:
 
     granter: Domain
     ref: int
-    mfn: int
+    mfn: int  # the granter's
     writable: bool
-    l1_index: int = 0  # of the page-table entry, in 64-bit words of machine memory; 0: dom0 in Python has none
+    l1_index: int = 0  # of the page-table entry, in 64-bit words of the mapper's memory; 0: dom0 in Python has none
+    alias: int = 0  # the mapper's MFN, at which the frame appears; 0: likewise
 
 
 class GrantTable:
@@ -98,7 +99,6 @@ class GrantTable:
             return False
         for mfn in new:
             table.share_with_guest(mfn, self.domain.domid)
-        self.domain.xen_frames += new
         self.frames += new
         return True
 
@@ -186,7 +186,7 @@ class GrantTable:
         if not active.writers and not active.readers:
             marks |= GTF_reading
             del self._active[ref]
-        if marks and ref < self.entries:  # the table is gone when its domain is dead
+        if marks:
             self._unmark(ref, marks)
 
     def _unmark(self, ref: int, marks: int) -> None:
@@ -220,21 +220,19 @@ class GrantTable:
             self._free_handles.append(handle)
 
     def granted_frames(self) -> frozenset[int]:
-        """MFNs of others that the domain's page tables may map."""
-        return frozenset(mapping.mfn for mapping in self._mappings.values() if mapping.l1_index)
+        """Aliases of others' frames that the domain's page tables may map."""
+        return frozenset(mapping.alias for mapping in self._mappings.values() if mapping.alias)
 
     def release_all(self) -> None:
-        """The domain is dying and does not run: give up everything it has mapped, and its table."""
+        """The domain is dead and has no page tables left: give up everything it has mapped."""
         for handle, mapping in list(self._mappings.items()):
-            # Page-table entries give up their frames themselves, when the page tables go.
-            if mapping.l1_index:
+            if mapping.alias:
+                self.forget_mapping(handle)
+                self.domain.frames.unmap_foreign(mapping.alias)
                 with mapping.granter.lock:
                     mapping.granter.grants.unpin(mapping.ref, mapping.writable)
-                self.forget_mapping(handle)
             else:
                 self.unmap(handle)
-        with self.domain.lock:
-            self.frames = []
 
     # --- for dom0 in Python ------------------------------------------------------------------------------
 
@@ -257,13 +255,13 @@ class GrantTable:
     def mapped(self, handle: int) -> memoryview:
         """The frame behind a handle that `map` gave; to be written only if it was mapped so."""
         mapping = self._mappings[handle]
-        page = self.domain.memory.page(mapping.mfn)
+        page = mapping.granter.memory.page(mapping.mfn)
         return page if mapping.writable else page.toreadonly()
 
     def unmap(self, handle: int) -> int:
         """Give up a grant. Views of the frame must not be used any more."""
         mapping = self._mappings.get(handle)
-        if mapping is None or mapping.l1_index:
+        if mapping is None or mapping.alias:
             return GNTST_bad_handle
         granter = mapping.granter
         with granter.lock:
@@ -295,7 +293,10 @@ class GrantTable:
         return self.unmap(handle)
 
     def references(self) -> Iterator[tuple[int, int | None]]:
-        """The pins' references to the domain's frames: (MFN, the type it needs or None), for the invariant checker."""
+        """References to frames by pins and mappings: (MFN, the type it needs or None), for the invariant checker."""
+        for mapping in self._mappings.values():
+            if mapping.alias:
+                yield mapping.alias, None
         for active in self._active.values():
             yield from [(active.mfn, None)] * active.readers
             yield from [(active.mfn, TYPE_WRITABLE)] * active.writers

@@ -109,7 +109,7 @@ def own_memory(domain: Domain) -> OwnMemory:
     mine &= (frames.count_infos & np.uint64(ALLOCATED)) != 0
     mine[[domain.shared_info_mfn, *domain.shared_frames()]] = False  # Xen's own, shared with it
     mfns = np.flatnonzero(mine).astype(np.uint64)
-    pfns = domain.hypervisor.m2p_words[mfns]
+    pfns = domain.view.m2p_words[mfns]
     possible = pfns < np.uint64(MOST_PFNS)
     ordered, first = np.unique(pfns[possible], return_index=True)
     return OwnMemory(ordered, mfns[possible][first])
@@ -157,7 +157,7 @@ def _append_runs(domain: Domain, runs: list[LinearRun], va: int, mfns: Frames) -
     slots = np.flatnonzero((domain.frames.owners[valid] == domain.domid) & (valid != 0))
     if not len(slots):
         return
-    pfns: npt.NDArray[np.int64] = domain.hypervisor.m2p_words[valid[slots]].astype(np.int64)
+    pfns: npt.NDArray[np.int64] = domain.view.m2p_words[valid[slots]].astype(np.int64)
     breaks = np.flatnonzero((np.diff(slots) != 1) | (np.diff(pfns) != 1)) + 1
     for part in np.split(np.arange(len(slots)), breaks):
         run = LinearRun(va + (int(slots[part[0]]) << PAGE_SHIFT), int(pfns[part[0]]), len(part))

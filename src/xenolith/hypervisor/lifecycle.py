@@ -6,6 +6,7 @@ its descriptor tables.  When it dies it gives back all it has, except frames tha
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
@@ -17,6 +18,7 @@ from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.grants import GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
 from xenolith.hypervisor.time import VcpuTimers
+from xenolith.hypervisor.view import View
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.memory import OutOfMemory
 
@@ -40,7 +42,7 @@ def create_dom0(hypervisor: Hypervisor) -> Domain:
 
     dom0 makes its event-channel and grant hypercalls as calls of the methods of `events` and `grants`.
     """
-    domain = Domain(hypervisor, 0, None, 1)
+    domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
     _wire(domain)
     with hypervisor.lock:
         hypervisor.domains[0] = domain
@@ -53,27 +55,31 @@ def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages
         raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
     with hypervisor.lock:
         domid = hypervisor.next_domid()
-        if domid >= DOMID_FIRST_RESERVED:
-            raise DomainCreateError("all domain ids are in use")
+    if domid >= DOMID_FIRST_RESERVED:
+        raise DomainCreateError("all domain ids are in use")
+    with ExitStack() as undo:
         try:
-            engine = hypervisor.engine_factory(hypervisor.memory)
+            view = View(hypervisor.memory, max_pages)
+            undo.callback(view.memory.close)
+            engine = hypervisor.engine_factory(view.memory)
+            undo.callback(engine.close)
+            domain = Domain(hypervisor, domid, engine, max_vcpus, view)
+            domain.uuid = uuid
+            domain.max_pages = max_pages
+            _set_up(domain)
         except EngineError as error:
             raise DomainCreateError(f"the engine cannot be started: {error}") from error
-        domain = Domain(hypervisor, domid, engine, max_vcpus)
-        domain.uuid = uuid
-        domain.max_pages = max_pages
-        try:
-            _set_up(domain)
         except OutOfMemory as error:
-            engine.close()
             raise DomainCreateError(f"not enough machine memory: {error}") from error
+        undo.pop_all()
+    with hypervisor.lock:
         hypervisor.domains[domid] = domain
     hypervisor.log(f"d{domid}: created with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
     return domid
 
 
 def _set_up(domain: Domain) -> None:
-    hypervisor, frames = domain.hypervisor, domain.frames
+    frames = domain.frames
     engine = domain.engine
     assert engine is not None
     (domain.shared_info_mfn,) = frames.allocate_xen(1)
@@ -81,7 +87,6 @@ def _set_up(domain: Domain) -> None:
     tables = frames.allocate_xen(2 + (pages + 511) // 512)
     frames.share_with_guest(domain.shared_info_mfn, domain.domid)
     domain.shared_info = domain.shared_info_mfn * PAGE_SIZE
-    domain.xen_frames = tables
     l3, l2, *domain.window_l1 = tables
     q = domain.memory.q
     q[l3 << 9] = l2 << 12 | WINDOW_TABLE
@@ -96,7 +101,7 @@ def _set_up(domain: Domain) -> None:
         vcpu.state.xcr0 = 1
     entries = domain.xen_l4_entries
     entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
-    for slot, entry in {**hypervisor.m2p_l4_entries, **engine.l4_entries}.items():
+    for slot, entry in {**domain.view.m2p_l4_entries, **engine.l4_entries}.items():
         entries[slot - layout.XEN_FIRST_SLOT] = entry
     if engine.kernel_l4_entries is not None:
         domain.engine_views = engine.l4_entries, engine.kernel_l4_entries
@@ -130,7 +135,6 @@ def destroy(domain: Domain) -> None:
         domain.dying = True
     hypervisor.scheduler.stop(domain)
     domain.events.close_all()
-    domain.grants.release_all()
     with domain.lock:
         for vcpu in domain.vcpus:
             vcpu.cpu = None
@@ -145,9 +149,11 @@ def destroy(domain: Domain) -> None:
     domain.executable_mapped = domain.entry_changed = None
     with domain.lock:
         paging.relinquish(domain)
-        frames = domain.frames
-        frames.count_info[domain.shared_info_mfn] -= 1
-        frames.free_xen([domain.shared_info_mfn, *domain.xen_frames])
+    domain.grants.release_all()
+    with domain.lock:
+        for mfn in (domain.shared_info_mfn, *domain.grants.frames):
+            domain.frames.end_sharing(mfn)
+        domain.memory.keep_only(domain.frames.referenced(domain.domid))
     with hypervisor.lock:
         del hypervisor.domains[domain.domid]
     hypervisor.log(f"{domain!r}: destroyed")

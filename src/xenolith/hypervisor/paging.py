@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from xenolith.abi.errno import EBUSY, EINVAL, EPERM
-from xenolith.abi.hypercalls import DOMID_XEN
+from xenolith.abi.hypercalls import DOMID_INVALID
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
     PTE_A,
@@ -35,6 +35,8 @@ from xenolith.hypervisor import descriptors, tlb
 from xenolith.hypervisor.frames import (
     ALLOCATED,
     EXISTENCE_COUNT,
+    FOREIGN,
+    INVALID_M2P_ENTRY,
     PINNED,
     TYPE_COUNT,
     TYPE_L1,
@@ -62,7 +64,6 @@ UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A |
 COUNTED: Final = ~UNCOUNTED & (1 << 64) - 1
 GUEST_KERNEL: Final = 1 << 52  # Xen's mark on an L1 entry that the guest gave without the user bit
 PHYSICAL_BITS: Final = 46  # width of a machine address
-INVALID_M2P_ENTRY: Final = (1 << 64) - 1
 
 _U64 = np.uint64
 _FRAME = _U64(FRAME)
@@ -151,15 +152,12 @@ def free_frames(domain: Domain, mfns: list[int]) -> None:
     """Frames without references left return to the machine; no TLB may know them any more."""
     tlb.flush_domain(domain)
     frames = domain.frames
-    m2p = domain.hypervisor.m2p
+    m2p = domain.view.m2p
     for mfn in mfns:
-        owner = frames.owner[mfn]
+        assert frames.owner[mfn] == domain.domid, frames.describe(mfn)
         m2p[mfn] = INVALID_M2P_ENTRY
         frames.release(mfn)
-        if owner == domain.domid:
-            domain.total_pages -= 1
-        elif owner != DOMID_XEN and (other := domain.hypervisor.domain(owner)) is not None:
-            other.total_pages -= 1  # the last mapping of a frame that its owner had given up
+        domain.total_pages -= 1
 
 
 # --- whole tables ----------------------------------------------------------------------------------
@@ -339,10 +337,10 @@ def _put_linear(domain: Domain, mfn: int, holder: int) -> None:
 # --- single entries --------------------------------------------------------------------------------
 
 
-def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None) -> int:
+def modify_l1(domain: Domain, index: int, new: int, owner: int | None = None) -> int:
     """Change an entry of a validated L1 table. `index` counts 64-bit words of machine memory.
 
-    Frames are taken from `source` (default: the domain itself), which may differ for dom0 alone.
+    The entry may map frames of `owner`: the domain itself, or FOREIGN for the grant operation that has made an alias.
     """
     frames, q = domain.frames, domain.memory.q
     old = q[index]
@@ -351,8 +349,8 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
             return -EINVAL
         new = adjust_l1(new)
         target = (new & FRAME) >> 12
-        if source is not None:
-            domain.odd_references = source.python_only = True
+        if owner == FOREIGN:
+            domain.odd_references = True
         if old & PTE_P and not (old ^ new) & COUNTED:
             q[index] = new
             if domain.entry_changed is not None:
@@ -362,13 +360,13 @@ def modify_l1(domain: Domain, index: int, new: int, source: Domain | None = None
             return 0
         if target >= frames.frames:
             return absent_frame(target)
-        if frames.owner[target] != (domain if source is None else source).domid:
+        if frames.owner[target] != (domain.domid if owner is None else owner):
             return -EBUSY
         if new & PTE_RW:
             info = frames.type_info[target]
             if info & TYPE_MASK == TYPE_WRITABLE:
                 frames.type_info[target] = info + 1
-            elif get_page_type(domain if source is None else source, target, TYPE_WRITABLE):
+            elif get_page_type(domain, target, TYPE_WRITABLE):
                 return -EBUSY
         frames.count_info[target] += 1
         q[index] = new
@@ -428,7 +426,7 @@ def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
     return 0
 
 
-def modify_entry(domain: Domain, address: int, new: int, preserve_ad: bool, source: Domain | None = None) -> int:
+def modify_entry(domain: Domain, address: int, new: int, preserve_ad: bool) -> int:
     """Write a word at a machine address of the domain's, as a page-table entry if the frame is a page table.
 
     `address` is 8-byte aligned, the frame is referenced by the caller.  A frame that is no page table is written
@@ -442,7 +440,7 @@ def modify_entry(domain: Domain, address: int, new: int, preserve_ad: bool, sour
         if preserve_ad:
             new |= domain.memory.q[index] & (PTE_A | PTE_D)
         if kind == TYPE_L1:
-            return modify_l1(domain, index, new, source)
+            return modify_l1(domain, index, new)
         return modify_upper(domain, index, new, kind)
     result = get_page_type(domain, mfn, TYPE_WRITABLE)
     if result:
@@ -500,31 +498,36 @@ def drop_base(domain: Domain, old: int) -> None:
 def relinquish(domain: Domain) -> None:
     """Give back everything a dead domain holds in page tables and frames (Xen: domain_relinquish_resources).
 
-    No vCPU of it may run any more.  Frames that others still map stay with it until they are unmapped.
+    No vCPU of it may run any more.  Frames that others still map stay until they are unmapped.
     """
     frames = domain.frames
     for vcpu in domain.vcpus:
         drop_base(domain, vcpu.kernel_l4)
         drop_base(domain, vcpu.user_l4)
         vcpu.kernel_l4 = vcpu.user_l4 = 0
-    owned = np.flatnonzero(frames.owners == domain.domid)
-    for mfn in owned[(frames.type_infos[owned] & _U64(PINNED)) != 0].tolist():
+    for mfn in _owned_tables(domain, _U64(PINNED), _U64(PINNED)):
         unpin(domain, mfn)
     # Read-only linear maps and rings of tables can keep each other alive: break them level by level.
     for kind in (TYPE_L4, TYPE_L3, TYPE_L2, TYPE_L1):
-        for mfn in owned.tolist():
+        for mfn in _owned_tables(domain, _U64(TYPE_MASK | VALIDATED), _U64(kind | VALIDATED)):
             info = frames.type_info[mfn]
-            if info & TYPE_MASK == kind and info & TYPE_COUNT and info & VALIDATED:
+            if info & TYPE_COUNT and info & VALIDATED:
                 frames.type_info[mfn] = info & ~VALIDATED
                 devalidate(domain, mfn, kind)
-    allocated = owned[(frames.count_infos[owned] & _U64(ALLOCATED)) != 0]
+    allocated = np.flatnonzero((frames.owners == domain.domid) & ((frames.count_infos & _U64(ALLOCATED)) != 0))
     frames.count_infos[allocated] -= _U64(ALLOCATED + 1)
     unused = allocated[(frames.count_infos[allocated] & _U64(EXISTENCE_COUNT)) == 0].astype(np.uint64)
-    frames.owners[unused] = 0x7FF4
+    frames.owners[unused] = DOMID_INVALID
     frames.type_infos[unused] = TYPE_NONE
     domain.total_pages -= len(unused)
-    domain.hypervisor.m2p_words[unused] = _U64(INVALID_M2P_ENTRY)
-    domain.memory.free_many(unused)
+
+
+def _owned_tables(domain: Domain, mask: np.uint64, wanted: np.uint64) -> list[int]:
+    """MFNs of the domain's frames whose type_info has these bits."""
+    frames = domain.frames
+    found = (frames.owners == domain.domid) & ((frames.type_infos & mask) == wanted)
+    tables: list[int] = np.flatnonzero(found).tolist()
+    return tables
 
 
 __all__ = ["TYPE_L1", "TYPE_L2", "TYPE_L3", "TYPE_L4"]  # for those who name levels by way of this module

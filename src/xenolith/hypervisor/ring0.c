@@ -26,17 +26,6 @@ void wait_for_lock(u32 *word)
         sched_yield();
 }
 
-/* Take the domain's lock. False: it is taken, or all is Python's. */
-static bool begin(struct domain *d)
-{
-    if (!try_lock(&d->lock_word))
-        return false;
-    if (!d->python_only) /* set under the lock */
-        return true;
-    unlock(d);
-    return false;
-}
-
 /* The end of what was handled: an event that is pending is delivered. */
 static int finish(struct vcpu *v)
 {
@@ -66,7 +55,7 @@ int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
         || (v->new_space && v->native_budget != UNLIMITED))
         return NOT_HANDLED;
     __atomic_store_n(&v->in_guest, false, __ATOMIC_RELEASE); /* as Python's handler, which gets what is not handled */
-    if (!begin(d))
+    if (!try_lock(&d->lock_word))
         return NOT_HANDLED;
     v->work_left = WORK;
     int answer = NOT_HANDLED;
@@ -97,7 +86,7 @@ static void set_pending(struct vcpu *v, u32 port)
 int handle_timer(struct vcpu *v, u64 deadline)
 {
     struct domain *d = v->domain_address;
-    if (!v->calls || !begin(d))
+    if (!v->calls || !try_lock(&d->lock_word))
         return NOT_HANDLED;
     u64 interval = deadline - v->timer_deadline;
     v->timer_deadline = deadline;

@@ -1,18 +1,24 @@
-"""Machine memory: one shared memory object, addressed by machine frame number (MFN).
+"""Memory of a domain: one memory object (memfd), addressed by machine frame number (MFN).
 
-The whole machine is a single memfd mapped once.  Engines map the same object without copying, and
-everything else reads and writes it through flat memoryviews (design decision 1).  Host pages come into
-being when first touched, so a large machine costs only what its domains use; freed frames are given
-back to the host, which also clears them.
+Every domain's memory is an object of its own, whose MFNs mean nothing elsewhere (design decision 1).  It is mapped
+once; engines map the same bytes without copying and nothing besides, and everything else reads and writes it through
+flat memoryviews.  Host pages come into being when first touched; freed frames are given back to the host, which also
+clears them.
+
+Above the domain's own frames lie *alias* frames: places where single frames of other domains' memory objects appear
+while they are mapped by grant.  An alias that is to be read only is a private mapping: what is written there all the
+same, by whoever got past every other check, reaches a copy.
+
+`MemoryBudget` is what the host lends to all domains together.
 """
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import mmap
 import os
 import threading
+from heapq import heappop, heappush
 from typing import Final
 
 import numpy as np
@@ -23,46 +29,167 @@ from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 LOCAL_APIC_MFN: Final = 0xFEE00
 """Where processors have their local APIC: emulated accesses to this frame are not accesses to memory, under KVM."""
 
+MOST_ALIASES: Final = 16384
+"""Of all domains together: each is a mapping of this process, which may have 65,530 (sysctl vm.max_map_count)."""
+
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
+MAP_FIXED: Final = 0x10  # what Python's mmap module does not name
+MAP_NORESERVE: Final = 0x4000
+_PROTECTION: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.restype = ctypes.c_void_p
 
 Frames = npt.NDArray[np.uint64]  # an array of MFNs
 
 
 class OutOfMemory(Exception):
-    """The machine has not enough free frames (or no contiguous extent of the size asked for)."""
+    """There are not enough free frames (or there is no contiguous extent of the size asked for)."""
 
 
-class MachineMemory:
-    """`frames` frames of zeroed memory, and the allocator of its free frames.
-
-    Views of all of it, indexed by machine address divided by the item's size:
-    `b` bytes, `h` 16-bit, `d` 32-bit, `q` 64-bit words; `words` is `q` as a numpy array (uint64).
-    MFN 0 is never handed out, so that 0 can mean "none", nor is LOCAL_APIC_MFN.  Allocation and freeing may be done by
-    any thread.
-    """
+class MemoryBudget:
+    """`frames` frames that the domains of this machine may use together, and MOST_ALIASES aliases. Any thread."""
 
     def __init__(self, frames: int) -> None:
         self.frames = frames
-        self.size = frames << PAGE_SHIFT
-        self.fd = os.memfd_create("xenolith-machine-memory", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self.size)
-        self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.free_frames = frames
+        self.free_aliases = MOST_ALIASES
+        self._lock = threading.Lock()  # the innermost lock of all
+
+    def take(self, count: int) -> None:
+        """Lend `count` frames. Raises OutOfMemory."""
+        with self._lock:
+            if count > self.free_frames:
+                raise OutOfMemory(f"{count} frames wanted, {self.free_frames} are free")
+            self.free_frames -= count
+
+    def give_back(self, count: int) -> None:
+        """End a loan of `count` frames."""
+        with self._lock:
+            self.free_frames += count
+
+    def take_alias(self) -> None:
+        """Lend an alias. Raises OutOfMemory."""
+        with self._lock:
+            if not self.free_aliases:
+                raise OutOfMemory(f"{MOST_ALIASES} frames are mapped by grant already")
+            self.free_aliases -= 1
+
+    def give_back_alias(self) -> None:
+        with self._lock:
+            self.free_aliases += 1
+
+
+class BuddyAllocator:
+    """Which frames of a range are free: blocks of 2**n frames, aligned to their size, as large as can be.
+
+    Every operation takes time by the logarithm of the number of frames, and lowest places go first.  LOCAL_APIC_MFN is
+    never free.  Not for several threads at once.
+    """
+
+    def __init__(self, first: int, end: int) -> None:
+        self._orders = max(end, 1).bit_length() + 1
+        self._free: list[set[int]] = [set() for _ in range(self._orders)]  # the blocks of each order
+        self._heaps: list[list[int]] = [[] for _ in range(self._orders)]  # the same, and some that are taken
+        self.free_frames = 0
+        for start, stop in ((first, min(end, LOCAL_APIC_MFN)), (max(first, LOCAL_APIC_MFN + 1), end)):
+            self.give_back(start, max(stop - start, 0))
+
+    def _lowest(self, order: int) -> int:
+        """The lowest free block of this very order, -1: none."""
+        heap, free = self._heaps[order], self._free[order]
+        while heap and heap[0] not in free:
+            heappop(heap)
+        return heap[0] if heap else -1
+
+    def _best(self, least: int) -> tuple[int, int]:
+        """Start and order of the lowest free block of at least this order. Raises OutOfMemory."""
+        found = [(start, order) for order in range(least, self._orders) if (start := self._lowest(order)) >= 0]
+        if not found:
+            raise OutOfMemory(f"no {1 << least} contiguous free frames ({self.free_frames} frames are free)")
+        return min(found)
+
+    def take_extent(self, order: int, limit: int | None = None) -> int:
+        """Take the lowest 2**order frames, all of them below `limit`; the first. Raises OutOfMemory."""
+        start, block = self._best(order)
+        count = 1 << order
+        if limit is not None and start + count > limit:
+            raise OutOfMemory(f"no {count} contiguous free frames below frame {limit:#x}")
+        self._take_block(start, block)
+        self.give_back(start + count, (1 << block) - count)
+        return start
+
+    def take_up_to(self, count: int) -> tuple[int, int]:
+        """Take the lowest free frames, at most `count` of them, one after the other; the first, and how many."""
+        start, block = self._best(0)
+        self._take_block(start, block)
+        taken = min(count, 1 << block)
+        self.give_back(start + taken, (1 << block) - taken)
+        return start, taken
+
+    def _take_block(self, start: int, order: int) -> None:
+        self._free[order].remove(start)
+        self.free_frames -= 1 << order
+
+    def give_back(self, first: int, count: int) -> None:
+        """`count` frames from `first` on are free."""
+        self.free_frames += count
+        end = first + count
+        while first < end:
+            aligned = (first & -first).bit_length() - 1 if first else self._orders - 1
+            order = min(aligned, (end - first).bit_length() - 1)
+            self._join(first, order)
+            first += 1 << order
+
+    def _join(self, start: int, order: int) -> None:
+        while order < self._orders - 1 and start ^ 1 << order in self._free[order]:
+            self._free[order].remove(start ^ 1 << order)
+            start &= ~(1 << order)
+            order += 1
+        self._free[order].add(start)
+        heappush(self._heaps[order], start)
+
+
+class MachineMemory:
+    """`frames` frames of zeroed memory, the allocator of the free ones, and room for `aliases` frames of others.
+
+    Views of all of it, indexed by machine address divided by the item's size:
+    `b` bytes, `h` 16-bit, `d` 32-bit, `q` 64-bit words; `words` is `q` as a numpy array (uint64).
+    `span` counts the frames and the aliases, which come after them; `size` is that in bytes.
+    MFN 0 is never handed out, so that 0 can mean "none", nor is LOCAL_APIC_MFN.  Allocation and freeing may be done by
+    any thread.  What is allocated is charged to `budget`, if there is one.
+    """
+
+    def __init__(self, frames: int, budget: MemoryBudget | None = None, aliases: int = 0) -> None:
+        self.frames = frames
+        self.span = frames + aliases
+        self.size = self.span << PAGE_SHIFT
+        self.fd = os.memfd_create("xenolith-domain-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, frames << PAGE_SHIFT)
+        # One mapping of Python's, which lives as long as any view of it: at first all of it is private and empty.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        self._map = mmap.mmap(-1, self.size, flags, _PROTECTION)
         self.b = memoryview(self._map)
         self.h = self.b.cast("H")
         self.d = self.b.cast("I")
         self.q = self.b.cast("Q")
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype=np.uint64)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._starts = [1]  # free extents, ascending and never adjacent
-        self._lengths = [frames - 1]
-        self.free_frames = frames - 1
-        if frames > LOCAL_APIC_MFN:
-            self._take(0, LOCAL_APIC_MFN, 1)
-        self._lock = threading.Lock()  # the innermost lock of all: nothing else is taken under it
+        self._map_at(0, frames, mmap.MAP_SHARED, self.fd, 0)
+        self._budget = budget
+        self._charged = 0
+        self._lock = threading.Lock()  # nothing but the budget's own is taken under it
+        self._allocator = BuddyAllocator(1, frames)
+        self._aliases = BuddyAllocator(frames, self.span)
+        self._dead = False
+
+    @property
+    def free_frames(self) -> int:
+        return self._allocator.free_frames
 
     def page(self, mfn: int) -> memoryview:
         """The bytes of one frame, as a writable view."""
@@ -73,56 +200,45 @@ class MachineMemory:
         """One frame as 512 words of 64 bits (a page table), as a writable view."""
         return self.words[mfn << 9 : (mfn + 1) << 9]
 
-    def allocate_extent(self, order: int, limit: int | None = None) -> int:
+    # --- its own frames --------------------------------------------------------------------------------
+
+    def allocate_extent(self, order: int, limit: int | None = None, charge: int | None = None) -> int:
         """Take 2**order contiguous frames, aligned to their size; the first MFN.
 
-        With `limit` all of them lie below that MFN.  Raises OutOfMemory.
+        With `limit` all of them lie below that MFN.  `charge`: how many are charged, where not all will be touched.
+        Raises OutOfMemory.
         """
-        count = 1 << order
+        charge = 1 << order if charge is None else charge
         with self._lock:
-            for index, (start, length) in enumerate(zip(self._starts, self._lengths, strict=True)):
-                first = (start + count - 1) & -count
-                if first + count <= start + length:
-                    if limit is not None and first + count > limit:
-                        break
-                    self._take(index, first, count)
-                    return first
-        raise OutOfMemory(f"no {count} contiguous free frames ({self.free_frames} frames are free)")
+            first = self._allocator.take_extent(order, limit)
+            try:
+                self._charge(charge)
+            except OutOfMemory:
+                self._allocator.give_back(first, 1 << order)
+                raise
+        return first
 
     def allocate(self, count: int) -> Frames:
         """Take `count` frames from anywhere, lowest first; their MFNs, ascending. Raises OutOfMemory."""
         parts: list[Frames] = []
         with self._lock:
-            if count > self.free_frames:
-                raise OutOfMemory(f"{count} frames wanted, {self.free_frames} are free")
+            if count > self._allocator.free_frames:
+                raise OutOfMemory(f"{count} frames wanted, {self._allocator.free_frames} are free")
+            self._charge(count)
             while count:
-                start, length = self._starts[0], min(self._lengths[0], count)
-                self._take(0, start, length)
-                parts.append(np.arange(start, start + length, dtype=np.uint64))
-                count -= length
+                start, taken = self._allocator.take_up_to(count)
+                parts.append(np.arange(start, start + taken, dtype=np.uint64))
+                count -= taken
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
 
     def free(self, first: int, count: int = 1) -> None:
         """Give back `count` frames from `first` on; their contents are cleared and the host's pages released."""
-        result = _libc.fallocate(
-            self.fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, first << PAGE_SHIFT, count << PAGE_SHIFT
-        )
-        if result:
-            raise OSError(ctypes.get_errno(), "cannot release machine memory to the host")
+        self._punch(first, count)
         with self._lock:
-            self._give_back(first, count)
-
-    def _give_back(self, first: int, count: int) -> None:
-        index = bisect.bisect(self._starts, first)
-        self.free_frames += count
-        if index < len(self._starts) and first + count == self._starts[index]:  # joins the next extent
-            count += self._lengths[index]
-            del self._starts[index], self._lengths[index]
-        if index and self._starts[index - 1] + self._lengths[index - 1] == first:  # joins the one before
-            self._lengths[index - 1] += count
-        else:
-            self._starts.insert(index, first)
-            self._lengths.insert(index, count)
+            self._allocator.give_back(first, count)
+            self._charge(-count)
+        if self._dead and not self._charged:
+            self.close()
 
     def free_many(self, mfns: Frames) -> None:
         """Give back frames in any order, run by run."""
@@ -133,18 +249,71 @@ class MachineMemory:
         for run in np.split(ordered, breaks):
             self.free(int(run[0]), len(run))
 
+    def keep_only(self, mfns: list[int]) -> None:
+        """Its domain is dead: release all frames but these, which others still map. `free` gives back each of them."""
+        first = 0
+        for mfn in (*sorted(mfns), self.frames):
+            if mfn > first:
+                self._punch(first, mfn - first)
+            first = mfn + 1
+        with self._lock:
+            self._charge(len(mfns) - self._charged)
+        self._dead = True
+        if not mfns:
+            self.close()
+
+    def _charge(self, count: int) -> None:
+        if self._budget is not None:
+            if count > 0:
+                self._budget.take(count)
+            else:
+                self._budget.give_back(-count)
+        self._charged += count
+
+    def _punch(self, first: int, count: int) -> None:
+        flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        if _libc.fallocate(self.fd, flags, first << PAGE_SHIFT, count << PAGE_SHIFT):
+            raise OSError(ctypes.get_errno(), "cannot release a domain's memory to the host")
+
+    # --- frames of others ------------------------------------------------------------------------------
+
+    def map_alias(self, other: MachineMemory, mfn: int, writable: bool) -> int:
+        """Let frame `mfn` of another memory object appear here; at which alias MFN. Raises OutOfMemory."""
+        with self._lock:
+            if self._budget is not None:
+                self._budget.take_alias()
+            try:
+                alias = self._aliases.take_extent(0)
+                try:
+                    self._map_at(alias, 1, mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE, other.fd, mfn)
+                except OSError as error:
+                    self._aliases.give_back(alias, 1)
+                    raise OutOfMemory(f"the host cannot map a frame: {error.strerror}") from error
+            except OutOfMemory:
+                if self._budget is not None:
+                    self._budget.give_back_alias()
+                raise
+        return alias
+
+    def unmap_alias(self, alias: int) -> None:
+        """Undo one `map_alias`: whatever still refers to the alias finds an empty private page."""
+        self._map_at(alias, 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        with self._lock:
+            self._aliases.give_back(alias, 1)
+            if self._budget is not None:
+                self._budget.give_back_alias()
+
+    def _map_at(self, mfn: int, count: int, flags: int, fd: int, offset_mfn: int) -> None:
+        place, offset = self.address + (mfn << PAGE_SHIFT), offset_mfn << PAGE_SHIFT
+        if _libc.mmap(place, count << PAGE_SHIFT, _PROTECTION, flags | MAP_FIXED, fd, offset) == _MAP_FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, f"cannot map {count} frames of a domain's memory: {os.strerror(error)}")
+
     def close(self) -> None:
         """Release the memory object itself (views held elsewhere keep the mapping alive until dropped)."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            with self._lock:
+                self._charge(-self._charged)
 
-    def _take(self, index: int, first: int, count: int) -> None:
-        start, length = self._starts[index], self._lengths[index]
-        del self._starts[index], self._lengths[index]
-        after = start + length - (first + count)
-        if after:
-            self._starts.insert(index, first + count)
-            self._lengths.insert(index, after)
-        if first > start:
-            self._starts.insert(index, start)
-            self._lengths.insert(index, first - start)
-        self.free_frames -= count

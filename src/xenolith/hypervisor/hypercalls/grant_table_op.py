@@ -30,6 +30,7 @@ from xenolith.abi.grant_table import (
     GNTST_bad_page,
     GNTST_bad_virt_addr,
     GNTST_general_error,
+    GNTST_no_device_space,
     GNTST_okay,
     GNTST_permission_denied,
 )
@@ -52,11 +53,12 @@ from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.events import post_code_written
-from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
+from xenolith.hypervisor.frames import FOREIGN, TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.grants import Mapping
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
 from xenolith.hypervisor.hypercalls.event_channel_op import domain_by_any_id
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
+from xenolith.machine.memory import OutOfMemory
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
@@ -209,31 +211,37 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
         mfn = granter.grants.pin(ref, domain.domid, writable)
         if mfn < 0:
             return mfn, 0, 0
-        status, index = _install(vcpu, host_addr, flags, granter, mfn)
+        try:
+            alias = domain.frames.map_foreign(granter.memory, mfn, writable)
+        except OutOfMemory:
+            granter.grants.unpin(ref, writable)
+            return GNTST_no_device_space, 0, 0
+        status, index = _install(vcpu, host_addr, flags, alias)
         handle = status
         if not status:
-            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index))
+            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index, alias))
             if handle < 0:
                 paging.modify_l1(domain, index, 0)
                 tlb.flush_domain(domain)
         if handle < 0:
+            domain.frames.unmap_foreign(alias)
             granter.grants.unpin(ref, writable)
             return handle, 0, 0
-    return GNTST_okay, handle, mfn << PAGE_SHIFT
+    return GNTST_okay, handle, alias << PAGE_SHIFT
 
 
-def _install(vcpu: Vcpu, host_addr: int, flags: int, granter: Domain, mfn: int) -> tuple[int, int]:
+def _install(vcpu: Vcpu, host_addr: int, flags: int, alias: int) -> tuple[int, int]:
     """Make the page-table entry; status and its index."""
     domain = vcpu.domain
     index = _entry_index(vcpu, host_addr, flags)
     if index < 0:
         return GNTST_general_error, 0
     avail = (flags >> GNTMAP_guest_avail_shift << AVAIL_SHIFT) & PTE_AVAIL
-    entry = mfn << PAGE_SHIFT | PTE_P | PTE_US | PTE_A | PTE_D | PTE_NX | avail
+    entry = alias << PAGE_SHIFT | PTE_P | PTE_US | PTE_A | PTE_D | PTE_NX | avail
     if not flags & GNTMAP_readonly:
         entry |= PTE_RW
     before = domain.memory.q[index]
-    if paging.modify_l1(domain, index, entry, granter):
+    if paging.modify_l1(domain, index, entry, FOREIGN):
         return GNTST_general_error, 0
     if before & PTE_P:
         tlb.flush_domain(domain)
@@ -275,6 +283,7 @@ def _unmap_grant(vcpu: Vcpu, host_addr: int, handle: int, new_addr: int) -> int:
         if status:
             return status
         domain.grants.forget_mapping(handle)
+        domain.frames.unmap_foreign(mapping.alias)
         mapping.granter.grants.unpin(mapping.ref, mapping.writable)
     return GNTST_okay
 
@@ -289,7 +298,7 @@ def _remove_entry(vcpu: Vcpu, mapping: Mapping, host_addr: int, new_addr: int) -
     info = domain.frames.type_info[mfn]
     if domain.frames.owner[mfn] != domain.domid or info & TYPE_MASK != TYPE_L1 or not info & TYPE_COUNT:
         return GNTST_general_error  # the page table that held it is gone
-    if not q[index] & PTE_P or (q[index] & FRAME) >> PAGE_SHIFT != mapping.mfn:
+    if not q[index] & PTE_P or (q[index] & FRAME) >> PAGE_SHIFT != mapping.alias:
         return GNTST_general_error
     if not new_addr:
         paging.modify_l1(domain, index, 0)
@@ -389,9 +398,9 @@ def _copy_between(vcpu: Vcpu, source: _Side, dest: _Side, source_offset: int, de
             return status
         status = dest.take()
         if not status:
-            memory = vcpu.domain.memory.b
-            start, end = dest.mfn * PAGE_SIZE + dest_offset, source.mfn * PAGE_SIZE + source_offset
-            memory[start : start + size] = memory[end : end + size]
+            to, start = dest.owner.memory.b, dest.mfn * PAGE_SIZE + dest_offset
+            source_start = source.mfn * PAGE_SIZE + source_offset
+            to[start : start + size] = source.owner.memory.b[source_start : source_start + size]
             if dest.owner.executable_mapped is not None and dest.owner is vcpu.domain:
                 dest.owner.executable_mapped(dest.mfn)
             elif dest.owner is not vcpu.domain:

@@ -32,8 +32,9 @@ from xenolith.abi.hypercalls import (
     XENMEM_set_memory_map,
 )
 from xenolith.hypervisor import paging
-from xenolith.hypervisor.frames import ALLOCATED, EXISTENCE_COUNT, PINNED, TYPE_COUNT
+from xenolith.hypervisor.frames import ALLOCATED, EXISTENCE_COUNT, INVALID_M2P_ENTRY, PINNED, TYPE_COUNT
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
+from xenolith.hypervisor.view import M2P_ALIAS_VA
 from xenolith.machine.memory import OutOfMemory
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _populate(vcpu: Vcpu, extent_va: int, order: int) -> bool:
     first = allocate_extent(domain, order)
     if first is None:
         return False
-    m2p = domain.hypervisor.m2p
+    m2p = domain.view.m2p
     for offset in range(1 << order):
         m2p[first + offset] = pfn + offset & (1 << 64) - 1
     return copy_to_guest(vcpu, extent_va, layout.U64.pack(first))
@@ -140,7 +141,7 @@ def allocate_extent(domain: Domain, order: int) -> int | None:
     except OutOfMemory:
         return None
     domain.frames.assign(np.arange(first, first + count, dtype=np.uint64), domain.domid)
-    domain.hypervisor.m2p_words[first : first + count] = np.uint64(paging.INVALID_M2P_ENTRY)
+    domain.view.m2p_words[first : first + count] = np.uint64(INVALID_M2P_ENTRY)
     domain.total_pages += count
     return first
 
@@ -195,13 +196,12 @@ def _maximum_gpfn(vcpu: Vcpu, argument: int) -> int:
 
 
 def _maximum_ram_page(vcpu: Vcpu, _: int) -> int:
-    return vcpu.domain.frames.frames
+    return vcpu.domain.memory.frames
 
 
 def _machphys_mapping(vcpu: Vcpu, argument: int) -> int:
-    hypervisor = vcpu.domain.hypervisor
-    start = hypervisor.m2p_va
-    reply = MACHPHYS_MAPPING.pack(start, start + hypervisor.m2p_bytes, hypervisor.memory.frames - 1)
+    view = vcpu.domain.view
+    reply = MACHPHYS_MAPPING.pack(M2P_ALIAS_VA, M2P_ALIAS_VA + view.m2p_bytes, view.memory.frames - 1)
     return 0 if copy_to_guest(vcpu, argument, reply) else -EFAULT
 
 
@@ -210,7 +210,7 @@ def _machphys_mfn_list(vcpu: Vcpu, argument: int) -> int:
     if data is None:
         return -EFAULT
     wanted, _, list_va, _ = MFN_LIST.unpack(data)
-    extents = vcpu.domain.hypervisor.m2p_extents[:wanted]
+    extents = vcpu.domain.view.m2p_extents[:wanted]
     for position, mfn in enumerate(extents):
         if not copy_to_guest(vcpu, list_va + 8 * position, layout.U64.pack(mfn)):
             return -EFAULT
@@ -317,7 +317,7 @@ def _exchange_chunk(
     for mfn in old:
         frames.count_info[mfn] = 0
     paging.free_frames(domain, old)
-    m2p = domain.hypervisor.m2p
+    m2p = domain.view.m2p
     for first, pfn, va in zip(new, pfns, out_vas, strict=True):
         frames.assign(np.arange(first, first + (1 << out_order), dtype=np.uint64), domain.domid)
         domain.total_pages += 1 << out_order

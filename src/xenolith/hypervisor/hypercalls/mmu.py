@@ -157,7 +157,7 @@ def _update(domain: Domain, pointer: int, value: int) -> int:
         result = paging.modify_entry(domain, pointer & ~7, value, command == MMU_PT_UPDATE_PRESERVE_AD)
         paging.put_page(domain, mfn)
         return result
-    domain.hypervisor.m2p[mfn] = value
+    domain.view.m2p[mfn] = value
     return 0
 
 

@@ -39,7 +39,7 @@ class KvmEngine(Engine):
         self.xcr0_mask = traits.xcr0
         # A shadow does; and a processor that walks the guest's tables has paging-structure caches (SDM vol. 3, 4.10.3).
         self.caches_tables = True
-        self.changes = Changes(memory.frames)
+        self.changes = Changes(memory.span)
         self.cpus: dict[int, KvmCpu] = {}
         self._vm = VirtualMachine(memory, traits, traits.ticks and fast_path)
         self.has_ticks = self._vm.has_ticks

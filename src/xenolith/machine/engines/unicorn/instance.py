@@ -66,8 +66,8 @@ class Instance:
         self.env = self.cpu - layout.CPU_STATE
         self.b = _view(self.env, layout.ENV_SIZE)
         self.d, self.q = self.b.cast("I"), self.b.cast("Q")
-        self._checksums = np.zeros(memory.frames, dtype=np.uint64)  # of frames that were executable
-        self._marked = np.zeros(memory.frames, dtype=np.uint8)  # frames with code: stores are noticed
+        self._checksums = np.zeros(memory.span, dtype=np.uint64)  # of frames that were executable
+        self._marked = np.zeros(memory.span, dtype=np.uint8)  # frames with code: stores are noticed
         self._l4_of_tlb = np.zeros(2, dtype=np.uint64)  # whose translations the TLBs of kernel and user mode hold
         self._addresses = {
             "uc": self.uc,
@@ -89,7 +89,7 @@ class Instance:
             "tlb_reset_dirty": lib.address("tlb_reset_dirty_x86_64"),
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
-        self._unverified = np.zeros(memory.frames, dtype=np.uint8)  # see softmmu.Softmmu
+        self._unverified = np.zeros(memory.span, dtype=np.uint8)  # see softmmu.Softmmu
         arrays = (array.ctypes.data for array in (self._marked, self._checksums, self._unverified))
         self.softmmu = softmmu.attach(lib, self.env, memory, *arrays)
         self._limit_first_code()
