@@ -54,15 +54,16 @@ def elf(
     notes_in: str = "segment",
     elf_class: int = 2,
     machine: int = 62,
+    flags: Sequence[int] = (),
 ) -> bytes:
-    """ELF64 with loadable `segments` (paddr, bytes, memsz) and notes in a "segment", as GRUB's ("memsz 0"), or
-    in a "section" only."""
+    """ELF64 with loadable `segments` (paddr, bytes, memsz), each with its p_flags or all of them, and notes in a
+    "segment", as GRUB's ("memsz 0"), or in a "section" only."""
     headers = len(segments) + (notes_in != "section")
     data_at = 64 + 56 * headers
     programs, body = b"", b""
-    for paddr, data, memsz in segments:
+    for (paddr, data, memsz), allowed in zip(segments, flags or [7] * len(segments), strict=True):
         offset = data_at + len(body)
-        programs += struct.pack("<IIQQQQQQ", PT_LOAD, 7, offset, 0, paddr, len(data), memsz, 4096)
+        programs += struct.pack("<IIQQQQQQ", PT_LOAD, allowed, offset, 0, paddr, len(data), memsz, 4096)
         body += data
     notes_at = data_at + len(body)
     body += notes

@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.debian.initramfs import HostFile, InitramfsError, Node, _command_init, build_initramfs, pack
+from kernels import elf, linux, linux_notes
+from xenolith.debian.initramfs import (
+    HostFile,
+    InitramfsError,
+    Mount,
+    Node,
+    _command_init,
+    build_initramfs,
+    needed_arguments,
+    pack,
+)
+from xenolith.dom0.image import load_image
 
 _CPIO = ["cpio"] if shutil.which("cpio") else ["busybox", "cpio"] if shutil.which("busybox") else None
 
@@ -137,6 +148,22 @@ def test_what_cannot_be_put_into_the_guest_is_said_with_its_name(tmp_path: Path,
     ):
         with pytest.raises(InitramfsError, match=r"absent|pipe|/etc"):
             build_initramfs(busybox, files=[file])
+
+
+def test_disks_to_mount_are_lines_of_an_fstab(busybox: Path) -> None:
+    mounts = [Mount("/dev/xvdb", "/srv/my data", "ext4", "ro"), Mount("share", "/mnt", "9p", "trans=xen")]
+    nodes = unpack(build_initramfs(busybox, mounts=mounts))
+    assert nodes["etc/fstab.disks"].data == (b"/dev/xvdb /srv/my\\040data ext4 ro 0 0\nshare /mnt 9p trans=xen 0 0\n")
+    with pytest.raises(InitramfsError, match="fstab"):
+        build_initramfs(busybox, mounts=[Mount("/dev/xvdb", "/a\nb")])
+
+
+def test_an_initcall_that_crashes_on_amd_is_left_out_of_kernels_that_have_it() -> None:
+    plain = load_image(linux())
+    text = b"6Previous system reset reason [0x%08x]: %s"
+    affected = load_image(elf([(0x1000000, text + bytes(64), 0x2000)], linux_notes()))
+    assert needed_arguments(plain) == ""
+    assert needed_arguments(affected) == "initcall_blacklist=print_s5_reset_status_mmio"
 
 
 @pytest.mark.parametrize("argument", ["", ":/x", "a:relative", "a:/x/../../y", "a:/dev/x", "a:/proc/"])

@@ -23,21 +23,29 @@ from click.testing import CliRunner
 
 from kernels import bzimage, linux
 from xenolith.cli.guest import guest
+from xenolith.debian.initramfs import Node
+from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import Apt, GuestUnavailable, Package, cache_directory, file_of_deb, obtain, refresh
 from xenolith.dom0.image import load_image
 
 # Serves $FAKE/lists (stanzas by package) and $FAKE/pool (files); each call is logged. With -c (private lists) it
-# serves $FAKE/fresh instead of $FAKE/lists, once `update` has put them there.
+# serves $FAKE/fresh instead of $FAKE/lists, once `update` has put them there; $FAKE/SUITE if the configuration has
+# sources of its own. $FAKE/targets is what the system's sources offer.
 _FAKE_APT = r"""#!/bin/sh
 echo "$(basename "$0") $*" >> "$FAKE/log"
 lists="$FAKE/lists"
-[ "$1" = -c ] && { conf="$2"; lists="$FAKE/fresh"; shift 2; }
+[ "$1" = -c ] && {
+    conf="$2"; lists="$FAKE/fresh"; shift 2
+    sources=$(sed -n 's/^Dir::Etc::sourcelist "\(.*\)";/\1/p' "$conf")
+    [ "$sources" ] && lists="$FAKE/$(sed -n '/^Suites: /{s///p;q}' "$sources")"
+}
 [ "$1" = -q ] && shift
 case "$1" in
 update)
     [ -e "$FAKE/offline" ] && { echo "W: Failed to fetch the lists, no network" >&2; exit 0; }
     state=$(sed -n 's/^Dir::State::lists "\(.*\)";/\1/p' "$conf")
     touch "$state/archive_Packages" ;;
+indextargets) cat "$FAKE/targets" 2>/dev/null ;;
 pkgnames) ls "$lists" | grep "^$2" ;;
 show) shift 2; for name; do cat "$lists/$name" 2>/dev/null; done ;;
 download)
@@ -196,6 +204,133 @@ def test_a_file_of_an_installed_package_is_taken_only_at_the_version_wanted(arch
     assert apt.installed_file(Package("busybox-static", "1:1.35", ""), wanted) == _BUSYBOX
     assert apt.installed_file(Package("busybox-static", "1:1.36", ""), wanted) is None
     assert apt.installed_file(Package("linux-image-amd64", "1:1.35", ""), wanted) is None
+
+
+_TARGETS = """\
+Component: main
+Release: bookworm
+Site: http://mirror.example/debian
+Sourcesentry: {0}/debian.sources:1
+
+Component: main
+Release: bookworm-security
+Site: http://mirror.example/security
+Sourcesentry: {0}/more.list:3
+
+Component: main
+Release: bookworm-updates
+Site: http://mirror.example/debian
+Sourcesentry: {0}/debian.sources:1
+
+Component: main
+Release: nodistro
+Site: http://elsewhere.example/x
+Sourcesentry: {0}/debian.sources:9
+"""
+_SOURCES = """\
+Types: deb
+URIs: http://elsewhere.example/x
+Signed-By: /elsewhere.gpg
+
+Types: deb
+URIs: http://mirror.example/debian
+Signed-By:
+ -----BEGIN PGP PUBLIC KEY BLOCK-----
+ .
+ mQINB
+"""
+
+
+@pytest.fixture
+def sid(archive: Archive) -> Archive:
+    """A suite where a kernel's package is divided, as Debian does since 7.1."""
+    release = "7.2.13+deb14-amd64"
+    (archive.root / "sid").mkdir()
+    (archive.root / "targets").write_text(_TARGETS.format(archive.root))
+    (archive.root / "debian.sources").write_text(_SOURCES)
+    (archive.root / "more.list").write_text("deb [arch=amd64 signed-by=/s.gpg] http://mirror.example/security x main\n")
+    parts = f"linux-base-{release} (= 7), linux-binary-{release} (= 7), linux-modules-{release} (= 7)"
+    archive.publish("linux-image-amd64", "7", {}, depends=f"linux-image-{release} (= 7)", to="sid")
+    archive.publish(f"linux-image-{release}", "7", {}, depends=parts, to="sid")
+    at = f"./usr/lib/modules/{release}"
+    kernel = bzimage(lzma.compress(linux(guest_version="seven")))
+    archive.publish(f"linux-binary-{release}", "7", {f"{at}/vmlinuz": kernel}, to="sid")
+    archive.publish(f"linux-base-{release}", "7", {f"{at}/modules.builtin": b"kernel/fs/fuse/fuse.ko\n"}, to="sid")
+    modules = {
+        "lib/crc32c-fast": b"\0license=GPL\0alias=crypto-crc32c\0depends=\0",
+        "fs/jbd2/jbd2": b"softdep=pre: crypto-crc32c post: never\0depends=\0",
+        "fs/ext4/ext4": b"alias=fs-ext4\0depends=jbd2,mb-cache\0",
+        "fs/mb_cache": b"depends=\0",
+        "drivers/net/ethernet/card": b"depends=\0",
+    }
+    packed = {f"{at}/kernel/{name}.ko.xz": lzma.compress(b"\x7fELF\0" + data) for name, data in modules.items()}
+    archive.publish(f"linux-modules-{release}", "7", packed, to="sid")
+    return archive
+
+
+def test_a_suite_gives_its_newest_kernel_from_the_systems_mirror_with_the_systems_keys(sid: Archive) -> None:
+    found = obtain("sid")
+    assert (found.package, found.suite) == ("linux-image-7.2.13+deb14-amd64", "sid")
+    assert load_image(found.kernel).guest_version == "seven"
+    assert found.busybox.read_bytes() == _BUSYBOX, "busybox is the machine's own suite's"
+    sources = (cache_directory() / "apt-sid/suite.sources").read_text()
+    assert sources == (
+        "Types: deb\nURIs: http://mirror.example/debian\nSuites: sid\nComponents: main\nArchitectures: amd64\n"
+        "Signed-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mQINB\n"
+    )
+
+
+def test_a_stable_suite_comes_with_its_security_updates(sid: Archive) -> None:
+    (sid.root / "sid").rename(sid.root / "trixie")
+    assert obtain("trixie").suite == "trixie"
+    sources = (cache_directory() / "apt-trixie/suite.sources").read_text()
+    assert "URIs: http://mirror.example/security\nSuites: trixie-security\n" in sources
+    assert sources.endswith("Signed-By: /s.gpg\n")
+
+
+def test_a_machine_that_is_not_debians_has_no_other_suites(archive: Archive) -> None:
+    with pytest.raises(GuestUnavailable, match="name no suite of Debian's"):
+        obtain("sid")
+
+
+def test_modules_come_with_those_they_need_and_the_tables_of_modprobe(sid: Archive) -> None:
+    nodes = {node.path.removeprefix("lib/modules/7.2.13+deb14-amd64/"): node.data for node in _modules("sid", "ext4")}
+    assert [name for name in nodes if name.endswith(".ko")] == [
+        "kernel/lib/crc32c-fast.ko",
+        "kernel/fs/jbd2/jbd2.ko",
+        "kernel/fs/mb_cache.ko",
+        "kernel/fs/ext4/ext4.ko",
+    ]
+    assert nodes["kernel/fs/ext4/ext4.ko"].startswith(b"\x7fELF"), "as insmod takes it"
+    needed = dict(line.split(b":") for line in nodes["modules.dep"].splitlines())
+    assert set(needed[b"kernel/fs/ext4/ext4.ko"].split()) == {b"kernel/fs/jbd2/jbd2.ko", b"kernel/fs/mb_cache.ko"}
+    assert b"alias fs-ext4 ext4\n" in nodes["modules.alias"]
+    assert nodes["modules.softdep"] == b"softdep jbd2 pre: crypto-crc32c\n"
+
+
+def test_modules_are_taken_from_the_package_once_and_a_builtin_is_none(sid: Archive) -> None:
+    first = _modules("sid", "ext4", "fuse")
+    asked = sid.calls()
+    assert _modules("sid", "fuse", "ext4") == first
+    assert sid.calls() == asked
+
+
+def test_a_module_that_a_kernel_does_not_have_is_said(sid: Archive) -> None:
+    with pytest.raises(GuestUnavailable, match=r"linux-image-7.* has no module wrong_name"):
+        _modules("sid", "wrong-name")
+    with pytest.raises(GuestUnavailable, match="has no module card"):
+        _modules("sid", "card")
+
+
+def test_modules_of_another_version_are_not_taken_for_the_kernels(sid: Archive) -> None:
+    guest = obtain("sid")
+    sid.publish("linux-image-7.2.13+deb14-amd64", "8", {}, to="sid")
+    with pytest.raises(GuestUnavailable, match="--update"):
+        kernel_modules(guest, ["ext4"])
+
+
+def _modules(kernel: str, *names: str) -> list[Node]:
+    return kernel_modules(obtain(kernel), names)
 
 
 @pytest.mark.parametrize(

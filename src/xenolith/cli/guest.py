@@ -24,7 +24,7 @@ def guest() -> None:
     metavar="KERNEL",
     default=DEFAULT_KERNEL,
     show_default=True,
-    help="6.1, 6.12, 6.1-cloud, or a package such as linux-image-6.1.0-56-amd64.",
+    help="6.1, 6.12, 6.1-cloud; a suite's newest: trixie, sid, sid-cloud, bookworm-backports; or a package's name.",
 )
 @click.option("--update", "update", is_flag=True, help="Fetch package lists first and take the newest kernel.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -39,7 +39,7 @@ def debian(kernel: str, update: bool, as_json: bool) -> None:
         initramfs = _shell_initramfs(found)
     except (GuestUnavailable, InitramfsError) as error:
         raise click.ClickException(str(error)) from error
-    paths = {name: str(value) for name, value in asdict(found).items()} | {"initramfs": str(initramfs)}
+    paths = {name: str(value) for name, value in asdict(found).items() if value} | {"initramfs": str(initramfs)}
     if as_json:
         click.echo(json.dumps(paths))
         return

@@ -33,7 +33,8 @@ import click
 
 from xenolith.abi import hypercalls
 from xenolith.debian.framing import CommandOutput, new_nonce
-from xenolith.debian.initramfs import HostFile, InitramfsError, build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import HostFile, InitramfsError, build_initramfs, kernel_arguments, needed_arguments
+from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, KernelImage, load_image
@@ -98,7 +99,8 @@ class CannotRun(click.ClickException):
     default=DEFAULT_KERNEL,
     show_default=True,
     metavar="K",
-    help="A bzImage or ELF file built for Xen PV, or a Debian kernel: 6.1, 6.12, 6.1-cloud or a package's name.",
+    help="A bzImage or ELF file built for Xen PV, or a Debian kernel: 6.1, 6.12, 6.1-cloud, the newest of a suite "
+    "(trixie, sid, sid-cloud, bookworm-backports), or a package's name.",
 )
 @click.option(
     "--ramdisk",
@@ -110,7 +112,8 @@ class CannotRun(click.ClickException):
     "--cmdline",
     default="",
     metavar="STR",
-    help="Kernel arguments: added to those that our initramfs needs; all of them with --ramdisk or no Linux.",
+    help="Kernel arguments: added to those that our initramfs needs, or all of them with --ramdisk or no Linux. Linux "
+    "6.16 and later gets initcall_blacklist=print_s5_reset_status_mmio, without which it crashes on AMD processors.",
 )
 @click.option(
     "--file",
@@ -118,6 +121,13 @@ class CannotRun(click.ClickException):
     multiple=True,
     metavar="HOST[:GUEST]",
     help="Put a file or directory of the host into the initramfs; may be repeated.",
+)
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    metavar="NAME",
+    help="Put a module of the Debian kernel into the initramfs, with those it needs, for modprobe; may be repeated.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Say on standard error which engine was chosen, and why.")
 @click.option("--stats", is_flag=True, help="Print trap counts, CPU time and boot time as JSON on standard error.")
@@ -130,6 +140,7 @@ def run(
     ramdisk: Path | None,
     cmdline: str,
     files: Sequence[str],
+    modules: Sequence[str],
     verbose: bool,
     stats: bool,
     command: Sequence[str],
@@ -140,9 +151,10 @@ def run(
     is printed alone, and its exit status is ours.
     """
     logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
-    logging.getLogger("xenolith.machine.engines.select").setLevel(logging.INFO if verbose else logging.WARNING)
+    for name in ("xenolith.machine.engines.select", "xenolith.debian"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
     nonce = new_nonce()
-    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, command, nonce, memory_mib, vcpus)
+    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, modules, command, nonce, memory_mib, vcpus)
     sys.exit(_run(make_spec, memory_mib, vcpus, engine, CommandOutput(nonce) if command else None, stats))
 
 
@@ -154,6 +166,7 @@ def _spec(
     ramdisk: Path | None,
     cmdline: str,
     files: Sequence[str],
+    modules: Sequence[str],
     command: Sequence[str],
     nonce: str,
     memory_mib: int,
@@ -161,24 +174,30 @@ def _spec(
 ) -> DomainSpec:
     image = _image(kernel)
     if ramdisk is not None or image.guest_os.lower() != "linux":
-        if command or files:
+        if command or files or modules:
             raise click.UsageError(
-                "a COMMAND and --file need our initramfs, which --ramdisk replaces"
-                if ramdisk is not None
-                else f"a COMMAND and --file need a Linux kernel; {kernel} says that it is {image.guest_os or 'nothing'}"
+                "a COMMAND, --file and --module "
+                + (
+                    "need our initramfs, which --ramdisk replaces"
+                    if ramdisk is not None
+                    else f"need a Linux kernel; {kernel} says that it is {image.guest_os or 'nothing'}"
+                )
             )
         archive = ramdisk.read_bytes() if ramdisk is not None else b""
     else:
-        busybox = obtain(DEFAULT_KERNEL if _is_file(kernel) else kernel).busybox
+        if modules and _is_file(kernel):
+            raise click.UsageError("--module needs one of Debian's kernels, whose package has the modules")
+        guest = obtain(DEFAULT_KERNEL if _is_file(kernel) else kernel)
         host_files = [HostFile.parse(argument) for argument in files]
-        archive = build_initramfs(busybox, command=command or None, nonce=nonce, files=host_files)
-        cmdline = f"{kernel_arguments(vcpus, command=bool(command))} {cmdline}".rstrip()
+        nodes = kernel_modules(guest, modules) if modules else []
+        archive = build_initramfs(guest.busybox, command=command or None, nonce=nonce, files=host_files, modules=nodes)
+        cmdline = f"{kernel_arguments(vcpus, command=bool(command))} {cmdline}"
     return DomainSpec(
         name="run",
         image=image,
         kernel=kernel,
         ramdisk=archive,
-        cmdline=cmdline,
+        cmdline=f"{needed_arguments(image)} {cmdline}".strip(),
         memory_kib=memory_mib << 10,
         vcpus=vcpus,
     )

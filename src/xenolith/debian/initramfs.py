@@ -8,16 +8,25 @@ busybox's poweroff, reboot and halt signal process 1 and leave the rest to it, w
 a shell script that waits for its child. So in /sbin these three are scripts that make the system call themselves. The
 kernel runs them when the toolstack writes control/shutdown, and the shell on the console when they are typed.
 
-/init is process 1. It mounts what every program expects and then either starts a shell on the console or runs
-one command, whose output and exit status it puts between the marks of `dom0.framing`. Between the marks the
-terminal passes bytes through unchanged. The command gets an empty standard input.
+/init is process 1. It mounts what every program expects, sets the host's name and brings `lo` up. Where there are
+devices it loads their drivers (`debian.modules`), found by the aliases that xenbus has in sysfs, so that no driver is
+loaded, and waits for its back-end, without a device; asks for an address by DHCP on each eth*; and mounts: the data
+disks it was built with (`Mount`), and the one that the kernel's command line names as Linux's does everywhere:
+
+    root=DEVICE [rootfstype=TYPE] [rootflags=OPTIONS] [ro|rw] [init=PROGRAM]
+
+Then it either starts a shell on the console, or `init` of that root, or runs one command, in that root if there is one,
+whose output and exit status it puts between the marks of `debian.framing`. Between the marks the terminal passes bytes
+through unchanged. The command gets an empty standard input.
 
 The archive is not compressed: taking it apart in the guest would cost more than copying it there.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -28,6 +37,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from xenolith.debian.framing import RECORD_SEPARATOR
+from xenolith.dom0.image import KernelImage
 
 _MOUNTED_OVER: Final = ("proc", "sys", "dev")
 MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
@@ -43,6 +53,23 @@ def kernel_arguments(vcpus: int, *, command: bool) -> str:
     return f"console=hvc0 panic=-1 nr_cpus={vcpus} noreplace-smp" + " quiet loglevel=1" * command
 
 
+def needed_arguments(image: KernelImage) -> str:
+    """The arguments without which a kernel of Linux does not boot as a PV domain, here or on Xen; often none.
+
+    From 6.16 on an initcall reads a register of AMD's chip set (why the machine was reset last) that no PV domain has
+    mapped, and oopses on every Zen processor.  Such a kernel is known by what that initcall would print.
+    """
+    if image.guest_os == "linux" and any(_RESET_REASON.search(segment.data) for segment in image.segments):
+        _log.info("initcall_blacklist=%s given to the kernel, which would crash on AMD processors", _RESET_INITCALL)
+        return f"initcall_blacklist={_RESET_INITCALL}"
+    return ""
+
+
+_RESET_INITCALL: Final = "print_s5_reset_status_mmio"
+_RESET_REASON: Final = re.compile(rb"Previous system reset reason \[0x")
+_log = logging.getLogger(__name__)
+
+
 class InitramfsError(Exception):
     """The initramfs cannot be built from what was given; the message says why."""
 
@@ -55,6 +82,25 @@ class Node:
     mode: int
     data: bytes = b""
     device: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A file system for /init to mount: a line of fstab(5). `source` is a device, or what the type has for one."""
+
+    source: str
+    target: str
+    type: str = "auto"
+    options: str = "defaults"
+
+    def __str__(self) -> str:
+        return " ".join(_fstab_word(word) for word in (self.source, self.target, self.type, self.options)) + " 0 0"
+
+
+def _fstab_word(word: str) -> str:
+    if not word or not word.isprintable():
+        raise InitramfsError(f"{word!r} cannot stand in fstab(5)")
+    return word.replace("\\", "\\134").replace(" ", "\\040")
 
 
 @dataclass(frozen=True)
@@ -89,12 +135,17 @@ def build_initramfs(
     command: Sequence[str] | None = None,
     nonce: str = "",
     files: Iterable[HostFile] = (),
+    modules: Iterable[Node] = (),
+    mounts: Iterable[Mount] = (),
 ) -> bytes:
     """The archive. With a command, /init runs it between marks with this nonce; without one, a shell.
 
+    `modules` are those that kernel_modules found, `mounts` the data disks to mount, in this order.
     Raises InitramfsError when a file cannot be read.
     """
-    nodes = [*_base(), *_busybox(busybox)]
+    nodes = [*_base(), *_busybox(busybox), *modules]
+    disks = "".join(f"{mount}\n" for mount in mounts)
+    nodes.append(Node("etc/fstab.disks", stat.S_IFREG | 0o644, disks.encode()))
     for file in files:
         nodes.extend(_host_nodes(file))
     if command is None:
@@ -106,17 +157,57 @@ def build_initramfs(
 
 # --- /init -------------------------------------------------------------------------------------------------
 
+# With the shell's own words where that is as good: a program takes Unicorn 50 ms to start.
 _SETUP: Final = """\
 #!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=${TERM:-linux}
 mount -a
-cd /root
+read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
+ifconfig lo up
+if [ -d /lib/modules ]; then
+    for alias in $(cat /sys/bus/xen/devices/*/modalias 2>/dev/null); do modprobe -q "$alias"; done
+fi
+for interface in /sys/class/net/eth*; do
+    [ -e "$interface" ] && udhcpc -q -n -t 5 -T 1 -S -s /etc/udhcpc.script -i "${interface##*/}"
+done
+
+# A disk is there a moment after its driver.
+await() {
+    case $1 in
+    /dev/*) for tenth in $(seq 100); do [ -e "$1" ] && break; sleep 0.1; done ;;
+    esac
+}
+while read -r source target rest; do
+    await "$source"
+    mkdir -p "$(printf %b "$target")"
+done </etc/fstab.disks
+[ -s /etc/fstab.disks ] && mount -a -T /etc/fstab.disks
+
+root= type=auto flags=ro options= program=/sbin/init
+read -r words </proc/cmdline
+for word in $words; do
+    case $word in
+    root=*) root=${word#root=} ;;
+    rootfstype=*) type=${word#rootfstype=} ;;
+    rootflags=*) options=,${word#rootflags=} ;;
+    init=*) program=${word#init=} ;;
+    ro|rw) flags=$word ;;
+    esac
+done
+if [ "$root" ]; then
+    await "$root"
+    mkdir -p /newroot
+    mount -t "$type" -o "$flags$options" "$root" /newroot || echo "/init: $root cannot be mounted as the root" >&2
+    for directory in dev proc sys; do mount -o move /$directory /newroot/$directory; done
+fi
 """
 
 # In the foreground: what a shell without job control starts in the background ignores Ctrl-C, and so do its children.
 _SHELL_INIT: Final = (
     _SETUP
     + """\
+[ "$root" ] && exec switch_root /newroot "$program"
+cd /root
 setsid cttyhack sh -l
 poweroff -f
 """
@@ -127,14 +218,31 @@ poweroff -f
 _COMMAND_INIT: Final = (
     _SETUP
     + """\
+cd /root
 stty raw -echo
 printf '{separator}{nonce} begin\\n'
-( exec {command} ) </dev/null
+( exec ${root:+chroot /newroot} {command} ) </dev/null
 printf '{separator}{nonce} exit %d\\n' $?
 stty sane
 poweroff -f
 """
 )
+
+_DHCP: Final = """\
+#!/bin/busybox sh
+case $1 in
+deconfig)
+    ip address flush dev "$interface"
+    ip link set "$interface" up ;;
+bound | renew)
+    ip address replace "$ip/${mask:-24}" dev "$interface"
+    [ "$mtu" ] && ip link set "$interface" mtu "$mtu"
+    for gateway in $router; do ip route replace default via "$gateway" dev "$interface"; done
+    for server in $dns; do echo "nameserver $server"; done >/etc/resolv.conf
+    [ "$domain" ] && echo "search $domain" >>/etc/resolv.conf ;;
+esac
+exit 0
+"""
 
 _FSTAB: Final = """\
 proc /proc proc nosuid,nodev,noexec 0 0
@@ -170,6 +278,8 @@ def _base() -> Iterator[Node]:
     yield Node("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     yield Node("dev/null", stat.S_IFCHR | 0o666, device=(1, 3))
     yield Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode())
+    yield Node("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost xenolith\n::1 localhost\n")
+    yield Node("etc/udhcpc.script", stat.S_IFREG | 0o755, _DHCP.encode())
     yield Node("etc/mtab", stat.S_IFLNK | 0o777, b"/proc/mounts")
     yield Node("etc/profile", stat.S_IFREG | 0o644, _PROFILE.encode())
     yield Node("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\n")

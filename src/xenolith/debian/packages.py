@@ -7,15 +7,21 @@ changes. Where they are installed already, the installed files are copied. Where
 absent or out of date, lists of our own are fetched from the system's sources with the system's keys into our
 cache directory (apt.conf(5): Dir::State, Dir::Cache).
 
-A package is opened with the standard library: deb(5) is an ar archive holding a compressed tar.
+A kernel of another suite than the machine's ("trixie", "sid") comes from that suite of the same archive: the system's
+sources with the suite's name replaced, so with the system's mirror and keys, and lists of our own.
+
+A package is opened with the standard library: deb(5) is an ar archive holding a compressed tar. Debian's newer
+linux-image packages hold no kernel: that is in linux-binary-*, its modules in linux-modules-*, on which they depend.
 
 Everything is kept in `$XDG_CACHE_HOME/xenolith` (`~/.cache/xenolith`):
 
     debian/<package>_<version>/vmlinuz    the kernel image as packaged
     debian/<package>_<version>/vmlinux    the ELF image inside it, decompressed once
+    debian/<package>_<version>/modules/   those of its modules that a guest can use (debian/modules.py), once needed
     debian/<package>_<version>/busybox
     debian/<query>.json                   which package answered a query, so that no later run asks apt
     apt/                                  package lists of our own, when the system has none
+    apt-<suite>/                          those of another suite
 
 Files appear under their final names complete (written aside, then renamed) and one lock is held while
 something is obtained, so any number of runs may ask at once.
@@ -35,7 +41,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -48,8 +54,13 @@ from xenolith.dom0.image import ImageError, elf_of_image
 DEFAULT_KERNEL = "linux-image-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 
-_SERIES = re.compile(r"(?P<series>\d+\.\d+)(?P<cloud>-cloud)?")
+_SERIES = re.compile(r"(?P<series>\d+\.\d+)(?P<flavour>-cloud|-rt)?")
+_SUITE_NAMES = (
+    r"(?:bullseye|bookworm|trixie|forky|duke|oldstable|stable|testing|sid|unstable|experimental)(?:-backports)?"
+)
+_SUITE = re.compile(rf"(?P<suite>{_SUITE_NAMES})(?P<flavour>-cloud|-rt)?")
 _PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_KERNEL_FILE = re.compile(r"\./boot/vmlinuz-.+|\./(?:usr/)?lib/modules/[^/]+/vmlinuz")
 _WAYS_OUT = (
     "install the packages linux-image-amd64 and busybox-static, or pass a kernel of your own with --kernel "
     "(a bzImage or ELF built for Xen PV) and its --ramdisk"
@@ -62,10 +73,11 @@ class GuestUnavailable(Exception):
 
 @dataclass(frozen=True)
 class DebianGuest:
-    """Where the parts of a Debian guest are on this machine."""
+    """Where the parts of a Debian guest are on this machine. `suite` is empty for the machine's own."""
 
     package: str
     version: str
+    suite: str
     kernel: Path
     elf: Path
     busybox: Path
@@ -81,27 +93,29 @@ def cache_directory() -> Path:
 def obtain(kernel: str = DEFAULT_KERNEL, *, cache: Path | None = None) -> DebianGuest:
     """The Debian guest with this kernel, from the cache or else from the archive.
 
-    `kernel` is a series ("6.1", "6.12"), a series of the small cloud flavour ("6.1-cloud") or the name of a
-    package ("linux-image-6.1.0-56-amd64", or one that depends on a kernel, such as "linux-image-amd64").
-    A series stands for its newest kernel that apt knows. Raises GuestUnavailable.
+    `kernel` is a series ("6.1", "6.12"), which stands for its newest kernel that apt knows, a suite of Debian's ("sid",
+    "trixie", "bookworm-backports"), which stands for the newest kernel there, either with the flavour -cloud or -rt, or
+    the name of a package ("linux-image-6.1.0-56-amd64", or one that depends on a kernel, such as "linux-image-amd64").
+    Raises GuestUnavailable.
     """
     if not _SERIES.fullmatch(kernel) and not _PACKAGE_NAME.fullmatch(kernel):
         raise GuestUnavailable(
-            f"{kernel!r} is not a kernel version such as 6.1, 6.12 or 6.1-cloud, nor a Debian package name"
+            f"{kernel!r} is not a kernel version such as 6.1, 6.12 or 6.1-cloud, a suite such as trixie or sid, "
+            "nor a Debian package name"
         )
     store = (cache or cache_directory()) / "debian"
     found = _recall(store, kernel)
     if found is not None:
         return found
-    with _locked(store):
+    with locked(store):
         return _recall(store, kernel) or _fetch(store, kernel)
 
 
 def refresh(kernel: str = DEFAULT_KERNEL, *, cache: Path | None = None) -> DebianGuest:
     """As `obtain`, but asks apt again which package is the newest, with new package lists."""
     root = cache or cache_directory()
-    with _locked(root / "debian"):
-        Apt(root / "apt").update()
+    with locked(root / "debian"):
+        _apt_for(root, _suite_of(kernel)).update()
         _record_of(root / "debian", kernel).unlink(missing_ok=True)
     return obtain(kernel, cache=cache)
 
@@ -120,6 +134,7 @@ def _recall(store: Path, kernel: str) -> DebianGuest | None:
         guest = DebianGuest(
             package=str(record["package"]),
             version=str(record["version"]),
+            suite=str(record["suite"]),
             kernel=store / str(record["kernel"]),
             elf=store / str(record["elf"]),
             busybox=store / str(record["busybox"]),
@@ -130,16 +145,21 @@ def _recall(store: Path, kernel: str) -> DebianGuest | None:
 
 
 def _fetch(store: Path, query: str) -> DebianGuest:
-    apt = Apt(store.parent / "apt")
+    suite = _suite_of(query)
+    apt = _apt_for(store.parent, suite)
+    own_apt = _apt_for(store.parent, "")
     kernel_package = apt.kernel_package(query)
-    busybox_package = apt.package(BUSYBOX_PACKAGE)
-    kernel_home = _unpack(store, apt, kernel_package, re.compile(r"\./boot/vmlinuz-.+"), "vmlinuz")
-    busybox_home = _unpack(store, apt, busybox_package, re.compile(r"\./(usr/)?bin/busybox"), "busybox")
+    [holder] = apt.parts(kernel_package, "binary")
+    busybox_package = own_apt.package(BUSYBOX_PACKAGE)
+    kernel_home = _unpack(store, apt, kernel_package, holder, _KERNEL_FILE, "vmlinuz")
+    busybox_file = re.compile(r"\./(usr/)?bin/busybox")
+    busybox_home = _unpack(store, own_apt, busybox_package, busybox_package, busybox_file, "busybox")
     if not (kernel_home / "vmlinux").is_file():
         write_whole(kernel_home / "vmlinux", _elf(kernel_home / "vmlinuz"))
     guest = DebianGuest(
         package=kernel_package.name,
         version=kernel_package.version,
+        suite=suite,
         kernel=kernel_home / "vmlinuz",
         elf=kernel_home / "vmlinux",
         busybox=busybox_home / "busybox",
@@ -151,15 +171,43 @@ def _fetch(store: Path, query: str) -> DebianGuest:
     return guest
 
 
-def _unpack(store: Path, apt: Apt, package: Package, wanted: re.Pattern[str], name: str) -> Path:
-    """Downloads a package and keeps the one file of it that we use; returns the directory it is in."""
+def _suite_of(query: str) -> str:
+    suite = _SUITE.fullmatch(query)
+    return suite["suite"] if suite else ""
+
+
+def _apt_for(root: Path, suite: str) -> Apt:
+    return Apt(root / f"apt-{suite}", suite) if suite else Apt(root / "apt")
+
+
+def kernel_package_files(guest: DebianGuest, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """(path, contents) of the files wanted of the packages with the guest's kernel and its modules.
+
+    A path is "./lib/modules/..." as the package has it. The packages are downloaded anew: 70 to 110 MB.
+    Raises GuestUnavailable, also when the archive has another version by now.
+    """
+    store = guest.kernel.parents[1]
+    apt = _apt_for(store.parent, guest.suite)
+    package = apt.package(guest.package)
+    if package.version != guest.version:
+        raise GuestUnavailable(
+            f"the archive has {package.name} {package.version} now, and no modules of {guest.version}: take the newer "
+            "kernel with `xenolith guest debian --update`"
+        )
+    for part in apt.parts(package, "base|modules"):
+        with tempfile.TemporaryDirectory(dir=store, prefix="download-") as aside:
+            yield from files_of_deb(apt.download(part, Path(aside)), wanted)
+
+
+def _unpack(store: Path, apt: Apt, package: Package, holder: Package, wanted: re.Pattern[str], name: str) -> Path:
+    """Downloads the package that holds the one file of `package` that we use; returns the directory it is in."""
     home = store / f"{package.name}_{quote(package.version, safe='~+')}"
     if (home / name).is_file():
         return home
-    content = apt.installed_file(package, wanted)
+    content = apt.installed_file(holder, wanted)
     if content is None:
         with tempfile.TemporaryDirectory(dir=store, prefix="download-") as aside:
-            content = file_of_deb(apt.download(package, Path(aside)), wanted)
+            content = file_of_deb(apt.download(holder, Path(aside)), wanted)
     home.mkdir(exist_ok=True)
     write_whole(home / name, content, mode=0o755)
     return home
@@ -186,7 +234,7 @@ def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def _locked(store: Path) -> Iterator[None]:
+def locked(store: Path) -> Iterator[None]:
     """One obtaining run at a time; the others wait and then find the result in the cache."""
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -221,10 +269,13 @@ class Apt:
     The system's package lists are used while they know what we need. Once they do not (a container image
     with its lists removed, or a package that the archive has replaced since), `update` fetches lists of our
     own into `state`, and these are used from then on.
+
+    With `suite` it knows that suite of Debian's archive and nothing else, by lists of our own.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, suite: str = "") -> None:
         self._state = state
+        self._suite = suite
         self._conf = state / "apt.conf"
         if shutil.which("apt-get") is None:
             raise GuestUnavailable(
@@ -234,14 +285,21 @@ class Apt:
 
     def kernel_package(self, query: str) -> Package:
         """The package with the kernel image that a query (see `obtain`) stands for."""
-        series = _SERIES.fullmatch(query)
+        series, suite = _SERIES.fullmatch(query), _SUITE.fullmatch(query)
         if series:
-            version, flavour = series["series"], series["cloud"] or ""
+            version, flavour = series["series"], series["flavour"] or ""
             return self._with_update(lambda: self._newest_of_series(version, flavour), f"kernel {query}")
+        if suite:
+            query = f"linux-image{suite['flavour'] or ''}-amd64"
         return self._with_update(lambda: self._behind_metapackage(query), f"package {query}")
 
     def package(self, name: str) -> Package:
         return self._with_update(lambda: self._show([name]).get(name), f"package {name}")
+
+    def parts(self, kernel: Package, kinds: str) -> list[Package]:
+        """The packages of these kinds (a pattern) that a kernel's package is divided into; itself if it is whole."""
+        names = re.findall(rf"\blinux-(?:{kinds})-\d[a-z0-9.+~-]*", kernel.depends)
+        return [self.package(name) for name in names] or [kernel]
 
     def installed_file(self, package: Package, wanted: re.Pattern[str]) -> bytes | None:
         """The file of the package (see `file_of_deb`), when this version is installed and we may read it."""
@@ -275,7 +333,12 @@ class Apt:
             (self._state / needed).mkdir(parents=True, exist_ok=True)
         # An unfinished update must not count as one: the configuration takes its name only when it succeeded.
         attempt = self._state / "apt.conf.new"
-        attempt.write_text(_apt_conf(self._state))
+        settings = _apt_conf(self._state)
+        if self._suite:
+            sources = self._state / "suite.sources"
+            sources.write_text(self._sources_of_suite())
+            settings += f'Dir::Etc::sourcelist "{sources}";\nDir::Etc::sourceparts "-";\n'
+        attempt.write_text(settings)
         result = self._run(["apt-get", "-q", "update"], conf=attempt)
         # One broken third-party source must not keep us from Debian's; what is missing shows when asked for.
         # Without any network apt-get still ends with status 0: whether there are lists is what tells.
@@ -283,7 +346,34 @@ class Apt:
             raise GuestUnavailable(f"apt-get update failed: {_last_words(result)}; {_WAYS_OUT}")
         attempt.replace(self._conf)
 
+    def _sources_of_suite(self) -> str:
+        """Our suite from where the system has its own (sources.list(5)): the same mirrors, trusted by the same keys."""
+        stanzas = []
+        system = Path(os.devnull)  # not our own configuration
+        targets = self._run(["apt-get", "indextargets", "Created-By: Packages"], conf=system).stdout
+        for field in map(_fields, targets.split("\n\n")):
+            release, site = field.get("Release", ""), field.get("Site", "")
+            kind = release.partition("-")[2]
+            if field.get("Component") != "main" or not re.fullmatch(rf"{_SUITE_NAMES}(-security)?", release):
+                continue
+            if kind == "security" and not re.fullmatch("sid|unstable|experimental|.*-backports", self._suite):
+                suite = f"{self._suite}-security"
+            elif kind == "":
+                suite = self._suite
+            else:
+                continue
+            keys = _signed_by(Path(field.get("Sourcesentry", "").rpartition(":")[0]), site)
+            stanzas.append(f"Types: deb\nURIs: {site}\nSuites: {suite}\nComponents: main\nArchitectures: amd64\n{keys}")
+        if not stanzas:
+            raise GuestUnavailable(
+                f"apt's sources (/etc/apt) name no suite of Debian's, so {self._suite} cannot be found beside it; "
+                + _WAYS_OUT
+            )
+        return "\n".join(dict.fromkeys(stanzas))
+
     def _with_update(self, find: Callable[[], Package | None], what: str) -> Package:
+        if self._suite and not self._conf.is_file():
+            self.update()
         found = find()
         if found is None:
             self.update()
@@ -314,7 +404,7 @@ class Apt:
         if not names:
             return {}
         shown = self._run(["apt-cache", "show", "--no-all-versions", *names]).stdout
-        fields = [dict(re.findall(r"^([A-Za-z-]+): (.*)$", stanza, re.M)) for stanza in shown.split("\n\n")]
+        fields = [_fields(stanza) for stanza in shown.split("\n\n")]
         return {
             field["Package"]: Package(field["Package"], field["Version"], field.get("Depends", ""))
             for field in fields
@@ -354,6 +444,26 @@ def _apt_conf(state: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _fields(stanza: str) -> dict[str, str]:
+    """The fields of a deb822(5) stanza that have one line."""
+    return dict(re.findall(r"^([A-Za-z-]+): (.*)$", stanza, re.M))
+
+
+def _signed_by(sources: Path, site: str) -> str:
+    """The field Signed-By for a site as one of the system's source files has it; none: all keys that apt trusts."""
+    try:
+        text = sources.read_text()
+    except OSError:
+        return ""
+    if sources.suffix == ".sources":
+        stanza = next((stanza for stanza in re.split(r"\n\s*\n", text) if site in stanza), "")
+        found = re.search(r"^Signed-By:.*\n?(?:^[ \t].*\n?)*", stanza, re.M | re.I)
+        return found[0].rstrip() + "\n" if found else ""
+    line = next((line for line in text.splitlines() if site in line and not line.startswith("#")), "")
+    option = re.search(r"\[.*signed-by=(\S+?)[\s\]]", line)
+    return f"Signed-By: {option[1]}\n" if option else ""
+
+
 def _last_words(result: subprocess.CompletedProcess[str]) -> str:
     """The errors of a failed apt run in one line, without its progress; its warnings when there is no error."""
     lines = result.stderr.splitlines()
@@ -376,16 +486,23 @@ def file_of_deb(deb: Path, wanted: re.Pattern[str]) -> bytes:
     The archive is read as a stream and left as soon as the file is found: a kernel package starts with /boot,
     so its 400 MB of modules stay compressed.
     """
+    with contextlib.closing(files_of_deb(deb, lambda path: bool(wanted.fullmatch(path)))) as files:
+        for _, content in files:
+            return content
+    raise GuestUnavailable(f"{deb.name} has no file {wanted.pattern}; name a package that holds a kernel image")
+
+
+def files_of_deb(deb: Path, wanted: Callable[[str], bool]) -> Generator[tuple[str, bytes]]:
+    """(path, contents) of the regular files of a package whose path ("./boot/...") is wanted, as they come."""
     try:
         with deb.open("rb") as archive, _data_tar(archive) as tar:
             for member in tar:
-                if wanted.fullmatch(member.name if member.name.startswith("./") else "./" + member.name):
-                    content = tar.extractfile(member) if member.isreg() else None
-                    if content is not None:
-                        return content.read()
+                path = member.name if member.name.startswith("./") else "./" + member.name
+                content = tar.extractfile(member) if member.isreg() and wanted(path) else None
+                if content is not None:
+                    yield path, content.read()
     except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zstandard.ZstdError) as error:
         raise GuestUnavailable(f"{deb.name} is not a readable Debian package: {error}") from error
-    raise GuestUnavailable(f"{deb.name} has no file {wanted.pattern}; name a package that holds a kernel image")
 
 
 def _data_tar(archive: IO[bytes]) -> tarfile.TarFile:

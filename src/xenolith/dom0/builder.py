@@ -224,13 +224,15 @@ def _executable_pages(image: KernelImage, memory_pages: int) -> npt.NDArray[np.b
 
     All of them, as Xen has it, because a small kernel may load code anywhere. Linux says in its ELF headers what it
     executes and has the rest no-execute soon anyway; until then its data would be slow to write on an engine that
-    watches executable pages for changed code (Unicorn: 15 % of a boot).
+    watches executable pages for changed code (Unicorn: 15 % of a boot). From 6.18 on its initial code lies in the
+    segment of its data, without PF_X: where the kernel is entered it executes, whatever the header says.
     """
     if image.guest_os != "linux":
         return np.ones(memory_pages, dtype=np.bool_)
     pages = np.zeros(memory_pages, dtype=np.bool_)
     for segment in image.segments:
-        if segment.executable:
+        entered = 0 <= image.entry - image.virtual(segment.paddr) < segment.memsz
+        if segment.executable or entered:
             start = segment.paddr - image.elf_paddr_offset
             pages[start >> PAGE_SHIFT : _pages(start + segment.memsz)] = True
     return pages
