@@ -44,7 +44,6 @@ from xenolith.hypervisor.frames import (
     TYPE_L3,
     TYPE_L4,
     TYPE_MASK,
-    TYPE_NONE,
     TYPE_SEGDESC,
     TYPE_SHIFT,
     TYPE_WRITABLE,
@@ -505,29 +504,25 @@ def relinquish(domain: Domain) -> None:
         drop_base(domain, vcpu.kernel_l4)
         drop_base(domain, vcpu.user_l4)
         vcpu.kernel_l4 = vcpu.user_l4 = 0
-    for mfn in _owned_tables(domain, _U64(PINNED), _U64(PINNED)):
+    typed = np.flatnonzero((frames.type_infos != 0) & (frames.owners == domain.domid))
+    for mfn in typed[(frames.type_infos[typed] & _U64(PINNED)) != 0].tolist():
         unpin(domain, mfn)
     # Read-only linear maps and rings of tables can keep each other alive: break them level by level.
     for kind in (TYPE_L4, TYPE_L3, TYPE_L2, TYPE_L1):
-        for mfn in _owned_tables(domain, _U64(TYPE_MASK | VALIDATED), _U64(kind | VALIDATED)):
+        for mfn in typed[(frames.type_infos[typed] & _TYPE_MASK) == _U64(kind)].tolist():
             info = frames.type_info[mfn]
             if info & TYPE_COUNT and info & VALIDATED:
                 frames.type_info[mfn] = info & ~VALIDATED
                 devalidate(domain, mfn, kind)
-    allocated = np.flatnonzero((frames.owners == domain.domid) & ((frames.count_infos & _U64(ALLOCATED)) != 0))
-    frames.count_infos[allocated] -= _U64(ALLOCATED + 1)
-    unused = allocated[(frames.count_infos[allocated] & _U64(EXISTENCE_COUNT)) == 0].astype(np.uint64)
-    frames.owners[unused] = DOMID_INVALID
-    frames.type_infos[unused] = TYPE_NONE
-    domain.total_pages -= len(unused)
-
-
-def _owned_tables(domain: Domain, mask: np.uint64, wanted: np.uint64) -> list[int]:
-    """MFNs of the domain's frames whose type_info has these bits."""
-    frames = domain.frames
-    found = (frames.owners == domain.domid) & ((frames.type_infos & mask) == wanted)
-    tables: list[int] = np.flatnonzero(found).tolist()
-    return tables
+    # What nothing holds but its allocation is free at once; the rest loses that and stays as long as it is held.
+    owned = frames.owners == domain.domid
+    held = np.flatnonzero(owned & (frames.count_infos != _U64(ALLOCATED | 1)))
+    owned[held] = False
+    frames.owners[owned] = DOMID_INVALID
+    for mfn in held.tolist():
+        if frames.count_info[mfn] & ALLOCATED:
+            frames.count_info[mfn] -= ALLOCATED + 1
+    domain.total_pages = len(held)
 
 
 __all__ = ["TYPE_L1", "TYPE_L2", "TYPE_L3", "TYPE_L4"]  # for those who name levels by way of this module

@@ -54,7 +54,7 @@ class View:
         frames, memory = self.frames, self.memory
         q = memory.q
         used = -(-memory.frames * 8 >> PAGE_SHIFT)
-        first = frames.allocate_xen_extent((self.m2p_bytes - 1 >> PAGE_SHIFT).bit_length(), used)
+        first = frames.allocate_xen_run(self.m2p_bytes >> PAGE_SHIFT, used)
         self.m2p_extents = list(range(first, first + (self.m2p_bytes >> PAGE_SHIFT), 1 << SUPERPAGE_ORDER))
         self.m2p = q[first << 9 : (first << 9) + memory.frames]
         self.m2p_words = memory.words[first << 9 : (first << 9) + memory.frames]

@@ -202,13 +202,21 @@ class MachineMemory:
 
     # --- its own frames --------------------------------------------------------------------------------
 
-    def allocate_extent(self, order: int, limit: int | None = None, charge: int | None = None) -> int:
+    def allocate_extent(self, order: int, limit: int | None = None) -> int:
         """Take 2**order contiguous frames, aligned to their size; the first MFN.
 
-        With `limit` all of them lie below that MFN.  `charge`: how many are charged, where not all will be touched.
+        With `limit` all of them lie below that MFN.  Raises OutOfMemory.
+        """
+        return self._take(order, limit, 1 << order, 1 << order)
+
+    def allocate_run(self, count: int, used: int) -> int:
+        """Take `count` contiguous frames, aligned to the next power of 2, of which `used` will be touched; the first MFN.
+
         Raises OutOfMemory.
         """
-        charge = 1 << order if charge is None else charge
+        return self._take((count - 1).bit_length(), None, count, used)
+
+    def _take(self, order: int, limit: int | None, count: int, charge: int) -> int:
         with self._lock:
             first = self._allocator.take_extent(order, limit)
             try:
@@ -216,6 +224,7 @@ class MachineMemory:
             except OutOfMemory:
                 self._allocator.give_back(first, 1 << order)
                 raise
+            self._allocator.give_back(first + count, (1 << order) - count)
         return first
 
     def allocate(self, count: int) -> Frames:
