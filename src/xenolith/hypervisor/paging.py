@@ -519,6 +519,7 @@ def relinquish(domain: Domain) -> None:
     held = np.flatnonzero(owned & (frames.count_infos != _U64(ALLOCATED | 1)))
     owned[held] = False
     frames.owners[owned] = DOMID_INVALID
+    frames.count_infos[owned] = 0
     for mfn in held.tolist():
         if frames.count_info[mfn] & ALLOCATED:
             frames.count_info[mfn] -= ALLOCATED + 1

@@ -210,9 +210,9 @@ class MachineMemory:
         return self._take(order, limit, 1 << order, 1 << order)
 
     def allocate_run(self, count: int, used: int) -> int:
-        """Take `count` contiguous frames, aligned to the next power of 2, of which `used` will be touched; the first MFN.
+        """Take `count` contiguous frames, aligned to the next power of 2; the first MFN. Raises OutOfMemory.
 
-        Raises OutOfMemory.
+        Only `used` of them, which will be touched, are charged.
         """
         return self._take((count - 1).bit_length(), None, count, used)
 
