@@ -16,7 +16,7 @@ from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, R8,
 from xenolith.hypervisor.control import Control
 from xenolith.hypervisor.domain import Domain, Vcpu, runnable
 from xenolith.hypervisor.hypervisor import Hypervisor
-from xenolith.hypervisor.lifecycle import create_dom0
+from xenolith.hypervisor.python_domain import boot_dom0
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
 from xenolith.machine.memory import MachineMemory, MemoryBudget
@@ -141,7 +141,7 @@ class BareMachine:
 
         self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus)
         self.control = Control(self.hypervisor)
-        self.dom0 = create_dom0(self.hypervisor)
+        self.dom0 = boot_dom0(self.hypervisor)
         self._started: list[Domain] = []
 
     def domain(self, vcpus: int = 1) -> Domain:
@@ -199,8 +199,8 @@ class BareMachine:
     def ended(self) -> threading.Event:
         """Set when dom0 is told that some domain has shut down."""
         event = threading.Event()
-        port = self.dom0.events.bind_virq(3, 0)
-        self.dom0.events.set_handler(port, lambda _: event.set())
+        port = self.dom0.bind_virq(3)
+        self.dom0.set_handler(port, lambda _: event.set())
         return event
 
     def close(self) -> None:

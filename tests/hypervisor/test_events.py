@@ -99,9 +99,9 @@ def test_a_posted_port_that_was_closed_meanwhile_stays_clear(machine: BareMachin
 def test_a_flood_of_events_leaves_one_entry_to_drain(machine: BareMachine) -> None:
     domain = machine.domain()
     port = domain.events.alloc_unbound(0)
-    sender = machine.dom0.events.bind_interdomain(domain, port)
+    sender = machine.dom0.bind_interdomain(domain.domid, port)
     for _ in range(1000):
-        machine.dom0.events.send(sender)
+        machine.dom0.send(sender)
     assert len(domain.posted) == 1
 
 
@@ -109,13 +109,13 @@ def test_dom0_gets_its_events_by_handler_even_those_that_came_first(machine: Bar
     domain = machine.domain()
     seen: list[int] = []
     unbound = domain.events.alloc_unbound(0)
-    port = machine.dom0.events.bind_interdomain(domain, unbound)
+    port = machine.dom0.bind_interdomain(domain.domid, unbound)
     domain.events.send(unbound)
-    machine.dom0.events.set_handler(port, seen.append)
+    machine.dom0.set_handler(port, seen.append)
     assert seen == [port]
     domain.events.send(unbound)
     assert seen == [port, port]
-    machine.dom0.events.close(port)
+    machine.dom0.close(port)
     domain.events.send(unbound)
     assert seen == [port, port]
 
@@ -123,13 +123,13 @@ def test_dom0_gets_its_events_by_handler_even_those_that_came_first(machine: Bar
 def test_a_handler_of_dom0_that_fails_does_not_reach_the_guest(machine: BareMachine) -> None:
     domain = machine.domain()
     unbound = domain.events.alloc_unbound(0)
-    port = machine.dom0.events.bind_interdomain(domain, unbound)
+    port = machine.dom0.bind_interdomain(domain.domid, unbound)
 
     def broken(_: int) -> None:
         raise RuntimeError("broken back-end")
 
-    machine.dom0.events.set_handler(port, lambda _: None)
-    machine.dom0.events.set_handler(port, broken)
+    machine.dom0.set_handler(port, lambda _: None)
+    machine.dom0.set_handler(port, broken)
     assert domain.events.send(unbound) == 0
     assert "broken back-end" in machine.hypervisor.log_text
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +37,7 @@ from xenolith.hypervisor.guest_memory import WRITE, translate
 from xenolith.hypervisor.hypercalls import memory_op
 from xenolith.hypervisor.hypercalls.grant_table_op import do_grant_table_op
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
+from xenolith.hypervisor.python_domain import HypercallError, MappedGrant
 from xenolith.machine.memory import MOST_ALIASES
 
 from .bare import DATA, BareMachine, read, write
@@ -63,6 +66,14 @@ def grant(domain: Domain, ref: int, domid: int, mfn: int, flags: int = GTF_permi
     domain.memory.d[address + 4 >> 2] = mfn
 
 
+@contextmanager
+def refused(status: int) -> Iterator[None]:
+    """What a hypercall of dom0's is refused with."""
+    with pytest.raises(HypercallError) as error:
+        yield
+    assert error.value.status == status
+
+
 def flags(domain: Domain, ref: int) -> int:
     return domain.memory.h[domain.grants.entry_address(ref) >> 1]
 
@@ -71,68 +82,71 @@ def test_a_backend_reads_and_writes_the_page_it_was_granted(machine: BareMachine
     domain = machine.domain()
     grant(domain, REF, 0, frame(domain, 3))
     write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"request")
-    handle = machine.dom0.grants.map(domain, REF, True)
-    assert handle >= 0
-    page = machine.dom0.grants.mapped(handle)
-    assert bytes(page[:7]) == b"request"
+    mapped = machine.dom0.map_grant(domain.domid, REF)
+    assert bytes(mapped.view[:7]) == b"request"
+    assert ctypes.string_at(mapped.address, PAGE_SIZE) == mapped.view
     assert flags(domain, REF) == GTF_permit_access | GTF_reading | GTF_writing
     assert not audit.check(machine.hypervisor)
-    page[:8] = b"response"
-    assert machine.dom0.grants.unmap(handle) == GNTST_okay
+    mapped.view[:8] = b"response"
+    machine.dom0.unmap_grant(mapped)
     assert read(domain.vcpus[0], DATA + 3 * PAGE_SIZE, 8) == b"response"
     assert flags(domain, REF) == GTF_permit_access
-    assert machine.dom0.grants.unmap(handle) == GNTST_bad_handle
+    other = machine.dom0.map_grant(domain.domid, REF)
+    with refused(GNTST_bad_handle):
+        machine.dom0.unmap_grant(mapped)
+    machine.dom0.unmap_grant(other)
 
 
 def test_a_page_mapped_read_only_cannot_be_written(machine: BareMachine) -> None:
     domain = machine.domain()
     grant(domain, REF, 0, frame(domain, 3), GTF_permit_access | GTF_readonly)
-    assert machine.dom0.grants.map(domain, REF, True) == GNTST_general_error
-    handle = machine.dom0.grants.map(domain, REF, False)
-    assert flags(domain, REF) == GTF_permit_access | GTF_readonly | GTF_reading
-    with pytest.raises(TypeError):
-        machine.dom0.grants.mapped(handle)[0] = 1
-    machine.dom0.grants.unmap(handle)
+    with refused(GNTST_general_error):
+        machine.dom0.map_grant(domain.domid, REF)
+    with machine.dom0.map_grant(domain.domid, REF, writable=False) as mapped:
+        assert flags(domain, REF) == GTF_permit_access | GTF_readonly | GTF_reading
+        with pytest.raises(TypeError):
+            mapped.view[0] = 1
+    assert flags(domain, REF) == GTF_permit_access | GTF_readonly
 
 
 def test_the_entry_is_marked_until_the_last_mapping_is_gone(machine: BareMachine) -> None:
     domain = machine.domain()
     grant(domain, REF, 0, frame(domain, 3))
-    grants = machine.dom0.grants
-    first, second = grants.map(domain, REF, True), grants.map(domain, REF, False)
-    grants.unmap(first)
+    dom0 = machine.dom0
+    first, second = dom0.map_grant(domain.domid, REF), dom0.map_grant(domain.domid, REF, writable=False)
+    dom0.unmap_grant(first)
     assert flags(domain, REF) == GTF_permit_access | GTF_reading
-    grants.unmap(second)
+    dom0.unmap_grant(second)
     assert flags(domain, REF) == GTF_permit_access
 
 
 def test_what_an_entry_says_later_does_not_change_what_is_mapped(machine: BareMachine) -> None:
     domain = machine.domain()
     grant(domain, REF, 0, frame(domain, 3))
-    grants = machine.dom0.grants
-    first = grants.map(domain, REF, False)
-    grant(domain, REF, 0, frame(domain, 4))
-    write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"three")
-    second = grants.map(domain, REF, False)
-    assert bytes(grants.mapped(second)[:5]) == b"three"
-    grants.unmap(first)
-    grants.unmap(second)
+    with machine.dom0.map_grant(domain.domid, REF, writable=False):
+        grant(domain, REF, 0, frame(domain, 4))
+        write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"three")
+        with machine.dom0.map_grant(domain.domid, REF, writable=False) as second:
+            assert bytes(second.view[:5]) == b"three"
 
 
 def test_grants_that_are_refused(machine: BareMachine) -> None:
     domain = machine.domain()
-    grants = machine.dom0.grants
     grant(domain, REF, 5, frame(domain, 3))
     grant(domain, REF + 1, 0, domain.view.gdt_mfn)
     grant(domain, REF + 2, 0, 0xFFFFFFFF)
     grant(domain, REF + 3, 0, domain.vcpus[0].kernel_l4)
-    assert grants.map(None, REF, False) == GNTST_bad_domain
-    assert grants.map(domain, REF, False) == GNTST_general_error, "for another domain"
-    assert grants.map(domain, REF + 1, False) == GNTST_bad_page, "not the granter's"
-    assert grants.map(domain, REF + 2, True) == GNTST_bad_page
-    assert grants.map(domain, REF + 3, True) == GNTST_general_error, "a page table"
-    assert grants.map(domain, 512, False) == GNTST_bad_gntref
-    assert grants.map(domain, -1, False) == GNTST_bad_gntref
+    for domid, ref, writable, why in (
+        (99, REF, False, GNTST_bad_domain),
+        (domain.domid, REF, False, GNTST_general_error),  # for another domain
+        (domain.domid, REF + 1, False, GNTST_bad_page),  # not the granter's
+        (domain.domid, REF + 2, True, GNTST_bad_page),
+        (domain.domid, REF + 3, True, GNTST_general_error),  # a page table
+        (domain.domid, 512, False, GNTST_bad_gntref),
+        (domain.domid, -1, False, GNTST_bad_gntref),
+    ):
+        with refused(why):
+            machine.dom0.map_grant(domid, ref, writable)
     assert [flags(domain, REF + number) for number in range(4)] == [GTF_permit_access] * 4
 
 
@@ -141,12 +155,12 @@ def test_a_granted_page_cannot_become_a_page_table_while_a_backend_may_write_it(
     vcpu = domain.vcpus[0]
     mfn = frame(domain, 3)
     grant(domain, REF, 0, mfn)
-    handle = machine.dom0.grants.map(domain, REF, True)
+    mapped = machine.dom0.map_grant(domain.domid, REF)
     index = l1_entry_index(vcpu, DATA + 3 * PAGE_SIZE)
     with domain.lock:
         assert paging.modify_l1(domain, index, 0) == 0
         assert paging.pin(domain, mfn, TYPE_L1) < 0
-    machine.dom0.grants.unmap(handle)
+    machine.dom0.unmap_grant(mapped)
     with domain.lock:
         assert paging.pin(domain, mfn, TYPE_L1) == 0
         assert paging.unpin(domain, mfn) == 0
@@ -155,12 +169,14 @@ def test_a_granted_page_cannot_become_a_page_table_while_a_backend_may_write_it(
 def test_copies_stay_inside_the_page(machine: BareMachine) -> None:
     domain = machine.domain()
     grant(domain, REF, 0, frame(domain, 3))
-    grants = machine.dom0.grants
-    assert grants.write(domain, REF, 4000, b"x" * 96) == GNTST_okay
-    assert grants.read(domain, REF, 3999, 97) == b"\0" + b"x" * 96
-    assert grants.write(domain, REF, 4000, b"x" * 97) == GNTST_bad_copy_arg
-    assert grants.read(domain, REF, 4096, 1) == GNTST_bad_copy_arg
-    assert grants.read(domain, REF, -1, 1) == GNTST_bad_copy_arg
+    dom0, domid = machine.dom0, domain.domid
+    dom0.write_grant(domid, REF, 4000, b"x" * 96)
+    assert dom0.read_grant(domid, REF, 3999, 97) == b"\0" + b"x" * 96
+    with refused(GNTST_bad_copy_arg):
+        dom0.write_grant(domid, REF, 4000, b"x" * 97)
+    for offset, size in ((4096, 1), (-1, 1), (0, -1)):
+        with refused(GNTST_bad_copy_arg):
+            dom0.read_grant(domid, REF, offset, size)
     assert flags(domain, REF) == GTF_permit_access
 
 
@@ -169,15 +185,15 @@ def test_a_backend_keeps_its_mapping_when_the_domain_is_destroyed(machine: BareM
     mfn = frame(domain, 3)
     grant(domain, REF, 0, mfn)
     write(domain.vcpus[0], DATA + 3 * PAGE_SIZE, b"last words")
-    handle = machine.dom0.grants.map(domain, REF, True)
+    mapped = machine.dom0.map_grant(domain.domid, REF)
     free = machine.hypervisor.memory.free_frames
     machine.control.destroy(domain.domid)
-    page = machine.dom0.grants.mapped(handle)
-    assert bytes(page[:10]) == b"last words"
+    assert bytes(mapped.view[:10]) == b"last words"
     held = machine.hypervisor.memory.free_frames
     assert held > free
-    assert machine.dom0.grants.map(domain, REF, False) == GNTST_bad_domain
-    assert machine.dom0.grants.unmap(handle) == GNTST_okay
+    with refused(GNTST_bad_domain):
+        machine.dom0.map_grant(domain.domid, REF, writable=False)
+    machine.dom0.unmap_grant(mapped)
     assert machine.hypervisor.memory.free_frames == held + 1
 
 
@@ -314,7 +330,7 @@ def test_no_sequence_of_grants_and_mappings_breaks_the_frame_table(
 ) -> None:
     machine = BareMachine()
     domains = [machine.domain(), machine.domain()]
-    handles: list[int] = []
+    held: list[MappedGrant] = []
     mapped: list[list[tuple[int, int]]] = [[], []]
     for number, (what, who, ref, page, readonly) in enumerate(steps):
         domain, other = domains[who], domains[1 - who]
@@ -331,19 +347,18 @@ def test_no_sequence_of_grants_and_mappings_breaks_the_frame_table(
         elif what == "unmap" and mapped[who]:
             assert unmap_grant(vcpu, *mapped[who].pop(ref % len(mapped[who]))) == GNTST_okay
         elif what == "dom0 map":
-            handle = machine.dom0.grants.map(domain, ref, not readonly)
-            if handle >= 0:
-                handles.append(handle)
-        elif what == "dom0 unmap" and handles:
-            assert machine.dom0.grants.unmap(handles.pop(ref % len(handles))) == GNTST_okay
+            with suppress(HypercallError):
+                held.append(machine.dom0.map_grant(domain.domid, ref, not readonly))
+        elif what == "dom0 unmap" and held:
+            machine.dom0.unmap_grant(held.pop(ref % len(held)))
         elif what == "copy":
             write(vcpu, DATA, abi.COPY.pack(ref, other.domid, 0, frame(domain, 5), domain.domid, 0, 64, 1, 99))
             do_grant_table_op(vcpu, GNTTABOP_copy, DATA, 1)
         assert not audit.check(machine.hypervisor), (what, who, ref, page)
     for domain in domains:
         machine.control.destroy(domain.domid)
-    for handle in handles:
-        machine.dom0.grants.unmap(handle)
+    for each in held:
+        machine.dom0.unmap_grant(each)
     assert not audit.check(machine.hypervisor)
 
 

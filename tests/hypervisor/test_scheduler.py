@@ -202,7 +202,7 @@ def test_a_poll_ends_at_its_time_or_at_its_port_whatever_is_masked(make: MakeMac
     domain = machine.domain()
     vcpu = domain.vcpus[0]
     unbound = domain.events.alloc_unbound(0)
-    sender = machine.dom0.events.bind_interdomain(domain, unbound)
+    sender = machine.dom0.bind_interdomain(domain.domid, unbound)
     times: list[int] = []
 
     def program() -> Program:
@@ -210,7 +210,7 @@ def test_a_poll_ends_at_its_time_or_at_its_port_whatever_is_masked(make: MakeMac
         write(vcpu, DATA, pack("<QIIQ", DATA + 64, 1, 0, 10 * MS) + bytes(40) + pack("<I", unbound))
         yield (HYPERVISOR_sched_op, SCHEDOP_poll, DATA)
         times.append(machine.clock.now())
-        machine.dom0.events.send(sender)
+        machine.dom0.send(sender)
         write(vcpu, DATA, pack("<QIIQ", DATA + 64, 1, 0, 0))
         yield (HYPERVISOR_sched_op, SCHEDOP_poll, DATA)
         times.append(machine.clock.now())
@@ -266,13 +266,13 @@ def test_dom0_hears_of_a_shutdown_once_when_the_last_vcpu_has_stopped(make: Make
     domain = machine.domain(vcpus=2)
     heard: list[bool] = []
     done = machine.ended()
-    port = machine.dom0.vcpus[0].virq_port[3]
+    port = machine.hypervisor.domains[0].vcpus[0].virq_port[3]
 
     def handler(_: int) -> None:
         heard.append(any(vcpu.context and vcpu.context.running for vcpu in domain.vcpus))
         done.set()
 
-    machine.dom0.events.set_handler(port, handler)
+    machine.dom0.set_handler(port, handler)
 
     def spins() -> Program:
         while True:

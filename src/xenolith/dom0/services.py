@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
-from xenolith.abi.errno import ESRCH
 from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.dom0 import domain_tree
@@ -31,9 +30,8 @@ from xenolith.dom0.peer import GrantError
 from xenolith.dom0.xenbus import Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
-from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.hypervisor import Hypervisor
-from xenolith.hypervisor.lifecycle import create_dom0
+from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain, boot_dom0
 
 KIB_PER_PAGE: Final = 4
 NS_PER_SECOND: Final = 1_000_000_000
@@ -99,32 +97,35 @@ class GuestDomain:
 class _Peer:
     """A domain with front-ends (see `peer.Peer`)."""
 
-    def __init__(self, dom0: Domain, hypervisor: Hypervisor, domid: int) -> None:
+    def __init__(self, dom0: PythonDomain, domid: int) -> None:
         self._dom0 = dom0
-        self._hypervisor = hypervisor
         self.domid = domid
+        self._mapped: dict[int, MappedGrant] = {}  # by handle
 
     def bind(self, remote_port: int, handler: Callable[[], None]) -> int:
-        remote = self._hypervisor.domain(self.domid)
-        port = self._dom0.events.bind_interdomain(remote, remote_port) if remote else -ESRCH
-        if port > 0:
-            self._dom0.events.set_handler(port, lambda _: handler())
+        try:
+            port = self._dom0.bind_interdomain(self.domid, remote_port)
+        except HypercallError as error:
+            return error.status
+        self._dom0.set_handler(port, lambda _: handler())
         return port
 
     def close_port(self, port: int) -> None:
-        self._dom0.events.close(port)
+        self._dom0.close(port)
 
     def notify(self, port: int) -> None:
-        self._dom0.events.send(port)
+        self._dom0.send(port)
 
     def map(self, ref: int, writable: bool) -> tuple[int, memoryview]:
-        handle = self._dom0.grants.map(self._hypervisor.domain(self.domid), ref, writable)
-        if handle < 0:
-            raise GrantError(f"GNTST {handle}")
-        return handle, self._dom0.grants.mapped(handle)
+        try:
+            grant = self._dom0.map_grant(self.domid, ref, writable)
+        except HypercallError as error:
+            raise GrantError(str(error)) from error
+        self._mapped[grant.handle] = grant
+        return grant.handle, grant.view
 
     def unmap(self, handle: int) -> None:
-        self._dom0.grants.unmap(handle)
+        self._dom0.unmap_grant(self._mapped.pop(handle))
 
 
 class Dom0:
@@ -137,23 +138,20 @@ class Dom0:
         self.hypervisor = hypervisor
         self.engine = engine  # its name
         self.control = Control(hypervisor)
-        hypervisor.log(f"engine: {engine}")
         self.domains: dict[int, GuestDomain] = {}
         self.shutdown_hooks: list[Callable[[GuestDomain], None]] = []
         """Called on dom0's event thread with each domain that shuts down, once it has been noted as ended."""
         self._lock = threading.Lock()
-        self._domain = create_dom0(hypervisor)
-        self._events = self._domain.events
-        self._thread = EventThread(hypervisor.log)
+        self.domain = boot_dom0(hypervisor)
+        self.domain.log(f"engine: {engine}")
+        self._thread = EventThread(self.domain.log)
         self.xenstore = XenstoreService()
         self.xenstore.start()
-        self.xenbus = Xenbus(self.xenstore, hypervisor.log)
+        self.xenbus = Xenbus(self.xenstore, self.domain.log)
         self.xenstore.write("/local/domain/0/name", "Domain-0", ["n0"])
         self.xenstore.write("/local/domain/0/domid", "0", ["n0"])
-        port = self._events.bind_virq(VIRQ_DOM_EXC, 0)
-        if port < 0:
-            raise DomainCreateError(f"dom0 cannot bind VIRQ_DOM_EXC (errno {-port})")
-        self._events.set_handler(port, self._thread.on_event(self._note_ended_domains))
+        port = self.domain.bind_virq(VIRQ_DOM_EXC)
+        self.domain.set_handler(port, self._thread.on_event(self._note_ended_domains))
 
     # --- life cycle ----------------------------------------------------------------------------------
 
@@ -178,9 +176,9 @@ class Dom0:
         return domain
 
     def _plug_disk(self, domid: int, spec: VbdSpec, undo: ExitStack) -> Device[BlockBackend]:
-        peer = _Peer(self._domain, self.hypervisor, domid)
+        peer = _Peer(self.domain, domid)
         try:
-            backend = BlockBackend(peer, spec, self.hypervisor.log)
+            backend = BlockBackend(peer, spec, self.domain.log)
         except DiskError as error:
             raise DomainCreateError(str(error)) from error
         front, back = backend.nodes()
@@ -192,14 +190,14 @@ class Dom0:
         port, notify = self._bind(built.domid, built.console_port, undo)
         console = Console(self._map(built.domid, built.console_mfn, undo), notify)
         undo.callback(console.close)
-        self._events.set_handler(port, self._thread.on_event(console.service))
+        self.domain.set_handler(port, self._thread.on_event(console.service))
         return console
 
     def _connect_xenstore(self, built: BuiltDomain, undo: ExitStack) -> None:
         port, notify = self._bind(built.domid, built.store_port, undo)
         ring = self.xenstore.introduce(built.domid, self._map(built.domid, built.store_mfn, undo), notify)
         undo.callback(self.xenstore.release, built.domid)
-        self._events.set_handler(port, lambda _: ring.on_event())
+        self.domain.set_handler(port, lambda _: ring.on_event())
 
     def _map(self, domid: int, mfn: int, undo: ExitStack) -> memoryview:
         page = self.control.map_foreign(domid, mfn)
@@ -208,14 +206,14 @@ class Dom0:
 
     def _bind(self, domid: int, remote_port: int, undo: ExitStack) -> tuple[int, Callable[[], None]]:
         """Connect a port of dom0's to an unbound one of the domain's; the port, and what notifies the domain."""
-        remote = self.hypervisor.domain(domid)
-        port = self._events.bind_interdomain(remote, remote_port) if remote else -ESRCH
-        if port < 0:
-            raise DomainCreateError(f"dom0 cannot bind port {remote_port} of domain {domid} (errno {-port})")
-        undo.callback(self._events.close, port)
+        try:
+            port = self.domain.bind_interdomain(domid, remote_port)
+        except HypercallError as error:
+            raise DomainCreateError(f"dom0 cannot bind an event channel: {error}") from error
+        undo.callback(self.domain.close, port)
 
         def notify() -> None:
-            self._events.send(port)
+            self.domain.send(port)
 
         return port, notify
 
@@ -228,7 +226,7 @@ class Dom0:
             vcpus=spec.vcpus,
             max_vcpus=spec.max_vcpus or spec.vcpus,
             kernel=spec.kernel,
-            start_time=self.hypervisor.clock.wall() // NS_PER_SECOND,
+            start_time=self.domain.wall_clock() // NS_PER_SECOND,
         )
         undo.callback(domain_tree.remove, self.xenstore, built.domid, spec.uuid)
         self.xenstore.transact(lambda store: domain_tree.write(store, built, description))
@@ -256,7 +254,7 @@ class Dom0:
             self.destroy(domain)
         self.xenstore.stop()
         self._thread.stop()
-        self.hypervisor.close()
+        self.domain.power_off()
 
     def __enter__(self) -> Self:
         return self

@@ -10,9 +10,7 @@ threads on KVM, but not on Unicorn, so the bits are set on the domain's own thre
 port (`post`), which takes no lock, and the domain *drains* what was posted at its next trap boundary (`drain`).
 KVM runs several vCPUs of a domain at once, hence the bits are changed by locked instructions besides.
 
-dom0 is Python and has no shared_info: its ports call a handler, as a device calls an interrupt handler.  The handler
-runs on the thread of whoever sent, which may hold its domain's lock, so it must only hand on: set an event, release a
-semaphore.
+dom0 is Python and has no shared_info: its ports call a handler on the thread of whoever sent (python_domain).
 
 Bindings of all domains change under one lock, `binding_lock`: the innermost of all locks, held for a few
 assignments, so that binding two domains needs neither domain's lock.  Sending reads bindings without it.
@@ -84,8 +82,7 @@ class EventChannels:
         self.vcpu_id = [0] * count  # the vCPU that is notified
         self.posted = bytearray(count)  # 1: the port is in Domain.posted
         self.pollers: list[Vcpu] = []  # vCPUs in SCHEDOP_poll
-        self._handlers: dict[int, Handler] = {}
-        self._undelivered: set[int] = set()  # dom0: sent before there was a handler
+        self.interrupt: Handler | None = None  # of a domain in Python (python_domain), instead of bits in shared_info
 
     # --- binding ---
 
@@ -191,8 +188,6 @@ class EventChannels:
                 theirs.remote_domid[their_port] = self.domain.domid
                 self.remote[port] = None
             self.state[port] = FREE
-            self._handlers.pop(port, None)
-            self._undelivered.discard(port)
         if self.domain.shared_info:
             clear_bit(self.domain.memory.address + self.domain.shared_info + SHARED_EVTCHN_PENDING, port)
         return 0
@@ -227,7 +222,7 @@ class EventChannels:
         return 0 if state == UNBOUND else -EINVAL
 
     def _notify_self(self, port: int) -> None:
-        if self.domain.engine is None:
+        if self.interrupt is not None:
             self.interrupt(port)
         else:
             self.set_pending(port)
@@ -272,29 +267,6 @@ class EventChannels:
                 mark_events_pending(vcpu)
         return 0
 
-    # --- dom0 in Python ---
-
-    def set_handler(self, port: int, handler: Handler) -> None:
-        """Call `handler(port)` for every event from now on, and now if one came before. See the module's text."""
-        self._handlers[port] = handler
-        if port in self._undelivered:
-            self._undelivered.discard(port)
-            handler(port)
-
-    def interrupt(self, port: int) -> None:
-        """An event for a port of dom0's."""
-        handler = self._handlers.get(port)
-        if handler is None:
-            self._undelivered.add(port)
-            handler = self._handlers.get(port)
-            if handler is None or port not in self._undelivered:
-                return
-            self._undelivered.discard(port)
-        try:
-            handler(port)
-        except Exception as error:  # a broken back-end must not bring down the guest that rang
-            self.domain.hypervisor.log(f"d{self.domain.domid}: the handler of event port {port} failed: {error!r}")
-
 
 # --- from any thread -------------------------------------------------------------------------------
 
@@ -302,7 +274,7 @@ class EventChannels:
 def post(domain: Domain, port: int) -> None:
     """Set a port pending soon. From any thread; takes no lock."""
     channels = domain.events
-    if domain.engine is None:
+    if channels.interrupt is not None:
         channels.interrupt(port)
         return
     if channels.posted[port]:

@@ -7,8 +7,8 @@ being read or written; the granter cannot withdraw it before the last pin is gon
 and, for writing, a type reference of the frame table's, so it can be neither freed nor made a page table until the
 mapper has given it up and the mapper's TLB has forgotten it.
 
-This module has the tables, the pins, and the way in for dom0, whose back-ends are Python and map frames by handle;
-`grant_table_op` has the hypercall.  A granter's entries and pins are protected by the granter's lock.
+This module has the tables, the pins and the map-track; `grant_table_op` has the hypercall, `python_domain` the same for
+back-ends in Python.  A granter's entries and pins are protected by the granter's lock.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi.grant_table import (
     GRANT_ENTRIES_PER_FRAME,
     GRANT_ENTRY_SIZE,
-    GNTST_bad_copy_arg,
-    GNTST_bad_domain,
     GNTST_bad_gntref,
-    GNTST_bad_handle,
     GNTST_bad_page,
     GNTST_general_error,
     GNTST_no_device_space,
@@ -35,8 +32,8 @@ from xenolith.abi.grant_table import (
     GTF_type_mask,
     GTF_writing,
 )
-from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
-from xenolith.hypervisor import events, paging
+from xenolith.abi.x86 import PAGE_SHIFT
+from xenolith.hypervisor import paging
 from xenolith.hypervisor.frames import TYPE_WRITABLE
 from xenolith.machine.atomic import compare_exchange_32
 from xenolith.machine.memory import OutOfMemory
@@ -226,71 +223,11 @@ class GrantTable:
     def release_all(self) -> None:
         """The domain is dead and has no page tables left: give up everything it has mapped."""
         for handle, mapping in list(self._mappings.items()):
-            if mapping.alias:
-                self.forget_mapping(handle)
-                self.domain.frames.unmap_foreign(mapping.alias)
-                with mapping.granter.lock:
-                    mapping.granter.grants.unpin(mapping.ref, mapping.writable)
-            else:
-                self.unmap(handle)
-
-    # --- for dom0 in Python ------------------------------------------------------------------------------
-
-    def map(self, granter: Domain | None, ref: int, writable: bool) -> int:
-        """Map a grant into dom0: a handle for `mapped` and `unmap`, or a GNTST_* error.
-
-        The frame is that of the granter's entry `ref`, which must be for this domain. Any thread that holds no lock.
-        """
-        if granter is None or granter.dying:
-            return GNTST_bad_domain
-        with granter.lock:
-            mfn = granter.grants.pin(ref, self.domain.domid, writable)
-            if mfn < 0:
-                return mfn
-            handle = self.add_mapping(Mapping(granter, ref, mfn, writable))
-            if handle < 0:
-                granter.grants.unpin(ref, writable)
-        return handle
-
-    def mapped(self, handle: int) -> memoryview:
-        """The frame behind a handle that `map` gave; to be written only if it was mapped so."""
-        mapping = self._mappings[handle]
-        page = mapping.granter.memory.page(mapping.mfn)
-        return page if mapping.writable else page.toreadonly()
-
-    def unmap(self, handle: int) -> int:
-        """Give up a grant. Views of the frame must not be used any more."""
-        mapping = self._mappings.get(handle)
-        if mapping is None or mapping.alias:
-            return GNTST_bad_handle
-        granter = mapping.granter
-        with granter.lock:
             self.forget_mapping(handle)
-            granter.grants.unpin(mapping.ref, mapping.writable)
-        if mapping.writable:
-            events.post_code_written(granter, mapping.mfn)
-        return GNTST_okay
-
-    def read(self, granter: Domain | None, ref: int, offset: int, size: int) -> bytes | int:
-        """Copy bytes out of a granted frame without mapping it, or a GNTST_* error."""
-        if offset < 0 or size < 0 or offset + size > PAGE_SIZE:
-            return GNTST_bad_copy_arg
-        handle = self.map(granter, ref, False)
-        if handle < 0:
-            return handle
-        data = bytes(self.mapped(handle)[offset : offset + size])
-        self.unmap(handle)
-        return data
-
-    def write(self, granter: Domain | None, ref: int, offset: int, data: bytes | bytearray | memoryview) -> int:
-        """Copy bytes into a granted frame without mapping it; GNTST_*."""
-        if offset < 0 or offset + len(data) > PAGE_SIZE:
-            return GNTST_bad_copy_arg
-        handle = self.map(granter, ref, True)
-        if handle < 0:
-            return handle
-        self.mapped(handle)[offset : offset + len(data)] = data
-        return self.unmap(handle)
+            if mapping.alias:
+                self.domain.frames.unmap_foreign(mapping.alias)
+            with mapping.granter.lock:
+                mapping.granter.grants.unpin(mapping.ref, mapping.writable)
 
     def references(self) -> Iterator[tuple[int, int | None]]:
         """References to frames by pins and mappings: (MFN, the type it needs or None), for the invariant checker."""

@@ -38,10 +38,7 @@ class DomainCreateError(Exception):
 
 
 def create_dom0(hypervisor: Hypervisor) -> Domain:
-    """Make domain 0, whose one vCPU is the Python code that calls this. Once, before any other domain.
-
-    dom0 makes its event-channel and grant hypercalls as calls of the methods of `events` and `grants`.
-    """
+    """Make domain 0, whose code is Python (`python_domain`). Once, before any other domain."""
     domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
     _wire(domain)
     with hypervisor.lock:
