@@ -102,13 +102,17 @@ def test_nodes_nested_a_thousand_deep_can_be_made_walked_and_removed(dom0: Clien
     assert dom0.connection.daemon.store.owned_by(3) == 0
 
 
-def test_removing_a_directory_conflicts_with_something_new_inside_it(dom0: Client) -> None:
-    dom0.ok(Op.WRITE, b"/top/inner/x\x001")
-    tx = int(dom0.ok(Op.TRANSACTION_START, b"\0")[:-1])
-    dom0.ok(Op.RM, b"/top\0", tx)
-    dom0.ok(Op.WRITE, b"/top/inner/y\x001")
-    assert dom0.error(Op.TRANSACTION_END, b"T\0", tx) == "EAGAIN"
-    assert dom0.ok(Op.READ, b"/top/inner/y\0") == b"1"
+def test_requests_of_a_transaction_are_limited_but_not_asking_the_same_again(dom0: Client) -> None:
+    guest = guest_with_home(dom0, 3)
+    tx = int(guest.ok(Op.TRANSACTION_START, b"\0")[:-1])
+    for _ in range(2000):
+        guest.ok(Op.READ, b"data\0", tx)
+    for number in range(1023):
+        guest.ok(Op.WRITE, b"data\0%d" % number, tx)
+    assert guest.error(Op.WRITE, b"data\0x", tx) == "ENOSPC"
+    dom0.ok(Op.WRITE, b"/elsewhere\0x")
+    guest.ok(Op.TRANSACTION_END, b"T\0", tx)
+    assert guest.ok(Op.READ, b"data\0") == b"1022"
 
 
 def test_a_long_directory_is_listed_in_parts_of_one_generation(dom0: Client) -> None:

@@ -196,15 +196,15 @@ class Connection(Caller):
         return paths.absolute(name, self.home)
 
     def _directory(self, view: View, tx_id: int, payload: bytes) -> bytes:
-        node = self.daemon.directory(self, view, self._absolute(_one_string(payload)))
-        return b"".join([name + b"\0" for name in node.children])
+        children = self.daemon.directory(self, view, self._absolute(_one_string(payload)))
+        return b"".join([name + b"\0" for name in children])
 
     def _directory_part(self, view: View, tx_id: int, payload: bytes) -> bytes:
         """``path|offset|``: the node's generation, then as many whole names as fit; an empty name ends the list."""
         name, offset = _strings(payload, 2)
-        node = self.daemon.directory(self, view, self._absolute(name))
-        generation = b"%d\0" % node.generation
-        names = b"".join([child + b"\0" for child in node.children])
+        children = self.daemon.directory(self, view, self._absolute(name))
+        generation = b"%d\0" % self.daemon.generation(self, view, self._absolute(name))
+        names = b"".join([child + b"\0" for child in children])
         start = _c_number(offset) & 0xFFFFFFFF
         if start >= len(names):
             return generation + b"\0"

@@ -128,8 +128,8 @@ class HostRequests:
     def directory(self, path: str) -> list[str]:
         """The names of a node's children, oldest first."""
         with self._lock:
-            node = self._daemon.directory(self._host, self._view(), self._at(path))
-        return [_decode(name) for name in node.children]
+            children = self._daemon.directory(self._host, self._view(), self._at(path))
+        return [_decode(name) for name in children]
 
     def get_perms(self, path: str) -> list[str]:
         """A node's permissions: first its owner (and what everybody else may do), then single domains."""

@@ -19,6 +19,8 @@ class Quota:
     path_length: int = 2048
     transaction_nodes: int = 1024
     """Nodes looked at in one transaction."""
+    transaction_requests: int = 1024
+    """Requests in one transaction that are kept, to be asked again if others change the store (oxenstored's limit)."""
     outstanding: int = 20
     """Answers the guest has not fetched; with more it is not listened to until it fetches some."""
     unread_bytes: int = 2_621_440

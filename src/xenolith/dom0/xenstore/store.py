@@ -1,23 +1,28 @@
 """The store and its transactions.
 
 :class:`Store` holds the current root. A :class:`Transaction` is another root that started as a copy of the store's
-pointer, plus the generation of every node it looked at. Both are a :class:`View`, on which requests work alike.
+pointer, plus what was asked of it. Both are a :class:`View`, on which requests work alike.
 
-Committing when the store has not moved is one assignment. Otherwise every node the transaction looked at must still
-have the generation it had (else the commit fails with EAGAIN and the client tries again), and then the records which
-the transaction changed are laid over the current root. Since creating a child changes its directory's record, two
-transactions that create children in one directory conflict, as in Xen's C xenstored.
+Committing when the store has not moved is one assignment. Otherwise the requests of the transaction are asked again, of
+the store as it is now: if all answers are the same, what that made is the commit, else it fails with EAGAIN and the
+client tries again. So a transaction conflicts with what it has seen of others' work and with nothing else; that a
+sibling of a node it makes came or went does not matter, as in oxenstored, the daemon that Debian starts (C xenstored
+compares whole records, the directory's too). One that changed nothing happened when it began.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
 
 from xenolith.dom0.xenstore import paths
 from xenolith.dom0.xenstore.errors import XsError
 from xenolith.dom0.xenstore.permissions import DOM0_ONLY, Permission, Permissions
 from xenolith.dom0.xenstore.tree import Node, empty_root, find, subtree, with_node
+
+Operation: TypeAlias = Callable[..., Any]
+"""What is asked of a transaction: a function of the view and of hashable arguments, whose answers can be compared."""
 
 
 class View:
@@ -42,9 +47,6 @@ class View:
         """Note that there are ``change`` more nodes with these permissions."""
         raise NotImplementedError
 
-    def touched(self, path: bytes) -> None:
-        """The record at ``path`` was changed, made or removed."""
-
     def replace(self, path: bytes, node: Node, data: bytes, permissions: Permissions) -> Node:
         """Give the existing ``node`` at ``path`` a new value and permissions."""
         if permissions is not node.permissions:
@@ -52,7 +54,6 @@ class View:
             self.account(permissions, +1)
         changed = Node(data, permissions, node.children, self.next_generation())
         self.root = with_node(self.root, path, changed)
-        self.touched(path)
         return changed
 
     def missing(self, path: bytes) -> tuple[list[bytes], bytes, Node]:
@@ -83,9 +84,6 @@ class View:
         children[paths.split(top)[1]] = node
         grown = Node(directory.data, directory.permissions, children, self.next_generation())
         self.root = with_node(self.root, place, grown)
-        self.touched(place)
-        for new in reversed(missing):
-            self.touched(new)
         return made
 
     def remove(self, path: bytes) -> list[tuple[bytes, Node]]:
@@ -103,9 +101,6 @@ class View:
         del children[paths.split(path)[1]]
         shrunk = Node(directory.data, directory.permissions, children, self.next_generation())
         self.root = with_node(self.root, place, shrunk)
-        self.touched(place)
-        for removed, _ in gone:
-            self.touched(removed)
         return gone
 
 
@@ -144,66 +139,29 @@ class Store(View):
         return sum(len(node.data) for _, node in subtree(b"/", self.root))
 
     def commit(self, transaction: Transaction) -> None:
-        """Make the transaction's changes real at once, or raise EAGAIN and change nothing."""
-        if self.root is transaction.base:
-            self.root = transaction.root
-        else:
-            self._check_unchanged(transaction)
-            self._overlay(transaction)
+        """Make the changes of a transaction real that started from the store as it is now."""
+        assert self.root is transaction.base
+        self.root = transaction.root
         for domid, change in transaction.owned.items():
             _add(self._owned, domid, change)
         for domid, change in transaction.named.items():
             _add(self._named, domid, change)
 
-    def _check_unchanged(self, transaction: Transaction) -> None:
-        for path, generation in transaction.read.items():
-            node = find(self.root, path)
-            if (None if node is None else node.generation) != generation:
-                raise XsError("EAGAIN", f"{path!r} changed since the transaction read it")
-
-    def _overlay(self, transaction: Transaction) -> None:
-        """Lay the changed records over the current tree.
-
-        A changed record's value, permissions and child names come from the transaction, all else from the current tree:
-        only records that were looked at may overwrite others' work. Each node above a change is rebuilt once, however
-        many changes are below it.
-        """
-        changed_below: dict[bytes, set[bytes]] = {}
-        for path in transaction.changed:
-            while path != b"/":
-                above, name = paths.split(path)
-                known = above in changed_below
-                changed_below.setdefault(above, set()).add(name)
-                if known:
-                    break
-                path = above
-        visits = [(b"/", self.root, transaction.root)]
-        for path, current, new in visits:  # grows while it is walked: directories come before what they hold
-            for name in changed_below.get(path, ()):
-                if name in current.children and name in new.children:
-                    visits.append((paths.join(path, name), current.children[name], new.children[name]))
-        merged: dict[bytes, Node] = {}
-        for path, current, new in reversed(visits):
-            record = new if path in transaction.changed else current
-            children = {}
-            for name in record.children:
-                both = merged.get(paths.join(path, name)) if path in changed_below else None
-                children[name] = both or current.children.get(name) or new.children[name]
-            merged[path] = Node(record.data, record.permissions, children, record.generation)
-        self.root = merged[b"/"]
-
 
 class Transaction(View):
-    """A private view that started as the store was, and what must still hold for it to be committed."""
+    """A private view that started as the store was, and the requests that were made of it."""
 
-    def __init__(self, store: Store, node_limit: int | None) -> None:
-        """``node_limit``: how many nodes an unprivileged client may look at in one transaction."""
+    def __init__(self, store: Store, node_limit: int | None, request_limit: int | None) -> None:
+        """How many nodes an unprivileged client may look at in one transaction, and how many requests are kept."""
         super().__init__(store.root)
         self._store: Final = store
         self._node_limit: Final = node_limit
         self.base: Final = store.root
-        self.read: Final[dict[bytes, int | None]] = {}
-        self.changed: Final[dict[bytes, None]] = {}
+        self._request_limit: Final = request_limit
+        self.seen: Final[dict[bytes, None]] = {}
+        self.requests: Final[dict[tuple[Operation, tuple[Any, ...], int], Any]] = {}
+        """What was asked, in order, with the answers; what is asked again before anything changed is kept once."""
+        self._changes = 0
         self.owned: Final[Counter[int]] = Counter()
         """How many nodes more each domain owns here than in the store, and how many more permission entries it has."""
         self.named: Final[Counter[int]] = Counter()
@@ -212,12 +170,44 @@ class Transaction(View):
 
     def lookup(self, path: bytes) -> Node | None:
         node = find(self.root, path)
-        if path not in self.read:
-            if self._node_limit is not None and len(self.read) >= self._node_limit:
+        if path not in self.seen:
+            if self._node_limit is not None and len(self.seen) >= self._node_limit:
                 raise XsError("ENOSPC", f"the transaction looks at more than {self._node_limit} nodes")
-            before = find(self.base, path)
-            self.read[path] = None if before is None else before.generation
+            self.seen[path] = None
         return node
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return self.root is not self.base
+
+    def run(self, operation: Operation, *arguments: Any) -> Any:
+        """Ask this view and keep the answer, or the error, for a commit that has to ask again. Raises XsError."""
+        before = self.root
+        request = (operation, arguments, self._changes)
+        limit = self._request_limit
+        if limit is not None and len(self.requests) >= limit and request not in self.requests:
+            raise XsError("ENOSPC", f"the transaction makes more than {limit} requests")
+        try:
+            answer = self.requests[request] = operation(self, *arguments)
+        except XsError as error:
+            self.requests[request] = error.name
+            raise
+        finally:
+            self._changes += self.root is not before
+        return answer
+
+    def again(self) -> Transaction:
+        """The same requests, of the store as it is now. Raises EAGAIN when an answer is another one."""
+        fresh = Transaction(self._store, self._node_limit, self._request_limit)
+        for (operation, arguments, _), answer in self.requests.items():
+            try:
+                now = fresh.run(operation, *arguments)
+            except XsError as error:
+                now = error.name
+            if now != answer:
+                raise XsError("EAGAIN", f"{operation.__name__} {arguments!r} has another answer now")
+        return fresh
 
     def next_generation(self) -> int:
         return self._store.next_generation()
@@ -229,9 +219,6 @@ class Transaction(View):
         self.owned[permissions[0].domid] += change
         for entry in permissions:
             self.named[entry.domid] += change
-
-    def touched(self, path: bytes) -> None:
-        self.changed[path] = None
 
     def permissions_before(self, path: bytes) -> Permissions:
         """Whose eyes the node at ``path`` was for when the transaction began."""

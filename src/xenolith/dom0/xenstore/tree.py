@@ -2,8 +2,8 @@
 
 A :class:`Node` never changes after it was made, so a root pointer is a snapshot of the whole store and costs nothing to
 keep; that is what a transaction starts from (the idea of oxenstored). ``generation`` changes whenever the node's own
-record does, i.e. its value, its permissions or the *names* of its children, and is unique in the store's life, so two
-snapshots agree on a node exactly when its generations are equal. All walks are loops: a guest may nest a thousand deep.
+record does, i.e. its value, its permissions or the *names* of its children, and is unique in the store's life; with it
+DIRECTORY_PART tells that a list has changed. All walks are loops: a guest may nest a thousand deep.
 """
 
 from __future__ import annotations

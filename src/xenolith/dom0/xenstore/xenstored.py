@@ -18,7 +18,8 @@ Permission rules, all observable by a guest:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from functools import wraps
+from typing import Any, Final, TypeVar, cast
 
 from xenolith.abi.xs_wire import REL_PATH_MAX
 from xenolith.dom0.xenstore import paths
@@ -33,6 +34,25 @@ from xenolith.dom0.xenstore.watches import WatchIndex
 
 INTRODUCE_DOMAIN: Final = b"@introduceDomain"
 RELEASE_DOMAIN: Final = b"@releaseDomain"
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _request(method: Method) -> Method:
+    """A request with (caller, view, path, ...): within a transaction it is kept, to be asked again (see `store`)."""
+
+    @wraps(method)
+    def operation(view: View, daemon: Xenstored, caller: Caller, *arguments: Any) -> Any:
+        return method(daemon, caller, view, *arguments)
+
+    @wraps(method)
+    def ask(daemon: Xenstored, caller: Caller, view: View, *arguments: Any) -> Any:
+        if isinstance(view, Transaction):
+            return view.run(operation, daemon, caller, *arguments)
+        return method(daemon, caller, view, *arguments)
+
+    return cast(Method, ask)
 
 
 class Xenstored:
@@ -66,14 +86,21 @@ class Xenstored:
 
     # --- reading
 
+    @_request
     def read(self, caller: Caller, view: View, path: bytes) -> bytes:
         """The node's value."""
         return self._node(caller, view, path, READ).data
 
-    def directory(self, caller: Caller, view: View, path: bytes) -> Node:
-        """The node whose children the caller may list."""
-        return self._node(caller, view, path, READ)
+    @_request
+    def directory(self, caller: Caller, view: View, path: bytes) -> tuple[bytes, ...]:
+        """The names of the node's children, oldest first."""
+        return tuple(self._node(caller, view, path, READ).children)
 
+    def generation(self, caller: Caller, view: View, path: bytes) -> int:
+        """What changes whenever the node or the list of its children does."""
+        return self._node(caller, view, path, READ).generation
+
+    @_request
     def get_permissions(self, caller: Caller, view: View, path: bytes) -> Permissions:
         """The node's permission list."""
         return self._node(caller, view, path, READ).permissions
@@ -100,6 +127,7 @@ class Xenstored:
 
     # --- changing
 
+    @_request
     def write(self, caller: Caller, view: View, path: bytes, data: bytes) -> None:
         """Set the node's value, making it and the directories above it if need be."""
         node = self._find(caller, view, path, WRITE)
@@ -110,6 +138,7 @@ class Xenstored:
         view.replace(path, node, data, node.permissions)
         self._changed(view, path, None)
 
+    @_request
     def mkdir(self, caller: Caller, view: View, path: bytes) -> None:
         """Make sure the node exists."""
         if self._find(caller, view, path, WRITE) is None:
@@ -141,6 +170,7 @@ class Xenstored:
         if size >= self.quota.node_size:
             raise XsError("ENOSPC", f"a node record of {size} bytes")
 
+    @_request
     def remove(self, caller: Caller, view: View, path: bytes) -> None:
         """Remove the node and all below it. Removing what is not there succeeds if its directory is."""
         node = self._find(caller, view, path, WRITE)
@@ -161,6 +191,7 @@ class Xenstored:
                     self._fire_or_queue(view, below, exact=node.permissions)
         self._changed(view, path, None)
 
+    @_request
     def set_permissions(self, caller: Caller, view: View, path: bytes, wanted: Permissions) -> None:
         """Replace a node's (or an event's) permission list."""
         if not wanted:
@@ -266,8 +297,9 @@ class Xenstored:
         while number in caller.transactions or not number:
             number = (number + 1) & 0xFFFFFFFF
         caller.next_transaction = (number + 1) & 0xFFFFFFFF
-        limit = None if caller.privileged else self.quota.transaction_nodes
-        caller.transactions[number] = Transaction(self.store, limit)
+        nodes, requests = self.quota.transaction_nodes, self.quota.transaction_requests
+        limits = (None, None) if caller.privileged else (nodes, requests)
+        caller.transactions[number] = Transaction(self.store, *limits)
         return number
 
     def end_transaction(self, caller: Caller, number: int, *, commit: bool) -> None:
@@ -275,15 +307,17 @@ class Xenstored:
         transaction = caller.transactions.pop(number, None)
         if transaction is None:
             raise XsError("ENOENT", f"no transaction {number} is open")
-        if not commit:
+        if not commit or not transaction.changed:
             return
+        if transaction.base is not self.store.root:
+            transaction = transaction.again()
         self.store.commit(transaction)
         if self.watches and transaction.events:
             self._fire_committed(transaction)
 
     def _fire_committed(self, transaction: Transaction) -> None:
         """One event for each node changed, in the order in which the transaction first looked at them."""
-        for path in transaction.read:
+        for path in transaction.seen:
             event = transaction.events.get(path)
             if event is None:
                 continue
