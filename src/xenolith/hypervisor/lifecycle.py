@@ -6,6 +6,7 @@ its descriptor tables.  When it dies it gives back all it has, except frames tha
 
 from __future__ import annotations
 
+import traceback
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -144,13 +145,18 @@ def destroy(domain: Domain) -> None:
         domain.engine.close()
         domain.engine = None
     domain.executable_mapped = domain.entry_changed = None
-    with domain.lock:
-        paging.relinquish(domain)
-    domain.grants.release_all()
-    with domain.lock:
-        for mfn in (domain.shared_info_mfn, *domain.grants.frames):
-            domain.frames.end_sharing(mfn)
-        domain.memory.keep_only(domain.frames.referenced(domain.domid))
+    held: list[int] = []
+    try:
+        with domain.lock:
+            paging.relinquish(domain)
+        domain.grants.release_all()
+        with domain.lock:
+            for mfn in (domain.shared_info_mfn, *domain.grants.frames):
+                domain.frames.end_sharing(mfn)
+            held = domain.frames.referenced(domain.domid)
+    except (AssertionError, IndexError, ValueError):  # all its memory goes, whatever its frame table says
+        hypervisor.log(f"{domain!r}: its frame table is inconsistent:\n{traceback.format_exc()}")
+    domain.memory.keep_only(held)
     with hypervisor.lock:
         del hypervisor.domains[domain.domid]
     hypervisor.log(f"{domain!r}: destroyed")
