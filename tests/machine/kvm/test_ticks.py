@@ -40,7 +40,7 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
 )
 from xenolith.machine import page_walk
-from xenolith.machine.engines.kvm import api, area, fast_path_code, native_run
+from xenolith.machine.engines.kvm import api, area, fast_path_code, native_run, run_page
 from xenolith.machine.engines.kvm.alarm import host_tick_ns
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.fast_path import FastPath
@@ -329,7 +329,7 @@ def test_a_stop_anywhere_in_the_gate_is_one_before_it(guest: TickingGuest, at: i
     fast = guest.fast_path
     rax, interrupted, stub = 0x7777, CODE + 0x123, guest.code_va + fast_path_code.AT["tick"]
     exchanged, stored = at >= labels["exchanged"], at > labels["exchanged"]
-    guest.cpu._pages.frame[:] = (
+    guest.cpu._pages.gate_frame[:] = (
         memoryview((ctypes.c_uint64 * 6)(rax, stub if exchanged else interrupted, 0x33, 0x246, STACK_TOP - 64, 0x2B))
         .cast("B")
         .cast("Q")
@@ -337,7 +337,8 @@ def test_a_stop_anywhere_in_the_gate_is_one_before_it(guest: TickingGuest, at: i
     on_stack = labels["pushed"] <= at <= labels["stored"]
     regs[RAX] = rax if not on_stack else interrupted if at == labels["exchanged"] else 0x9999
     guest.data[fast_path_code.FIELDS["tick_rip"] // 8] = interrupted if stored else 0
-    assert fast.finish_gate(fast_path_code.GATE_TICK_AT + at) == guest.machine.l4
+    assert fast.finish_gate(fast_path_code.GATE_TICK_AT + at)
+    assert guest.cpu._page.q[run_page.CR3] >> PAGE_SHIFT == guest.machine.l4
     assert (regs[RAX], regs[RIP], regs[RSP], regs[RFLAGS]) == (rax, interrupted, STACK_TOP - 64, 0x246)
     assert fast.timer_told
 
@@ -402,14 +403,15 @@ def test_a_tick_at_cpl_0_writes_nothing_to_the_guests_stack(guest: TickingGuest,
     assert guest.run("0f 0b") == [VECTOR_UD]
     cpu, memory = guest.cpu, guest.machine.memory
     regs = cpu.regs
-    stub = memory.page(int(guest.machine.engine.area._frames[2]))[3:5]
+    offset = area.SYSCALL32_STUB - area.TRAP_STUBS
+    stub = memory.page(int(guest.machine.engine.area._frames[0]))[offset : offset + 2]
     assert bytes(stub) == bytes((0xE6, area.PORT_SYSCALL32))
     stub[:] = b"\xeb\xfe"
     tables = {"user": guest.machine.l4, "kernel": guest.kernel_l4}
     mapped = [page_walk.read(memory, l4, pointer - 64, 64) for l4 in tables.values()]
     guest.start_ticks(LENGTH, LENGTH)
     cpu._segments.cs, cpu._segments.ss = CODE0, DATA0
-    regs[RIP], regs[RSP] = area.HypervisorArea.SYSCALL32_STUB, pointer
+    regs[RIP], regs[RSP] = area.SYSCALL32_STUB, pointer
     regs[RCX], regs[R11] = CODE + 0x40, EFLAGS_IF | 2
     seen: list[tuple[int, int, int]] = []
 

@@ -1,16 +1,21 @@
 """The hypervisor area: the little that a guest's address space holds for KVM's sake, in L4 slot 257.
 
 A guest runs at CPL 3, and the virtual processor delivers its traps as any x86-64 processor does: through an
-IDT, to CPL 0, on the stack that the TSS names (Intel SDM vol. 3, ch. 6 and 7).  There each trap finds three bytes,
+IDT, to CPL 0, on a stack that the TSS names (Intel SDM vol. 3, ch. 6 and 7).  There each trap finds three bytes,
 `out vector, al` and `hlt`: the OUT makes KVM return to Python, which reads the frame from the stack.
 
+Every gate has a stack of its own (IST): SYSCALL reaches CPL 0 with the guest's RSP, and a trap that hits there, such as
+a #DB that MOV SS has delayed (CVE-2018-8897), must not put its frame where the guest likes.  CPL 0 executes no page
+that CPL 3 can reach (SMEP), nor does it touch one (SMAP) but for the gates, which read the fast path's data.
+
     +0x0000 IDT              33 gates, DPL 0 but for #BP and #OF: `int 14` must not forge a page fault [view]
-    +0x1000 trap stubs       `out vector, al; hlt` for each
+    +0x1000 trap stubs       `out vector, al; hlt` for each, and where CSTAR points
     +0x2000 GDT              CPL-0 code and data for the stubs, the flat CPL-3 pair
-    +0x3000 syscall page     where LSTAR points; the only page that CPL 3 can reach (it may execute it)
+    +0x3000 syscall page     where LSTAR points; where SYSCALL stays at CPL 3 the only page that CPL 3 can reach (it
+                             may execute it)
     +0x4000 entry stubs      what runs at CPL 0 before a guest is entered, see EntryStubs
     +0x5000 gates            of the fast path, see fast_path [view]
-    +0x10000 + n * 0x8000    TSS with I/O bitmap, trap stack and entry list of vCPU n, each on its own page; then
+    +0x10000 + n * 0x8000    TSS with I/O bitmap, trap stacks and entry list of vCPU n, each on its own page; then
                              the fast path's: code [view], data, vcpu_info and shared_info
     +0x40000000              on hosts that shadow page tables: all machine memory (supervisor, never executable)
 
@@ -42,6 +47,7 @@ from xenolith.abi.x86 import (
     PTE_RW,
     PTE_US,
     VECTOR_BP,
+    VECTOR_DB,
 )
 from xenolith.machine.memory import MachineMemory
 
@@ -67,6 +73,8 @@ VECTOR_TICK: Final = 32  # of the local timer
 PORT_ENTRY_DONE: Final = 0x40
 PORT_SYSCALL32: Final = 0x41
 PORT_TICK: Final = 0x42
+STUB_SIZE: Final = 4
+SYSCALL32_STUB: Final = TRAP_STUBS + (VECTOR_TICK + 1) * STUB_SIZE
 PORT_SYSCALL: Final = 0xFB  # the one port that CPL 3 may reach, where SYSCALL arrives at CPL 3; nothing real uses it
 
 # --- selectors and descriptors ---------------------------------------------------------------------
@@ -102,12 +110,17 @@ LIST_WORDS: Final = PAGE_SIZE // 8
 # The last words of the list are the gates': RIP behind the vCPU's own INT3s, the tables to go to, where ticks go.
 GATE_IN_RIP, GATE_OUT_RIP, KERNEL_CR3, USER_CR3, TICK_CR3, TICK_RIP = range(LIST_WORDS - 6, LIST_WORDS)
 NO_CR3: Final = 1 << 62  # raises #GP
+NO_RIP: Final = 1 << 62  # nor is it behind any instruction: the first address past the lower half is the only such one
 FRAME_WORDS: Final = 6  # of a trap, from the top of the stack down: SS RSP RFLAGS CS RIP error code
+# Stacks, by the number in the IST: how far below the end of their page they begin.  That of #BP and ticks is the last,
+# because the gates address what lies behind it.
+_STACKS: Final = {1: 0, 2: 0x400, 3: 0x800}
+_IST_GATES, _IST_TRAPS, _IST_DB = _STACKS
+_IST_OF: Final = {VECTOR_DB: _IST_DB, VECTOR_BP: _IST_GATES, VECTOR_TICK: _IST_GATES}
 
 _TABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A
 _SUPERVISOR: Final = PTE_P | PTE_A | PTE_D
 _KERNEL_DATA: Final = _SUPERVISOR | PTE_US | PTE_RW | PTE_NX
-_STUB_SIZE: Final = 4
 _HLT: Final = b"\xf4"
 
 
@@ -172,13 +185,18 @@ class CpuPages:
         self._info_entries = info_entries
         self.info_table = info_table  # MFN of the table it is in
         stack_top = self.tss_va + CPU_STACK + PAGE_SIZE
-        end = (stack_mfn + 1) * ENTRIES
-        self.frame = memory.q[end - FRAME_WORDS : end]  # error code, RIP, CS, RFLAGS, RSP, SS
+        ends = {ist: ((stack_mfn + 1) * PAGE_SIZE - below) // 8 for ist, below in _STACKS.items()}
+        frames = {ist: memory.q[end - FRAME_WORDS : end] for ist, end in ends.items()}
+        # Each: error code, RIP, CS, RFLAGS, RSP, SS.
+        self.frames = [frames[_IST_OF.get(vector, _IST_TRAPS)] for vector in range(VECTOR_TICK + 1)]
+        self.frame = frames[_IST_TRAPS]
+        self.gate_frame = frames[_IST_GATES]
         self.list = memory.q[list_mfn * ENTRIES : (list_mfn + 1) * ENTRIES]
         tss = memory.page(tss_mfn)
         tss[:] = bytes(_TSS_SIZE) + b"\xff" * (PAGE_SIZE - _TSS_SIZE)
-        for place in (_TSS_RSP0, _TSS_IST1):
-            pack_into("<Q", tss, place, stack_top)
+        pack_into("<Q", tss, _TSS_RSP0, stack_top)
+        for ist, below in _STACKS.items():
+            pack_into("<Q", tss, _TSS_IST1 + 8 * (ist - 1), stack_top - below)
         pack_into("<H", tss, _TSS_IO_BITMAP, _TSS_SIZE)
         self._syscall_bits = tss[_TSS_SIZE + PORT_SYSCALL // 8 :]
         if fast_path:
@@ -201,11 +219,13 @@ class CpuPages:
 class HypervisorArea:
     """The area of one domain: its frames, the L4 entries that map it, and what is on it.
 
-    `alias`: whether machine memory is mapped for the entry stubs.  `gates`: the page of gates in the user's and in the
-    kernel's view, where there is a fast path.
+    `alias`: whether machine memory is mapped for the entry stubs.  `syscall_cpl`: at which SYSCALL arrives.
+    `gates`: the page of gates in the user's and in the kernel's view, where there is a fast path.
     """
 
-    def __init__(self, memory: MachineMemory, alias: bool, gates: tuple[bytes, bytes] | None = None) -> None:
+    def __init__(
+        self, memory: MachineMemory, alias: bool, syscall_cpl: int, gates: tuple[bytes, bytes] | None = None
+    ) -> None:
         self._memory = memory
         self.stubs = EntryStubs()
         self.has_views = gates is not None
@@ -239,21 +259,20 @@ class HypervisorArea:
         for view in range(views):
             self._map(TRAP_STUBS, traps, _SUPERVISOR, view)
             self._map(GDT, gdt, _SUPERVISOR | PTE_RW | PTE_NX, view)  # the processor sets descriptors' accessed bits
-            self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | PTE_US, view)
+            self._map(SYSCALL_PAGE, syscall, _SUPERVISOR | (PTE_US if syscall_cpl == 3 else 0), view)
             self._map(ENTRY_STUBS, entry, _SUPERVISOR, view)
-        for number, port in enumerate((*range(TRAP_VECTORS), PORT_TICK)):
-            memory.page(traps)[number * _STUB_SIZE :][:3] = bytes((0xE6, port)) + _HLT
+        for number, port in enumerate((*range(TRAP_VECTORS), PORT_TICK, PORT_SYSCALL32)):
+            memory.page(traps)[number * STUB_SIZE :][:3] = bytes((0xE6, port)) + _HLT
         for selector, descriptor in _DESCRIPTORS.items():
             memory.q[(gdt << 9) + (selector >> 3)] = descriptor
         out = bytes((0xE6, PORT_SYSCALL)) + _HLT
-        code = out + bytes((0xE6, PORT_SYSCALL32)) + _HLT + _TAKE_SELECTORS + out
+        code = out + _TAKE_SELECTORS + out
         memory.page(syscall)[: len(code)] = code
         memory.page(entry)[: len(self.stubs.code)] = self.stubs.code
         self.l4_entry = l4_entries[USER_VIEW]
         self.kernel_l4_entry = l4_entries[-1]
 
-    SYSCALL32_STUB: Final = SYSCALL_PAGE + 3
-    TAKE_SELECTORS: Final = SYSCALL_PAGE + 6
+    TAKE_SELECTORS: Final = SYSCALL_PAGE + 3
 
     def cpu_pages(self, number: int) -> CpuPages:
         """Set up the pages of vCPU `number`; call once for each."""
@@ -296,9 +315,8 @@ class HypervisorArea:
     def _write_idt(self, page: memoryview, gates: dict[int, int]) -> None:
         """All vectors lead to their stubs, but these to gates of the fast path."""
         for vector in range(VECTOR_TICK + 1):
-            handler = gates.get(vector, TRAP_STUBS + vector * _STUB_SIZE)
+            handler = gates.get(vector, TRAP_STUBS + vector * STUB_SIZE)
             kind = _INTERRUPT_GATE | (3 << 5 if vector in _GATES_FOR_CPL3 else 0)
-            # SYSCALL of 32-bit code leaves CPL 0 on the guest's stack, where an interrupt must not put its frame.
-            ist = 1 if vector == VECTOR_TICK else 0
+            ist = _IST_OF.get(vector, _IST_TRAPS)
             entry = pack("<HHBBHII", handler & 0xFFFF, CODE0, ist, kind, handler >> 16 & 0xFFFF, handler >> 32, 0)
             page[vector * 16 : vector * 16 + 16] = entry

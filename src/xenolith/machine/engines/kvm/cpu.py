@@ -129,7 +129,9 @@ class KvmCpu(Cpu):
                 shared,
             )
             shared.syscall_page = self._pages.code_va
-        self._exits = Exits(self._fd, self, self._page, self._pages.frame, self._segments, self._debug, self._fast_path)
+        self._exits = Exits(
+            self._fd, self, self._page, self._pages, self._segments, self._debug, self._fast_path, shared
+        )
         self._interruptions = Interruptions(
             self._fd,
             vm.memory,
@@ -304,6 +306,10 @@ class KvmCpu(Cpu):
     def runs_64_bit_code(self) -> bool:
         return self._segments.is_flat
 
+    def runs_pages_of_cpl3(self) -> bool:
+        """Whether there is no SMEP: see Entry."""
+        return self._entry.runs_pages_of_cpl3()
+
     def read_memory(self, va: int, size: int) -> bytes | None:
         """Guest memory at a linear address; None where it is not mapped."""
         return page_walk.read(self._memory, self.l4_mfn, va, size)
@@ -388,11 +394,14 @@ class KvmCpu(Cpu):
         segments.look_for_loads()
         port = page.h[run_page.PORT]
         if port < area.TRAP_VECTORS:
-            error_code, rip, selector, regs[RFLAGS], regs[RSP], _ = self._pages.frame
+            error_code, rip, selector, regs[RFLAGS], regs[RSP], _ = self._pages.frames[port]
             regs[RIP] = rip
-            trap = None if fast_path is None else fast_path.take_over(fast_path.contains(rip))
-            if trap is not None:
-                return on_trap(trap, 0, 0)
+            if not selector & 3:
+                return self._exits.at_cpl0(on_trap, port, error_code)
+            in_fast_path = fast_path is not None and fast_path.contains(rip)
+            trap = None if fast_path is None else fast_path.take_over(in_fast_path)
+            if in_fast_path:  # the fault is no guest's: it goes on elsewhere
+                return on_trap(trap or TRAP_NOTHING, 0, 0)
             if port == VECTOR_PF:
                 return on_trap(VECTOR_PF, error_code, page.q[run_page.CR2])
             return self._exits.exception(on_trap, port, error_code, selector)

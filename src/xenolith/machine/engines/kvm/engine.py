@@ -44,7 +44,7 @@ class KvmEngine(Engine):
         self._vm = VirtualMachine(memory, traits, traits.ticks and fast_path)
         self.has_ticks = self._vm.has_ticks
         gates = gate_pages() if traits.has_fast_path and fast_path else None
-        self.area = area.HypervisorArea(memory, alias=traits.shadows_page_tables, gates=gates)
+        self.area = area.HypervisorArea(memory, traits.shadows_page_tables, traits.syscall_cpl, gates)
         self.l4_entries = {area.SLOT: self.area.l4_entry}
         if gates:
             self.kernel_l4_entries = {area.SLOT: self.area.kernel_l4_entry}

@@ -91,6 +91,14 @@ class Entry:
             if selector & 0xFFFC or regs[index] & 0xFFFC == _FLAT_SELECTOR:
                 regs[index] = selector & 0xFFFF
 
+    def runs_pages_of_cpl3(self) -> bool:
+        """Whether the virtual processor executes at CPL 0 what CPL 3 may execute: it has no SMEP then.
+
+        Only where the system-call page is such a page; for a vCPU that nobody uses any more.
+        """
+        self._start([(area.SYSCALL_PAGE, [])])
+        return self._run_to_port() == area.PORT_SYSCALL
+
     def _rewriting(self, entries: list[int], tables: list[int]) -> list[Piece]:
         """What rewrites these entries and whole tables."""
         pieces, stubs = [], self._stubs
@@ -126,6 +134,12 @@ class Entry:
 
     def _run(self, done: int) -> None:
         """Run what kvm_run holds until it says, by this port, that it is done."""
+        port = self._run_to_port()
+        if port != done:
+            raise EngineError(f"the engine's entry code stopped at {self._page.q[run_page.WORD_RIP]:#x}, port {port}")
+
+    def _run_to_port(self) -> int:
+        """Run what kvm_run holds until it writes to a port; -1 for another exit."""
         page, q = self._page, self._page.q
         interrupted = False
         q[run_page.DIRTY] = run_page.WRITTEN
@@ -135,8 +149,6 @@ class Entry:
                 raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
             interrupted |= kicks.swallow()
             q[run_page.DIRTY] = 0
-        reason = page.d[run_page.EXIT_REASON]
-        if reason != api.KVM_EXIT_IO or page.h[run_page.PORT] != done:
-            raise EngineError(f"the engine's entry code stopped at {q[run_page.WORD_RIP]:#x}, {reason}")
         if interrupted:
             kicks.repeat()
+        return page.h[run_page.PORT] if page.d[run_page.EXIT_REASON] == api.KVM_EXIT_IO else -1

@@ -10,7 +10,6 @@ from xenolith.abi.x86 import (
     OPCODE_INT3,
     OPCODE_INT_N,
     OPCODE_INTO,
-    PAGE_SIZE,
     R11,
     RAX,
     RCX,
@@ -40,11 +39,13 @@ from xenolith.machine.engines.protocol import (
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.cpu import KvmCpu
     from xenolith.machine.engines.kvm.fast_path import FastPath
+    from xenolith.machine.engines.kvm.native_run import KvmFields
     from xenolith.machine.engines.kvm.processor import DebugRegisters
     from xenolith.machine.engines.kvm.run_page import RunPage
     from xenolith.machine.engines.kvm.segment_registers import SegmentRegisters
 
 EFLAGS_OF: Final = 1 << 11
+_SYSCALL32: Final = area.SYSCALL32_STUB, area.SYSCALL32_STUB & 0xFFFF_FFFF
 _DIRECTION_IN: Final = 0
 _ERROR_IDT: Final = 2  # error code of a fault that INT n caused
 _INT3: Final = bytes((OPCODE_INT3,))
@@ -61,24 +62,24 @@ class Exits:
         fd: int,
         cpu: KvmCpu,
         page: RunPage,
-        frame: memoryview,
+        pages: area.CpuPages,
         segments: SegmentRegisters,
         debug: DebugRegisters,
         fast_path: FastPath | None,
+        shared: KvmFields,
     ) -> None:
         self._fd = fd
         self._cpu = cpu
         self._regs = cpu.regs
         self._page = page
-        self._frame = frame  # of the trap, see area.CpuPages
+        self._pages = pages
         self._segments = segments
         self._debug = debug
         self._fast_path = fast_path
+        self._shared = shared
 
     def exception(self, on_trap: TrapHandler, vector: int, error_code: int, selector: int) -> bool:
         """An exception other than a page fault; `selector` is the hardware CS it came from."""
-        if not selector & 3:
-            raise EngineError(f"exception {vector} (error code {error_code:#x}) in the engine's own entry code")
         self._segments.look_for_far_jump(selector)
         regs = self._regs
         if vector == VECTOR_UD:
@@ -97,12 +98,43 @@ class Exits:
             regs[RFLAGS] &= ~EFLAGS_RF
         return on_trap(vector, error_code if vector in VECTORS_WITH_ERROR_CODE else 0, address)
 
+    def at_cpl0(self, on_trap: TrapHandler, vector: int, error_code: int) -> bool:
+        """An exception in the engine's own code, for which a guest can be the reason in three ways only.
+
+        - SYSCALL has just been executed: by KVM's instruction emulator, where the processor would have stayed at CPL 3,
+          or of 32-bit code, for which the emulator cuts CSTAR to 32 bits: SMEP keeps CPL 0 from what comes next; or
+          behind a MOV SS, whose #DB comes now.
+        - Such a #DB in a trap stub, of an INT3 behind a MOV SS: the #BP's own frame is on its stack.
+        - A gate of the fast path that cannot return: a tick of 32-bit code.
+        """
+        regs, fast_path = self._regs, self._fast_path
+        rip = regs[RIP]
+        if rip in (self._shared.syscall_page, *_SYSCALL32):
+            return self._syscall(on_trap)
+        if fast_path is not None and fast_path.finish_gate(rip):
+            self._segments.look_for_far_jump(self._pages.gate_frame[2])
+            return on_trap(fast_path.take_over(fast_path.contains(regs[RIP])) or TRAP_NOTHING, 0, 0)
+        trap, within = divmod(rip - area.TRAP_STUBS, area.STUB_SIZE)
+        if vector == VECTOR_DB and 0 <= trap < area.TRAP_VECTORS and not within:
+            error_code, regs[RIP], selector, regs[RFLAGS], regs[RSP], _ = self._pages.frames[trap]
+            if selector & 3 and trap != VECTOR_DB:
+                return self.exception(on_trap, trap, error_code, selector)
+        raise EngineError(f"exception {vector} (error code {error_code:#x}) in the engine's own code at {rip:#x}")
+
+    def _syscall(self, on_trap: TrapHandler) -> bool:
+        """SYSCALL has been executed, and the vCPU stopped at CPL 0 before it could say so."""
+        regs = self._regs
+        regs[RIP], regs[RFLAGS] = regs[RCX], regs[R11] & ENTRY_FLAGS | ALWAYS_SET
+        if self._fast_path is not None:
+            self._fast_path.take_over(False)
+        return on_trap(TRAP_SYSCALL, 0, 0)
+
     def _undefined_opcode(self) -> tuple[int, int]:
-        """What a #UD really is: some hosts raise it for INT n and, in compatibility mode, INT3 and INTO."""
+        """What a #UD really is: where KVM emulates guest code it raises it for INT n, INT3 and INTO."""
         regs = self._regs
         code = self._cpu.fetch(2)
         compatibility = not self._segments.is_flat
-        if code[:1] == _INT3 and compatibility:
+        if code[:1] == _INT3:
             regs[RIP] = advanced(regs[RIP], 1)
             return VECTOR_BP, 0
         if code[:1] == _INTO and compatibility:
@@ -118,15 +150,14 @@ class Exits:
 
     def tick(self, on_trap: TrapHandler) -> bool:
         """The local timer has interrupted something that is not for the fast path."""
-        _, rip, selector, flags, rsp, _ = self._frame
+        _, rip, selector, flags, rsp, _ = self._pages.gate_frame
         regs, fast_path = self._regs, self._fast_path
         assert fast_path is not None
         if not selector & 3:
-            if rip & -PAGE_SIZE != area.SYSCALL_PAGE:
+            if rip not in (self._shared.syscall_page, *_SYSCALL32):
                 raise EngineError(f"a tick in the engine's own code at {rip:#x}")
-            regs[RIP], regs[RSP], regs[RFLAGS] = regs[RCX], rsp, regs[R11] & ENTRY_FLAGS | ALWAYS_SET
-            fast_path.take_over(False)
-            return on_trap(TRAP_SYSCALL, 0, 0)
+            regs[RSP] = rsp
+            return self._syscall(on_trap)
         regs[RIP], regs[RSP], regs[RFLAGS] = rip, rsp, flags & ENTRY_FLAGS | ALWAYS_SET
         self._segments.look_for_far_jump(selector)
         trap = fast_path.take_over(fast_path.contains(rip))
@@ -140,9 +171,7 @@ class Exits:
         if page.cpl == 0:
             if port not in (area.PORT_SYSCALL32, area.PORT_SYSCALL):
                 raise EngineError(f"the engine's own code at {rip:#x} wrote to port {port:#x}")
-            regs[RIP] = regs[RCX]
-            regs[RFLAGS] = regs[R11] & ENTRY_FLAGS | ALWAYS_SET
-            return on_trap(TRAP_SYSCALL, 0, 0)
+            return self._syscall(on_trap)
         rax = regs[RAX]
         if page.b[api.RUN_DETAIL] == _DIRECTION_IN:  # the kernel wants to finish the instruction first
             self._finish_io()

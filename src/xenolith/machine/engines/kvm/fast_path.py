@@ -290,12 +290,14 @@ class FastPath:
         regs[RFLAGS] = regs[R11]
         return l4_mfn, trap
 
-    def finish_gate(self, rip: int) -> int | None:
+    def finish_gate(self, rip: int) -> bool:
         """The vCPU stopped at CPL 0, at `rip`: if in a gate, it is as if it stopped before or behind it.
 
-        The table to be on; None: not in a gate, or not by this vCPU's own INT3.
+        False: not in a gate, or not by this vCPU's own INT3; nothing was changed then.
         """
-        regs, frame = self._regs, self._pages.frame
+        if rip & -PAGE_SIZE != area.GATES:
+            return False
+        regs, frame = self._regs, self._pages.gate_frame
         pushed, returns_to, selector, flags, stack, _ = frame
         for gate, start, own in (
             (GATE_IN_CODE, GATE_IN_AT, area.GATE_IN_RIP),
@@ -306,25 +308,32 @@ class FastPath:
                 if "exchanged" in labels and labels["exchanged"] <= at < labels["checked"]:
                     returns_to = regs[RAX]
                 if at < labels["checked"] and returns_to != self._list[own]:
-                    return None
+                    return False
                 if 0 < at <= labels["tail"]:
                     regs[RAX] = pushed
-                regs[RSP], regs[RFLAGS] = stack, flags
                 regs[RIP] = self._pages.code_va + USER.labels["gate"]
                 if gate is GATE_OUT_CODE:
                     regs[RIP] = self._data[WORD["rip"]] & _USER_RIP
-                return self._shared.user_l4
+                self._leave_gate(flags, stack)
+                return True
         at, labels = rip - GATE_TICK_AT, GATE_TICK_CODE.labels
         if not 0 <= at < labels["other"] or not selector & 3:
-            return None
+            return False
         if at == labels["exchanged"]:
             returns_to = regs[RAX]
         elif at > labels["exchanged"]:
             returns_to = self._data[WORD["tick_rip"]]
         if labels["pushed"] <= at <= labels["stored"]:
             regs[RAX] = pushed
-        regs[RSP], regs[RFLAGS] = stack, flags
-        return self._to_interrupted(returns_to)
+        self._to_interrupted(returns_to)
+        self._leave_gate(flags, stack)
+        return True
+
+    def _leave_gate(self, flags: int, stack: int) -> None:
+        """The vCPU is at CPL 3 again, on the table of its programs."""
+        regs = self._regs
+        regs[RSP], regs[RFLAGS] = stack, flags & ENTRY_FLAGS | ALWAYS_SET
+        self._page.q[run_page.CR3] = self._shared.user_l4 << PAGE_SHIFT
 
     def _to_interrupted(self, rip: int) -> int:
         """The vCPU is to go on where the local timer interrupted it, on the table that this gives."""
@@ -381,7 +390,10 @@ class FastPath:
         shared.on = on
         self._pages.kernel_code[:5] = bytes(shared.kernel_start[on])
         self._pages.user_code[:2] = bytes(shared.user_start[on])
-        self._list[area.GATE_IN_RIP], self._list[area.GATE_OUT_RIP] = shared.gate_rips if on else (0, 0)
+        gates = self._list
+        gates[area.GATE_IN_RIP], gates[area.GATE_OUT_RIP] = shared.gate_rips if on else (area.NO_RIP, area.NO_RIP)
+        if not on:
+            gates[area.KERNEL_CR3] = gates[area.USER_CR3] = gates[area.TICK_CR3] = area.NO_CR3
 
 
 def _canonical(address: int) -> int:

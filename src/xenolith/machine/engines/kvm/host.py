@@ -173,9 +173,12 @@ def host_traits() -> HostTraits:
             writes_bases=_writes_bases(machine),
             ticks=False,
             exit_cost_ns=_exit_cost_ns(machine),
+            smep=not machine.cpu.runs_pages_of_cpl3(),  # the last, after which the vCPU is not used
         )
     finally:
         machine.close()
+    if not traits.smep and traits.emulates_guest_code:
+        raise _fail("it has no SMEP, and its instruction emulator takes a SYSCALL of the guest's to CPL 0")
     traits = dataclasses.replace(traits, ticks=traits.has_fast_path and _ticks(traits))
     _check_cures(traits)
     return traits

@@ -19,7 +19,6 @@ from xenolith.abi.x86 import (
     OPCODE_INTO,
     PAGE_SHIFT,
     PAGE_SIZE,
-    RFLAGS,
     RIP,
     VECTOR_BP,
     VECTOR_OF,
@@ -33,7 +32,7 @@ from xenolith.machine.engines.kvm.kicks import Kicks
 from xenolith.machine.engines.kvm.native_run import KvmFields
 from xenolith.machine.engines.kvm.run_page import RunPage
 from xenolith.machine.engines.kvm.segment_registers import SegmentRegisters
-from xenolith.machine.engines.protocol import ALWAYS_SET, ENTRY_FLAGS, TRAP_SYSCALL, EngineError
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, EngineError
 from xenolith.machine.memory import MachineMemory
 
 LOOK_AGAIN: Final = 0.0005  # s
@@ -103,11 +102,8 @@ class Interruptions:
                 return False
             page.read_all_registers()
             self._segments.look_for_loads()
-            l4_mfn = fast_path.finish_gate(rip)
-            if l4_mfn is None:
+            if not fast_path.finish_gate(rip):
                 return False
-            regs[RFLAGS] = regs[RFLAGS] & ENTRY_FLAGS | ALWAYS_SET
-            page.q[run_page.CR3] = l4_mfn << PAGE_SHIFT
         elif rip & -PAGE_SIZE != self._shared.syscall_page:
             return False
         else:

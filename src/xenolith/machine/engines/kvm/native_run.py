@@ -179,7 +179,8 @@ def declarations() -> str:
             ),
             native.define(
                 area,
-                "MAX_CPUS PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3 TICK_CR3",
+                "MAX_CPUS PORT_SYSCALL USER_CODE64 USER_DATA GATE_IN_RIP GATE_OUT_RIP KERNEL_CR3 USER_CR3 TICK_CR3 "
+                "NO_RIP NO_CR3",
             ),
             native.define(layout, "FLAT_RING3_CS64 FLAT_RING3_SS64 SHARED_EVTCHN_PENDING"),
             native.define(changes, "KEPT MAY_NOT_LOSE MAY_NOT_GAIN"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.x86 import (
+    CR4_FSGSBASE,
     CR4_OSFXSR,
     CR4_OSXMMEXCPT,
     CR4_OSXSAVE,
     CR4_PAE,
+    CR4_SMAP,
+    CR4_SMEP,
     EFER_LMA,
     EFER_LME,
     EFER_NX,
@@ -72,6 +76,13 @@ def set_up(fd: int, vm: VirtualMachine, tss_va: int, syscall_page: int, fast_pat
         ioctl(fd, api.KVM_SET_SREGS, sregs)
     except OSError as error:
         raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
+    # The gates of the fast path read the guest kernel's data at CPL 0, which SMAP forbids.
+    for bit in (CR4_FSGSBASE, CR4_SMEP) if fast_path else (CR4_FSGSBASE, CR4_SMEP, CR4_SMAP):
+        pack_into("<Q", sregs, api.SREGS_CR4, cr4 | bit)
+        with suppress(OSError):
+            ioctl(fd, api.KVM_SET_SREGS, sregs)
+            cr4 |= bit
+    pack_into("<Q", sregs, api.SREGS_CR4, cr4)
     # STAR: SYSCALL loads CS and SS from bits 47..32; SYSRET is never executed.
     flags_cleared = EFLAGS_TF | EFLAGS_DF | EFLAGS_IOPL | EFLAGS_NT | EFLAGS_AC
     if not fast_path:  # which is at CPL 3 and cannot set it again: the local timer would stay silent
@@ -79,7 +90,7 @@ def set_up(fd: int, vm: VirtualMachine, tss_va: int, syscall_page: int, fast_pat
     entries = (
         (MSR_STAR, area.CODE0 << 32 | area.USER_CODE32 << 48),
         (_MSR_LSTAR, syscall_page),
-        (_MSR_CSTAR, area.HypervisorArea.SYSCALL32_STUB),
+        (_MSR_CSTAR, area.SYSCALL32_STUB),
         (_MSR_SFMASK, flags_cleared),
     )
     table = api.MSRS_HEADER.pack(len(entries), 0)

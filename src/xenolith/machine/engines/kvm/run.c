@@ -133,8 +133,10 @@ static void turn(struct kvm_cpu *k, bool on)
     k->on = on;
     __builtin_memcpy(k->kernel_code, k->kernel_start[on], 5);
     __builtin_memcpy(k->user_code, k->user_start[on], 2);
-    k->list[GATE_IN_RIP] = on ? k->gate_rips[0] : 0;
-    k->list[GATE_OUT_RIP] = on ? k->gate_rips[1] : 0;
+    k->list[GATE_IN_RIP] = on ? k->gate_rips[0] : NO_RIP;
+    k->list[GATE_OUT_RIP] = on ? k->gate_rips[1] : NO_RIP;
+    if (!on)
+        k->list[KERNEL_CR3] = k->list[USER_CR3] = k->list[TICK_CR3] = NO_CR3;
 }
 
 /* `left` ns, or more by less than a host's tick: until one of those. */

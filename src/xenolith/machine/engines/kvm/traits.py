@@ -20,6 +20,7 @@ class HostTraits:
     xcr0_settable: bool
     null_clears_base: bool  # loading a null selector into FS or GS clears its base
     writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
+    smep: bool  # CPL 0 cannot execute a page that CPL 3 can
     ticks: bool  # KVM's local timer interrupts guest code, again and again without an end of interrupt
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
@@ -31,9 +32,15 @@ class HostTraits:
         )
 
     @property
+    def emulates_guest_code(self) -> bool:
+        """Whether KVM's instruction emulator executes guest code, so that what it gets wrong matters."""
+        return self.syscall_cpl == 3 or not self.runs_compatibility_code
+
+    @property
     def has_fast_path(self) -> bool:
         """Whether the fast path works here: it is for hosts with dear exits (see fast_path)."""
-        return self.shadows_page_tables and self.syscall_cpl == 3 and self.writes_bases
+        is_sound = self.smep and not self.has_breakpoints  # what comes upon a gate at CPL 0 would be lost
+        return self.shadows_page_tables and self.syscall_cpl == 3 and self.writes_bases and is_sound
 
     @property
     def kind(self) -> str:
@@ -57,6 +64,7 @@ CAUTIOUS = HostTraits(
     xcr0_settable=False,
     null_clears_base=False,
     writes_bases=False,
+    smep=False,
     ticks=False,
     exit_cost_ns=0,
 )
