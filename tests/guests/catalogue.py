@@ -107,5 +107,8 @@ CATALOGUE: tuple[Guest, ...] = (
     ending("reset", 7),
 )
 
+# These need devices; see test_blkfront.py.
+WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"))
+
 # For a test marked slow.
 LONG_RUNS: tuple[Guest, ...] = (fuzz(4, calls=100_000),)
