@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, cast
 
 from xenolith.abi.errno import EINVAL
 from xenolith.abi.grant_table import GNTST_bad_gntref, GNTST_general_error
 from xenolith.abi.xenbus import XenbusState
-from xenolith.dom0.peer import GrantError
 from xenolith.dom0.xenstore import HostStore, XenstoreService
+from xenolith.hypervisor.events import Handler
+from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain
 
 DEADLINE_SECONDS: Final = 60
 PAGE: Final = 4096
 
 
-class FakePeer:
-    """The domain of a front-end: frames it granted, ports that can be bound, and how often each was notified."""
+class FakeDom0:
+    """dom0's hypercalls, as `PythonDomain` has them, towards one domain: its frames, its ports, and what was mapped."""
 
-    def __init__(self, domid: int = 7) -> None:
-        self.domid = domid
+    def __init__(self) -> None:
         self.frames: dict[int, bytearray] = {}  # by grant reference
         self.read_only: set[int] = set()
         self.unbound = {3, 4, 5, 6}
-        self.ports: dict[int, Callable[[], None]] = {}
+        self.handlers: dict[int, Handler] = {}
         self.mapped: dict[int, int] = {}  # reference by handle
-        self.notifications = 0
         self.notified = threading.Condition()
         self.maps = 0
-        self._handles = 0
+        self.lines: list[str] = []
+        self._bound: set[int] = set()
+
+    @property
+    def hypercalls(self) -> PythonDomain:
+        return cast(PythonDomain, self)
 
     def grant(self, ref: int, data: bytes = b"") -> bytearray:
         self.frames[ref] = bytearray(data.ljust(PAGE, b"\0"))
@@ -38,41 +42,48 @@ class FakePeer:
 
     def event(self) -> None:
         """What the guest does with EVTCHNOP_send."""
-        for handler in list(self.ports.values()):
-            handler()
+        for port, handler in list(self.handlers.items()):
+            handler(port)
 
-    # --- as peer.Peer has it
+    # --- as PythonDomain has them
 
-    def bind(self, remote_port: int, handler: Callable[[], None]) -> int:
+    def bind_interdomain(self, domid: int, remote_port: int) -> int:
         if remote_port not in self.unbound:
-            return -EINVAL
+            raise HypercallError(f"port {remote_port}", -EINVAL)
         self.unbound.discard(remote_port)
-        self.ports[remote_port] = handler
+        self._bound.add(remote_port)
         return remote_port
 
-    def close_port(self, port: int) -> None:
-        del self.ports[port]
-        self.unbound.add(port)
+    def set_handler(self, port: int, handler: Handler) -> None:
+        self.handlers[port] = handler
 
-    def notify(self, port: int) -> None:
-        assert port in self.ports
+    def close(self, port: int) -> None:
+        self._bound.discard(port)
+        self.unbound.add(port)
+        self.handlers.pop(port, None)
+
+    def send(self, port: int) -> None:
+        assert port in self._bound
         with self.notified:
-            self.notifications += 1
             self.notified.notify_all()
 
-    def map(self, ref: int, writable: bool) -> tuple[int, memoryview]:
+    def map_grant(self, domid: int, ref: int, writable: bool = True) -> MappedGrant:
         if ref not in self.frames:
-            raise GrantError(f"GNTST {GNTST_bad_gntref}")
+            raise HypercallError(f"grant {ref}", GNTST_bad_gntref)
         if writable and ref in self.read_only:
-            raise GrantError(f"GNTST {GNTST_general_error}")
+            raise HypercallError(f"grant {ref}", GNTST_general_error)
         self.maps += 1
-        self._handles += 1
-        self.mapped[self._handles] = ref
+        self.mapped[self.maps] = ref
         view = memoryview(self.frames[ref])
-        return self._handles, view if writable else view.toreadonly()
+        return MappedGrant(
+            domid, ref, writable, view if writable else view.toreadonly(), 1, self.maps, self.hypercalls
+        )
 
-    def unmap(self, handle: int) -> None:
-        del self.mapped[handle]
+    def unmap_grant(self, grant: MappedGrant) -> None:
+        del self.mapped[grant.handle]
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class Follower:

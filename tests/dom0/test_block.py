@@ -18,9 +18,9 @@ from xenolith.dom0.rings import SharedRing
 from xenolith.dom0.xenbus import Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 
-from .frontends import DEADLINE_SECONDS, FakePeer, Follower, running_store, state
+from .frontends import DEADLINE_SECONDS, FakeDom0, Follower, running_store, state
 
-RING_REF, PORT = 8, 3
+DOMID, RING_REF, PORT = 7, 8, 3
 SECTORS = 2048
 OKAY, ERROR, UNSUPPORTED = blkif.BLKIF_RSP_OKAY, blkif.BLKIF_RSP_ERROR, blkif.BLKIF_RSP_EOPNOTSUPP
 READ, WRITE, FLUSH, DISCARD = (
@@ -48,13 +48,12 @@ class Frontend:
     def __init__(self, store: XenstoreService, path: Path, *, writable: bool = True, persistent: bool = False) -> None:
         self.path = path
         self.store = store
-        self.peer = FakePeer()
-        self.log: list[str] = []
-        self.xenbus = Xenbus(store, self.log.append)
+        self.dom0 = FakeDom0()
+        self.xenbus = Xenbus(store, self.dom0.log)
         source = DiskSource(path=path, writable=writable)
-        backend = BlockBackend(self.peer, VbdSpec(number=51712, name="xvda", source=source), self.log.append)
-        self.device: Device[BlockBackend] = self.xenbus.plug(self.peer, 51712, backend, *backend.nodes())
-        self.ring = SharedRing(memoryview(self.peer.grant(RING_REF)), blkif.REQUEST_SIZE)
+        backend = BlockBackend(self.dom0.hypercalls, DOMID, VbdSpec(number=51712, name="xvda", source=source))
+        self.device: Device[BlockBackend] = self.xenbus.plug(DOMID, 51712, backend, *backend.nodes())
+        self.ring = SharedRing(memoryview(self.dom0.grant(RING_REF)), blkif.REQUEST_SIZE)
         self.ring.words[REQ_EVENT] = self.ring.words[RSP_EVENT] = 1
         self.consumed = self.produced = 0
         nodes = {"ring-ref": str(RING_REF), "event-channel": str(PORT), "protocol": "x86_64-abi"}
@@ -77,14 +76,14 @@ class Frontend:
             self.ring.bytes[at : at + len(request)] = request
             self.produced += 1
         self.ring.words[REQ_PROD] = self.produced
-        self.peer.event()
+        self.dom0.event()
 
     def responses(self, count: int) -> list[tuple[int, int, int]]:
         """Wait for this many: (number, operation, status)."""
         wanted = self.consumed + count
-        with self.peer.notified:
+        with self.dom0.notified:
             self.ring.words[RSP_EVENT] = wanted
-            assert self.peer.notified.wait_for(lambda: self.ring.words[RSP_PROD] >= wanted, DEADLINE_SECONDS)
+            assert self.dom0.notified.wait_for(lambda: self.ring.words[RSP_PROD] >= wanted, DEADLINE_SECONDS)
         got = []
         for index in range(self.consumed, wanted):
             at = self.ring.offset(index)
@@ -118,8 +117,8 @@ def front(store: XenstoreService, image: Path, request: pytest.FixtureRequest) -
     made.sees(S.CONNECTED)
     yield made
     made.device.stop()
-    assert made.peer.mapped == {}, "every grant is given back"
-    assert made.peer.ports == {}
+    assert made.dom0.mapped == {}, "every grant is given back"
+    assert PORT in made.dom0.unbound
 
 
 with_and_without_persistent = pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_what_the_device_offers_and_is(front: Frontend) -> None:
 @with_and_without_persistent
 def test_reads_fill_the_named_parts_of_granted_frames(front: Frontend) -> None:
     data = front.path.read_bytes()
-    one, two = front.peer.grant(20), front.peer.grant(21)
+    one, two = front.dom0.grant(20), front.dom0.grant(21)
     assert front.ask(transfer(READ, 1, 10, [(20, 2, 5), (21, 0, 7)])) == [OKAY]
     assert bytes(one) == bytes(1024) + data[10 * 512 : 14 * 512] + bytes(1024)
     assert bytes(two) == data[14 * 512 : 22 * 512]
@@ -151,7 +150,7 @@ def test_reads_fill_the_named_parts_of_granted_frames(front: Frontend) -> None:
 @with_and_without_persistent
 def test_writes_go_to_the_file(front: Frontend) -> None:
     before = front.path.read_bytes()
-    front.peer.grant(20, b"ab" * 2048)
+    front.dom0.grant(20, b"ab" * 2048)
     assert front.ask(transfer(WRITE, 1, 100, [(20, 1, 1), (20, 7, 7)]), transfer(FLUSH, 2, 0, [])) == [OKAY, OKAY]
     assert front.path.read_bytes() == before[: 100 * 512] + b"ab" * 512 + before[102 * 512 :]
     statistics = front.device.backend.statistics
@@ -160,8 +159,8 @@ def test_writes_go_to_the_file(front: Frontend) -> None:
 
 @with_and_without_persistent
 def test_indirect_requests_move_a_mebibyte(front: Frontend) -> None:
-    frames = [front.peer.grant(100 + number) for number in range(256)]
-    front.peer.grant(30, b"".join(blkif.SEGMENT.pack(100 + number, 0, 7) for number in range(256)))
+    frames = [front.dom0.grant(100 + number) for number in range(256)]
+    front.dom0.grant(30, b"".join(blkif.SEGMENT.pack(100 + number, 0, 7) for number in range(256)))
     assert front.ask(indirect(READ, 1, 0, 256, 30)) == [OKAY]
     assert b"".join(frames) == front.path.read_bytes()
     for frame in frames:
@@ -171,14 +170,14 @@ def test_indirect_requests_move_a_mebibyte(front: Frontend) -> None:
 
 
 def test_the_answer_to_an_indirect_request_has_the_real_operation(front: Frontend) -> None:
-    front.peer.grant(20)
-    front.peer.grant(30, blkif.SEGMENT.pack(20, 0, 7))
+    front.dom0.grant(20)
+    front.dom0.grant(30, blkif.SEGMENT.pack(20, 0, 7))
     front.submit(indirect(READ, 0xABCDEF, 0, 1, 30))
     assert front.responses(1) == [(0xABCDEF, READ, OKAY)]
 
 
 def test_a_full_ring_is_answered_completely_and_in_order(front: Frontend) -> None:
-    front.peer.grant(20)
+    front.dom0.grant(20)
     for start in range(0, 320, 32):
         requests = [transfer(READ, start + number, number, [(20, 0, 0)]) for number in range(32)]
         front.ring.words[RSP_EVENT] = front.consumed + 32
@@ -193,7 +192,7 @@ def test_a_discarded_range_reads_as_zeros(front: Frontend) -> None:
 
 
 def test_a_flush_with_data_writes_it(front: Frontend) -> None:
-    front.peer.grant(20, b"z" * 4096)
+    front.dom0.grant(20, b"z" * 4096)
     assert front.ask(transfer(FLUSH, 1, 0, [(20, 0, 7)])) == [OKAY]
     assert front.path.read_bytes()[:4096] == b"z" * 4096
 
@@ -201,26 +200,26 @@ def test_a_flush_with_data_writes_it(front: Frontend) -> None:
 @pytest.mark.parametrize("front", [{"persistent": True}], indirect=True)
 def test_persistent_grants_stay_mapped_up_to_a_limit(front: Frontend) -> None:
     for ref in range(100, 100 + MAX_PERSISTENT_GRANTS + 44):
-        front.peer.grant(ref)
+        front.dom0.grant(ref)
     for _ in range(2):
         for first in range(100, 100 + MAX_PERSISTENT_GRANTS + 44, 11):
             assert front.ask(transfer(READ, 1, 0, [(ref, 0, 7) for ref in range(first, first + 11)])) == [OKAY]
-    assert len(front.peer.mapped) == 1 + MAX_PERSISTENT_GRANTS, "the ring, and what is kept"
-    assert front.peer.maps == 1 + MAX_PERSISTENT_GRANTS + 2 * 44
+    assert len(front.dom0.mapped) == 1 + MAX_PERSISTENT_GRANTS, "the ring, and what is kept"
+    assert front.dom0.maps == 1 + MAX_PERSISTENT_GRANTS + 2 * 44
 
 
 def test_grants_that_are_not_persistent_are_given_back_before_the_answer(front: Frontend) -> None:
-    front.peer.grant(20)
+    front.dom0.grant(20)
     assert front.ask(transfer(READ, 1, 0, [(20, 0, 7)])) == [OKAY]
-    assert list(front.peer.mapped.values()) == [RING_REF]
+    assert list(front.dom0.mapped.values()) == [RING_REF]
 
 
 @pytest.mark.parametrize("front", [{"writable": False}], indirect=True)
 def test_a_read_only_disk_stays_as_it_is(front: Frontend) -> None:
     before = front.path.read_bytes()
     assert front.store.read(f"{front.device.directory}/info") == str(blkif.VDISK_READONLY)
-    front.peer.grant(20, b"w" * 4096)
-    front.peer.grant(30, blkif.SEGMENT.pack(20, 0, 7))
+    front.dom0.grant(20, b"w" * 4096)
+    front.dom0.grant(30, blkif.SEGMENT.pack(20, 0, 7))
     assert front.ask(
         transfer(WRITE, 1, 0, [(20, 0, 7)]),
         transfer(FLUSH, 2, 0, [(20, 0, 7)]),
@@ -258,10 +257,10 @@ NONSENSE = {
 @with_and_without_persistent
 def test_nonsense_is_answered_with_an_error_and_moves_nothing(front: Frontend, request_: bytes) -> None:
     before = front.path.read_bytes()
-    frame = front.peer.grant(20, b"untouched" * 400)
-    front.peer.grant(21)
-    front.peer.read_only.add(21)
-    front.peer.grant(30, blkif.SEGMENT.pack(20, 0, 7))
+    frame = front.dom0.grant(20, b"untouched" * 400)
+    front.dom0.grant(21)
+    front.dom0.read_only.add(21)
+    front.dom0.grant(30, blkif.SEGMENT.pack(20, 0, 7))
     assert front.ask(request_) == [ERROR]
     assert front.path.read_bytes() == before
     assert bytes(frame) == (b"untouched" * 400).ljust(4096, b"\0")
@@ -276,9 +275,9 @@ def test_an_operation_that_there_is_not_is_unsupported(front: Frontend, operatio
 @pytest.mark.parametrize("claim", [33, 1000, 1 << 31, (1 << 32) - 1])
 def test_a_producer_that_lies_closes_the_device(front: Frontend, claim: int) -> None:
     front.ring.words[REQ_PROD] = claim
-    front.peer.event()
+    front.dom0.event()
     front.sees(S.CLOSING)
-    assert front.peer.mapped == {}
+    assert front.dom0.mapped == {}
     assert "unanswered" in front.store.read(f"{front.device.directory}/error")
     front.says(S.CLOSED)
     front.sees(S.CLOSED)
@@ -308,41 +307,41 @@ def test_a_front_end_that_says_nonsense_gets_no_connection(
         store.write(f"{front.device.frontend}/{name}", value)
     front.says(S.INITIALISED)
     front.sees(S.CLOSING)
-    assert front.peer.mapped == {}
-    assert front.peer.ports == {}
+    assert front.dom0.mapped == {}
+    assert PORT in front.dom0.unbound
     front.device.stop()
 
 
 def test_a_failing_disk_is_the_guests_error_and_one_line_in_the_log(front: Frontend) -> None:
-    front.peer.grant(20)
+    front.dom0.grant(20)
     os.truncate(front.path, 4096)
     requests = [transfer(READ, number, 64, [(20, 0, 7)]) for number in range(5)]
     assert front.ask(*requests) == [ERROR] * 5
-    assert len([line for line in front.log if "cut off" in line]) == 1
+    assert len([line for line in front.dom0.lines if "cut off" in line]) == 1
     assert front.ask(transfer(READ, 9, 0, [(20, 0, 7)])) == [OKAY]
     assert front.device.backend.statistics.errors == 5
 
 
 def test_a_file_that_vanished_fails_the_flush(front: Frontend) -> None:
-    front.peer.grant(20)
+    front.dom0.grant(20)
     front.path.unlink()
     assert front.ask(transfer(WRITE, 1, 0, [(20, 0, 7)]), transfer(FLUSH, 2, 0, [])) == [OKAY, ERROR]
 
 
 def test_requests_before_the_connection_are_served(store: XenstoreService, image: Path) -> None:
     front = Frontend(store, image)
-    front.peer.grant(20)
+    front.dom0.grant(20)
     front.submit(transfer(READ, 5, 0, [(20, 0, 7)]))
     assert front.responses(1) == [(5, READ, OKAY)]
     front.device.stop()
 
 
 def test_a_disconnect_midway_answers_what_was_taken_and_gives_all_back(front: Frontend) -> None:
-    front.peer.grant(20)
+    front.dom0.grant(20)
     front.submit(*[transfer(READ, number, 0, [(20, 0, 7)]) for number in range(32)])
     front.says(S.CLOSED)
     front.sees(S.CLOSED)
-    assert front.peer.mapped == {}
+    assert front.dom0.mapped == {}
     assert front.ring.words[RSP_PROD] in (0, 32)
 
 
@@ -353,8 +352,8 @@ def test_100000_random_requests_are_each_answered_and_leave_nothing(front: Front
     rng = random.Random(seed)
     refs = list(range(20, 40))
     for ref in refs:
-        front.peer.grant(ref, rng.randbytes(4096))
-    front.peer.read_only.update(refs[::5])
+        front.dom0.grant(ref, rng.randbytes(4096))
+    front.dom0.read_only.update(refs[::5])
 
     def fuzzed() -> bytes:
         kind = rng.randrange(8)
@@ -385,4 +384,4 @@ def test_100000_random_requests_are_each_answered_and_leave_nothing(front: Front
         done += count
     assert front.device.failure is None
     assert front.path.stat().st_size == SECTORS * 512
-    assert len(front.peer.mapped) <= 1 + len(refs)
+    assert len(front.dom0.mapped) <= 1 + len(refs)

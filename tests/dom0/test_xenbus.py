@@ -13,7 +13,7 @@ from xenolith.abi.xenbus import XenbusState as S
 from xenolith.dom0.xenbus import Backend, Device, FrontendError, FrontendNodes, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 
-from .frontends import DEADLINE_SECONDS, FakePeer, Follower, running_store, state
+from .frontends import DEADLINE_SECONDS, Follower, running_store, state
 
 
 class Toy(Backend):
@@ -67,7 +67,7 @@ class Guest:
         self.xenbus = Xenbus(store, self.log.append)
         self.toy = Toy()
         store.mkdir("/local/domain/7", ["n0", "r7"])
-        self.device: Device[Toy] = self.xenbus.plug(FakePeer(7), 3, self.toy, {"tag": "f"}, {"label": "b"})
+        self.device: Device[Toy] = self.xenbus.plug(7, 3, self.toy, {"tag": "f"}, {"label": "b"})
         self.front, self.back = self.device.frontend, self.device.directory
         self._state = Follower(store, f"{self.back}/state")
 
@@ -127,7 +127,7 @@ def test_the_device_connects_and_serves(guest: Guest) -> None:
 
 def test_a_second_device_with_the_same_number_is_refused(guest: Guest) -> None:
     with pytest.raises(ValueError, match="already"):
-        guest.xenbus.plug(FakePeer(7), 3, Toy(), {}, {})
+        guest.xenbus.plug(7, 3, Toy(), {}, {})
 
 
 def test_closing_waits_for_the_front_end_to_see_it(guest: Guest) -> None:
@@ -244,7 +244,7 @@ def test_nothing_of_a_device_stays(guest: Guest) -> None:
     guest.connect()
     before = threading.active_count(), len(os.listdir("/proc/self/fd")), guest.store.statistics()["watches"]
     for number in range(20):
-        device = guest.xenbus.plug(FakePeer(7), 100 + number, Toy(), {}, {})
+        device = guest.xenbus.plug(7, 100 + number, Toy(), {}, {})
         device.stop()
         guest.xenbus.remove(device)
     assert before == (

@@ -23,15 +23,15 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockBackend, BlockStatistics, VbdSpec
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
-from xenolith.dom0.disks import DiskError
+from xenolith.dom0.disks import DiskError, DiskSource
+from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
-from xenolith.dom0.peer import GrantError
-from xenolith.dom0.xenbus import Device, Xenbus
+from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
 from xenolith.hypervisor.hypervisor import Hypervisor
-from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain, boot_dom0
+from xenolith.hypervisor.python_domain import HypercallError, boot_dom0
 
 KIB_PER_PAGE: Final = 4
 NS_PER_SECOND: Final = 1_000_000_000
@@ -61,12 +61,19 @@ class DomainSpec:
 class GuestDomain:
     """A domain that dom0 made."""
 
-    def __init__(self, spec: DomainSpec, built: BuiltDomain, console: Console, undo: ExitStack) -> None:
+    def __init__(
+        self,
+        spec: DomainSpec,
+        built: BuiltDomain,
+        console: Console,
+        disks: dict[int, Device[BlockBackend]],
+        undo: ExitStack,
+    ) -> None:
         self.spec = replace(spec, image=spec.image.without_contents(), ramdisk=b"")  # they are in the domain now
         self.domid = built.domid
         self.built = built
         self.console = console
-        self.disks: dict[int, Device[BlockBackend]] = {}  # by virtual device number
+        self.disks = disks  # by virtual device number
         self.undo = undo  # takes the domain apart, in the reverse order of its making
         self.started = False
         self._ended = threading.Condition()
@@ -92,40 +99,6 @@ class GuestDomain:
         with self._ended:
             self._end = end
             self._ended.notify_all()
-
-
-class _Peer:
-    """A domain with front-ends (see `peer.Peer`)."""
-
-    def __init__(self, dom0: PythonDomain, domid: int) -> None:
-        self._dom0 = dom0
-        self.domid = domid
-        self._mapped: dict[int, MappedGrant] = {}  # by handle
-
-    def bind(self, remote_port: int, handler: Callable[[], None]) -> int:
-        try:
-            port = self._dom0.bind_interdomain(self.domid, remote_port)
-        except HypercallError as error:
-            return error.status
-        self._dom0.set_handler(port, lambda _: handler())
-        return port
-
-    def close_port(self, port: int) -> None:
-        self._dom0.close(port)
-
-    def notify(self, port: int) -> None:
-        self._dom0.send(port)
-
-    def map(self, ref: int, writable: bool) -> tuple[int, memoryview]:
-        try:
-            grant = self._dom0.map_grant(self.domid, ref, writable)
-        except HypercallError as error:
-            raise GrantError(str(error)) from error
-        self._mapped[grant.handle] = grant
-        return grant.handle, grant.view
-
-    def unmap(self, handle: int) -> None:
-        self._dom0.unmap_grant(self._mapped.pop(handle))
 
 
 class Dom0:
@@ -168,23 +141,14 @@ class Dom0:
             console = self._connect_console(built, undo)
             self._describe(spec, built, undo)
             self._connect_xenstore(built, undo)
-            disks = [self._plug_disk(domid, each, undo) for each in spec.disks]
-            domain = GuestDomain(spec, built, console, undo.pop_all())
-        domain.disks.update((device.number, device) for device in disks)
+            disks: dict[int, Device[BlockBackend]] = {}
+            undo.callback(_stop_all, disks)
+            for vbd in spec.disks:
+                disks[vbd.number] = self._plug(domid, vbd)
+            domain = GuestDomain(spec, built, console, disks, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
-
-    def _plug_disk(self, domid: int, spec: VbdSpec, undo: ExitStack) -> Device[BlockBackend]:
-        peer = _Peer(self.domain, domid)
-        try:
-            backend = BlockBackend(peer, spec, self.domain.log)
-        except DiskError as error:
-            raise DomainCreateError(str(error)) from error
-        front, back = backend.nodes()
-        device = self.xenbus.plug(peer, spec.number, backend, front, back)
-        undo.callback(device.stop)
-        return device
 
     def _connect_console(self, built: BuiltDomain, undo: ExitStack) -> Console:
         port, notify = self._bind(built.domid, built.console_port, undo)
@@ -230,6 +194,40 @@ class Dom0:
         )
         undo.callback(domain_tree.remove, self.xenstore, built.domid, spec.uuid)
         self.xenstore.transact(lambda store: domain_tree.write(store, built, description))
+
+    def plug_disk(self, domain: GuestDomain, vbd: VbdSpec) -> None:
+        """Give a domain another disk, also while it runs. Raises DomainCreateError."""
+        domain.disks[vbd.number] = self._plug(domain.domid, vbd)
+
+    def _plug(self, domid: int, vbd: VbdSpec) -> Device[BlockBackend]:
+        try:
+            backend = BlockBackend(self.domain, domid, vbd)
+            try:
+                return self.xenbus.plug(domid, vbd.number, backend, *backend.nodes())
+            except ValueError:
+                backend.close()
+                raise
+        except (DiskError, ValueError) as error:
+            raise DomainCreateError(str(error)) from error
+
+    def unplug_disk(
+        self, domain: GuestDomain, number: int, timeout: float = UNPLUG_SECONDS, force: bool = False
+    ) -> bool:
+        """Take a disk from a domain; False where the guest does not let go of it in time, unless by `force`.
+
+        Raises KeyError where it has no such disk.
+        """
+        if not self.xenbus.unplug(domain.disks[number], timeout, force):
+            return False
+        del domain.disks[number]
+        return True
+
+    def change_medium(self, domain: GuestDomain, number: int, source: DiskSource | None) -> None:
+        """Put another medium into a drive, or none. Raises KeyError and DiskError."""
+        device = domain.disks[number]
+        disk = open_disk(source)
+        device.call(lambda: device.backend.insert(disk))
+        device.refresh()
 
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
@@ -280,3 +278,10 @@ class Dom0:
             self.xenstore.domain_event("@releaseDomain")
             for hook in self.shutdown_hooks:
                 hook(domain)
+
+
+def _stop_all(devices: dict[int, Device[BlockBackend]]) -> None:
+    for device in devices.values():
+        device.stop_soon()
+    for device in devices.values():
+        device.stop()

@@ -30,7 +30,6 @@ from typing import ClassVar, Final, Generic, TypeVar
 
 from xenolith.abi.xenbus import XenbusState
 from xenolith.dom0.bell import Bell
-from xenolith.dom0.peer import Peer
 from xenolith.dom0.xenstore import HostRequests, HostStore
 
 UNPLUG_SECONDS: Final = 10.0  # that a front-end has to let go of its device, as libxl gives it
@@ -103,13 +102,13 @@ Kind = TypeVar("Kind", bound=Backend)
 class Device(Generic[Kind]):
     """A split device of a domain's, seen from dom0."""
 
-    def __init__(self, xenbus: Xenbus, peer: Peer, number: int, backend: Kind) -> None:
+    def __init__(self, xenbus: Xenbus, domid: int, number: int, backend: Kind) -> None:
         self.backend: Final[Kind] = backend
         self.number: Final = number
-        self.domid: Final = peer.domid
-        self.frontend: Final = f"/local/domain/{peer.domid}/device/{backend.kind}/{number}"
-        self.directory: Final = f"/local/domain/0/backend/{backend.kind}/{peer.domid}/{number}"
-        self.name: Final = f"{backend.kind} {number} of d{peer.domid}"
+        self.domid: Final = domid
+        self.frontend: Final = f"/local/domain/{domid}/device/{backend.kind}/{number}"
+        self.directory: Final = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
+        self.name: Final = f"{backend.kind} {number} of d{domid}"
         self.failure: str | None = None
         """Why it was closed before its time."""
         self._store: Final = xenbus.store
@@ -176,6 +175,7 @@ class Device(Generic[Kind]):
             self._guarded(self._work)
         self._watch.cancel()
         self._guarded(self._disconnect)
+        self._guarded(self._carry_out_calls)
         self._guarded(self.backend.close)
         self._bell.close()
 
@@ -192,9 +192,12 @@ class Device(Generic[Kind]):
         if self._look:
             self._look = False
             self._follow()
+        self._carry_out_calls()
+        self._busy = self._connected and self.backend.serve()
+
+    def _carry_out_calls(self) -> None:
         while self._calls:
             self._calls.popleft()()
-        self._busy = self._connected and self.backend.serve()
 
     def _follow(self) -> None:
         """Do what the front-end's state asks for."""
@@ -266,14 +269,13 @@ class Xenbus:
         self.log: Final = log
 
     def plug(
-        self, peer: Peer, number: int, backend: Kind, front: Mapping[str, str], back: Mapping[str, str]
+        self, domid: int, number: int, backend: Kind, front: Mapping[str, str], back: Mapping[str, str]
     ) -> Device[Kind]:
         """Give a domain a device, before it runs or while it does.
 
         `front` and `back` are nodes of the two directories besides those that every device has.  Raises ValueError
         where the domain has a device of that kind and number.
         """
-        domid = peer.domid
         frontend = f"/local/domain/{domid}/device/{backend.kind}/{number}"
         directory = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
         front_nodes = {
@@ -302,7 +304,7 @@ class Xenbus:
                 store.write(f"{frontend}/{name}", value)
 
         self.store.transact(write)
-        return Device(self, peer, number, backend)
+        return Device(self, domid, number, backend)
 
     def unplug(self, device: Device[Kind], timeout: float = UNPLUG_SECONDS, force: bool = False) -> bool:
         """Take a device from a running domain.

@@ -21,9 +21,9 @@ from typing import ClassVar, Final
 from xenolith.abi import blkif
 from xenolith.dom0.disks import Disk, DiskSource
 from xenolith.dom0.disks.open import open_disk
-from xenolith.dom0.peer import GrantError, Peer
 from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
 from xenolith.dom0.xenbus import Backend, FrontendError, FrontendNodes
+from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain
 
 MAX_INDIRECT_SEGMENTS: Final = 256  # 1 MiB a request
 MAX_PERSISTENT_GRANTS: Final = 1056  # a ring; as xen-blkback: 32 requests of 32 segments and an indirect frame
@@ -66,33 +66,34 @@ class BlockStatistics:
 class Grants:
     """The frames of a front-end's that one ring has mapped."""
 
-    def __init__(self, peer: Peer, persistent: bool) -> None:
-        self._peer: Final = peer
+    def __init__(self, dom0: PythonDomain, domid: int, persistent: bool) -> None:
+        self._dom0: Final = dom0
+        self._domid: Final = domid
         self._limit: Final = MAX_PERSISTENT_GRANTS if persistent else 0
-        self._kept: Final[dict[int, tuple[int, memoryview]]] = {}  # by reference: handle and frame
-        self._passing: Final[list[int]] = []  # handles
+        self._kept: Final[dict[int, MappedGrant]] = {}  # by reference
+        self._passing: Final[list[MappedGrant]] = []
 
     def frame(self, ref: int, writable: bool) -> memoryview:
-        """The frame of a grant, until `release`. Raises GrantError."""
+        """The frame of a grant, until `release`. Raises HypercallError."""
         kept = self._kept.get(ref)
         if kept is not None:
-            return kept[1]
+            return kept.view
         if len(self._kept) < self._limit:
-            kept = self._kept[ref] = self._peer.map(ref, True)  # it will serve requests of both kinds
-            return kept[1]
-        handle, frame = self._peer.map(ref, writable)
-        self._passing.append(handle)
-        return frame
+            kept = self._kept[ref] = self._dom0.map_grant(self._domid, ref)  # it will serve requests of both kinds
+            return kept.view
+        passing = self._dom0.map_grant(self._domid, ref, writable)
+        self._passing.append(passing)
+        return passing.view
 
     def release(self) -> None:
         """A request is done: give up all that is not kept."""
         while self._passing:
-            self._peer.unmap(self._passing.pop())
+            self._dom0.unmap_grant(self._passing.pop())
 
     def close(self) -> None:
         self.release()
         while self._kept:
-            self._peer.unmap(self._kept.popitem()[1][0])
+            self._dom0.unmap_grant(self._kept.popitem()[1])
 
 
 class _Queue:
@@ -100,26 +101,24 @@ class _Queue:
 
     def __init__(self, backend: BlockBackend, ref: int, remote_port: int, persistent: bool) -> None:
         """Raises FrontendError."""
-        peer = self._peer = backend.peer
-        self._disk: Final = backend.disk
-        self._statistics: Final = backend.statistics
+        dom0, domid = backend.dom0, backend.domid
+        self._dom0: Final = dom0
         self._backend: Final = backend
+        self._statistics: Final = backend.statistics
         with contextlib.ExitStack() as undo:
             try:
-                handle, memory = peer.map(ref, True)
-            except GrantError as error:
-                raise FrontendError(f"its ring (grant {ref}) cannot be mapped: {error}") from error
-            undo.callback(peer.unmap, handle)
-            ring = SharedRing(memory, blkif.REQUEST_SIZE)
+                grant = dom0.map_grant(domid, ref)
+                undo.callback(dom0.unmap_grant, grant)
+                self._port: Final = dom0.bind_interdomain(domid, remote_port)
+                undo.callback(dom0.close, self._port)
+            except HypercallError as error:
+                raise FrontendError(f"its ring cannot be reached: {error}") from error
+            ring = SharedRing(grant.view, blkif.REQUEST_SIZE)
             self._responses: Final = ResponseWriter(ring)
             self._requests: Final = RequestReader(ring, self._responses)
-            self._grants: Final = Grants(peer, persistent)
+            self._grants: Final = Grants(dom0, domid, persistent)
             undo.callback(self._grants.close)
-            port = peer.bind(remote_port, backend.ring)
-            if port < 0:
-                raise FrontendError(f"its event channel {remote_port} cannot be bound (errno {-port})")
-            undo.callback(peer.close_port, port)
-            self._port: Final = port
+            dom0.set_handler(self._port, lambda _: backend.ring())
             self._undo: Final = undo.pop_all()
 
     def close(self) -> None:
@@ -134,7 +133,7 @@ class _Queue:
         for request in requests:
             self._answer(request)
         if self._responses.push():
-            self._peer.notify(self._port)
+            self._dom0.send(self._port)
         return self._requests.rearm()
 
     def _answer(self, request: bytes) -> None:
@@ -154,7 +153,7 @@ class _Queue:
                 status = self._discard(request)
             else:
                 status = blkif.BLKIF_RSP_EOPNOTSUPP
-        except (BadRequest, GrantError):
+        except (BadRequest, HypercallError):
             status = blkif.BLKIF_RSP_ERROR
         except OSError as error:
             status = blkif.BLKIF_RSP_ERROR
@@ -175,7 +174,7 @@ class _Queue:
     def _transfer(self, operation: int, sector: int, segments: bytes, count: int) -> None:
         """Read or write. `segments` is a copy."""
         reading = operation == blkif.BLKIF_OP_READ
-        if not reading and not self._disk.writable:
+        if not reading and not self._backend.disk.writable:
             raise BadRequest
         frame = self._grants.frame
         buffers = []
@@ -187,15 +186,15 @@ class _Queue:
             part = last - first + 1
             buffers.append(memory if part == blkif.SECTORS_PER_PAGE else memory[first << 9 : (last + 1) << 9])
             sectors += part
-        if sector + sectors > self._disk.sectors:
+        if sector + sectors > self._backend.disk.sectors:
             raise BadRequest
         statistics = self._statistics
         if reading:
-            self._disk.read(sector << 9, buffers)
+            self._backend.disk.read(sector << 9, buffers)
             statistics.reads += 1
             statistics.read_bytes += sectors << 9
         else:
-            self._disk.write(sector << 9, buffers)
+            self._backend.disk.write(sector << 9, buffers)
             statistics.writes += 1
             statistics.written_bytes += sectors << 9
 
@@ -204,21 +203,21 @@ class _Queue:
         if count > blkif.BLKIF_MAX_SEGMENTS_PER_REQUEST:
             raise BadRequest
         self._statistics.flushes += 1
-        if self._disk.writable:
-            self._disk.flush()
+        if self._backend.disk.writable:
+            self._backend.disk.flush()
         if count:
             self._transfer(blkif.BLKIF_OP_WRITE, sector, segments, count)
-            self._disk.flush()
+            self._backend.disk.flush()
 
     def _discard(self, request: bytes) -> int:
         _, flag, _, _, sector, sectors = blkif.DISCARD.unpack_from(request)
-        if not self._disk.discard_granularity or flag & blkif.BLKIF_DISCARD_SECURE:
+        if not self._backend.disk.discard_granularity or flag & blkif.BLKIF_DISCARD_SECURE:
             return blkif.BLKIF_RSP_EOPNOTSUPP
-        if sector + sectors > self._disk.sectors:
+        if sector + sectors > self._backend.disk.sectors:
             raise BadRequest
         self._statistics.discards += 1
         if sectors:
-            self._disk.discard(sector << 9, sectors << 9)
+            self._backend.disk.discard(sector << 9, sectors << 9)
         return blkif.BLKIF_RSP_OKAY
 
 
@@ -227,14 +226,14 @@ class BlockBackend(Backend):
 
     kind: ClassVar[str] = "vbd"
 
-    def __init__(self, peer: Peer, spec: VbdSpec, log: Callable[[str], None]) -> None:
-        """Raises DiskError."""
-        self.peer: Final = peer
+    def __init__(self, dom0: PythonDomain, domid: int, spec: VbdSpec) -> None:
+        """A device for the domain `domid`. Raises DiskError."""
+        self.dom0: Final = dom0
+        self.domid: Final = domid
         self.spec: Final = spec
-        self.disk: Final[Disk] = open_disk(spec.source)
+        self.disk: Disk = open_disk(spec.source)
         self.statistics: Final = BlockStatistics()
         self.ring: Callable[[], None] = _nothing
-        self._log: Final = log
         self._info: Final = (
             (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0)
             | (0 if self.disk.writable else blkif.VDISK_READONLY)
@@ -285,11 +284,16 @@ class BlockBackend(Backend):
     def close(self) -> None:
         self.disk.close()
 
+    def insert(self, disk: Disk) -> None:
+        """Go on with another disk: the drive has a new medium. On the device's thread."""
+        self.disk.close()
+        self.disk = disk
+
     def note_error(self, error: OSError) -> None:
         """The storage failed. Each kind of failure has one line in the log."""
         if error.errno not in self._seen:
             self._seen.add(error.errno)
-            self._log(f"d{self.peer.domid}: {self.spec.name}: {error}")
+            self.dom0.log(f"d{self.domid}: {self.spec.name}: {error}")
 
     def nodes(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """What is in the front-end's and the back-end's directory from the beginning, as libxl writes it.
