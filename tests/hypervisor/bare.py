@@ -17,6 +17,8 @@ from xenolith.hypervisor.control import Control
 from xenolith.hypervisor.domain import Domain, Vcpu, runnable
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.python_domain import boot_dom0
+from xenolith.hypervisor.sched.fair import Fair
+from xenolith.hypervisor.sched.policy import MakePolicy
 from xenolith.machine.clock import VirtualClock
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu, CpuState, Engine, TrapHandler, register_file
 from xenolith.machine.memory import MachineMemory, MemoryBudget
@@ -133,13 +135,13 @@ class ScriptedEngine(Engine):
 class BareMachine:
     """A hypervisor with dom0, on a virtual clock."""
 
-    def __init__(self, pcpus: int = 1, cpus_shared: bool = True) -> None:
+    def __init__(self, pcpus: int = 1, cpus_shared: bool = True, policy: MakePolicy = Fair) -> None:
         self.clock = VirtualClock()
 
         def engine(_: MachineMemory) -> Any:
             return ScriptedEngine(cpus_shared)
 
-        self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus)
+        self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus, policy)
         self.control = Control(self.hypervisor)
         self.dom0 = boot_dom0(self.hypervisor)
         self._started: list[Domain] = []
@@ -165,7 +167,6 @@ class BareMachine:
                 domain.frames.type_info[l4] += 1
             vcpu.event_callback = CALLBACK
             vcpu.timers.set_period(0)
-        domain.weight = 256
         return domain
 
     def run(self, domain: Domain, *programs: Program) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from struct import pack
+from typing import ClassVar
 
 import pytest
 
@@ -26,7 +27,8 @@ from xenolith.abi.hypercalls import (
 )
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor.domain import Domain
-from xenolith.hypervisor.sched.core import QUANTUM
+from xenolith.hypervisor.sched.fair import QUANTUM, Fair
+from xenolith.hypervisor.sched.policy import MakePolicy, Unit
 from xenolith.hypervisor.statistics import cpu_time
 
 from .bare import DATA, DEADLINE, BareMachine, Program, pending, write
@@ -40,8 +42,8 @@ MakeMachine = Callable[..., BareMachine]
 def make() -> Iterator[MakeMachine]:
     made: list[BareMachine] = []
 
-    def make(pcpus: int = 1, cpus_shared: bool = True) -> BareMachine:
-        made.append(BareMachine(pcpus, cpus_shared))
+    def make(pcpus: int = 1, cpus_shared: bool = True, policy: MakePolicy = Fair) -> BareMachine:
+        made.append(BareMachine(pcpus, cpus_shared, policy))
         return made[-1]
 
     yield make
@@ -81,11 +83,10 @@ def test_two_computing_domains_share_a_pcpu_by_weight(
     domains = [machine.domain(), machine.domain()]
     end = 1200 * MS
     measured: list[int] = []
-    for domain, weight in zip(domains, weights, strict=True):
-        domain.weight = weight
     both_start_together(machine, *domains)
-    for domain in domains:
+    for domain, weight in zip(domains, weights, strict=True):
         machine.run(domain, computes(machine, domain, end))
+        machine.hypervisor.scheduler.adjust(domain, {"weight": weight})
     for domain in domains:
         machine.control.unpause(domain.domid)
     assert ended.wait(DEADLINE)
@@ -104,6 +105,70 @@ def test_a_domain_alone_is_not_interrupted(make: MakeMachine) -> None:
     vcpu = domain.vcpus[0]
     assert vcpu.runstate_times[RUNSTATE_running] == 500 * MS
     assert vcpu.runstate_times[RUNSTATE_runnable] == 0
+
+
+class Capped(Fair):
+    """In every PERIOD a vCPU may have `cap` per cent of it."""
+
+    name: ClassVar[str] = "capped"
+    PERIOD: ClassVar[int] = 20 * MS
+    parameters: ClassVar[Mapping[str, int]] = {**Fair.parameters, "cap": 100}
+
+    def __init__(self, pcpus: int) -> None:
+        super().__init__(pcpus)
+        self.used: dict[Unit, tuple[int, int]] = {}  # period, ns used in it
+
+    def left(self, unit: Unit, now: int) -> int:
+        period, used = self.used.get(unit, (0, 0))
+        if period != now // self.PERIOD:
+            used = 0
+        return self.PERIOD * unit.parameters["cap"] // 100 - used - unit.ran(now)
+
+    def charge(self, unit: Unit, ran: int, now: int) -> None:
+        super().charge(unit, ran, now)
+        period, used = self.used.get(unit, (0, 0))
+        self.used[unit] = now // self.PERIOD, ran + (used if period == now // self.PERIOD else 0)
+
+    def not_before(self, unit: Unit, now: int) -> int:
+        return now if self.left(unit, now) > 0 else (now // self.PERIOD + 1) * self.PERIOD
+
+    def quantum(self, unit: Unit, contended: bool, now: int) -> int:
+        return self.left(unit, now)
+
+    def expired(self, unit: Unit, others: Sequence[Unit], now: int) -> bool:
+        return self.left(unit, now) <= 0
+
+
+def test_a_policy_can_keep_a_vcpu_from_running_though_nobody_else_wants_to(make: MakeMachine) -> None:
+    machine = make(policy=Capped)
+    assert machine.control.machine().scheduler == "capped"
+    ended = machine.ended()
+    domain = machine.domain()
+    machine.hypervisor.scheduler.adjust(domain, {"cap": 25})
+    machine.run(domain, computes(machine, domain, 400 * MS))
+    assert ended.wait(DEADLINE)
+    times = domain.vcpus[0].runstate_times
+    assert abs(times[RUNSTATE_running] - 100 * MS) <= 10 * MS
+    assert times[RUNSTATE_runnable] >= 290 * MS
+
+
+def test_a_policy_hears_who_was_sent_an_event(make: MakeMachine) -> None:
+    heard: list[Unit] = []
+
+    class Listening(Fair):
+        def notified(self, unit: Unit) -> None:
+            heard.append(unit)
+
+    def sleeps() -> Program:
+        while True:
+            yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
+
+    machine = make(policy=Listening)
+    domain = machine.domain()
+    port = machine.dom0.bind_interdomain(domain.domid, domain.events.alloc_unbound(0))
+    machine.run(domain, sleeps())
+    machine.dom0.send(port)
+    assert heard == [domain.vcpus[0].unit]
 
 
 def test_vcpus_that_share_a_cpu_take_turns(make: MakeMachine) -> None:

@@ -190,7 +190,7 @@ class Control:
             version=(version.MAJOR, version.MINOR),
             extra_version=version.EXTRAVERSION.decode(),
             capabilities=version.CAPABILITIES.decode().strip(),
-            scheduler=hypervisor.scheduler.name,
+            scheduler=hypervisor.scheduler.policy.name,
             features=tuple(native_cpuid(leaf, subleaf)[word] for leaf, subleaf, word in FEATURE_WORDS),
         )
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.hypervisor.sched.core import Context
+    from xenolith.hypervisor.sched.policy import Unit
     from xenolith.hypervisor.time import Timer, VcpuTimers
     from xenolith.hypervisor.view import View
 
@@ -144,7 +145,7 @@ class Vcpu(VcpuFields):
         self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
         self.context: Context | None = None  # the scheduler's, once the domain was started
         self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
-        self.share = 0  # weighted ns of CPU time, see sched
+        self.unit: Unit  # as the scheduling policy sees it, likewise
         self.timers: VcpuTimers
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
@@ -381,7 +382,7 @@ class Domain(DomainFields):
         self.crash_report = ""
         self.watchdogs: list[Timer | None] = [None, None]
         self.emergency_console = EmergencyConsole()
-        self.weight = 256  # share of the CPU relative to other domains
+        self.scheduling: dict[str, int] = {}  # parameters that were set for its vCPUs, see sched.policy
 
     def references(self) -> Iterator[tuple[int, int | None]]:
         """Every reference to a frame that the domain's own state holds, beyond its page tables and pins.

@@ -11,6 +11,8 @@ from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.hypercalls import version
 from xenolith.hypervisor.sched.core import Scheduler
+from xenolith.hypervisor.sched.fair import Fair
+from xenolith.hypervisor.sched.policy import MakePolicy
 from xenolith.hypervisor.time import TimerQueue
 from xenolith.machine.clock import Clock
 from xenolith.machine.engines.protocol import Engine
@@ -33,6 +35,7 @@ class Hypervisor:
         engine_factory: Callable[[MachineMemory], Engine],
         clock: Clock | None = None,
         pcpus: int = 2,
+        policy: MakePolicy = Fair,
     ) -> None:
         self.memory = memory
         self.clock: Clock = clock or host_clock()
@@ -43,10 +46,10 @@ class Hypervisor:
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self.tsc_hz = frequency()
         self.timers = TimerQueue(self.clock)
-        self.scheduler = Scheduler(self, pcpus)
+        self.scheduler = Scheduler(self, pcpus, policy(pcpus))
         self.log(f"Xenolith {version.MAJOR}.{version.MINOR}{version.EXTRAVERSION.decode()}")
         self.log(f"machine memory: {memory.frames >> 8} MiB, {memory.free_frames >> 8} MiB free for domains")
-        self.log(f"{pcpus} pCPUs, scheduler {self.scheduler.name}, TSC {self.tsc_hz // 1_000_000} MHz")
+        self.log(f"{pcpus} pCPUs, scheduler {self.scheduler.policy.name}, TSC {self.tsc_hz // 1_000_000} MHz")
 
     def next_domid(self) -> int:
         """A domain id that was not in use lately. The caller holds `lock`."""

@@ -4,19 +4,18 @@ A pCPU here is a token: as many vCPUs execute guest code at once as there are to
 engine (`Cpu`) has a thread, its `Context`.  It picks one of its vCPUs that can run, waits for a pCPU, loads the vCPU
 and executes it until it blocks, its time is up and another vCPU wants the pCPU, or it is told to stop.
 
-Policy: fair shares.  Every vCPU carries `share`, the CPU time it had divided by its domain's weight, and the lowest
-share goes first.  A vCPU that wakes after a long sleep does not bring more than WAKE_CREDIT of unused time along; that
-much lets it preempt at once one that computes all the time, so that events are served quickly.
+Who goes first, and for how long, a `policy` decides.
 
 Waking and kicking come from any thread, in the middle of anything, so they take no lock: a context sleeps on a binary
-semaphore, and whoever wakes it releases that.  `Scheduler._lock` protects the tokens and is never held while waiting.
-Lock order: a domain's lock, then the scheduler's.
+semaphore, and whoever wakes it releases that.  `Scheduler._lock` protects the tokens and the policy, and is never held
+while waiting.  Lock order: a domain's lock, then the scheduler's.
 """
 
 from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from threading import get_ident
 from time import sleep
@@ -33,6 +32,7 @@ from xenolith.abi.x86 import DS, ES, FS, GS
 from xenolith.hypervisor import bounce, events, traps
 from xenolith.hypervisor.domain import runnable
 from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
 from xenolith.hypervisor.shutdown import domain_crash
 from xenolith.hypervisor.time import Timer, update_time
 from xenolith.machine.tsc import TscClock
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.machine.engines.protocol import Cpu, TrapHandler
 
-QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
-WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
-DEFAULT_WEIGHT: Final = 256
 STORE_PATIENCE: Final = 1.0  # s between looks whether a thread that should store its vCPU's state still lives
 
 
@@ -62,7 +59,6 @@ class Context:
         self.preempt = False  # leave the pCPU at the next chance
         self.stopping = False
         self.to_store: threading.Event | None = None  # somebody waits for the loaded vCPU's state
-        self.slice_start = 0
         self.quantum_timer = Timer(lambda: scheduler.quantum_over(self))
         self._handlers: dict[Vcpu, TrapHandler] = {}
         # Binary semaphores, taken until somebody releases them.
@@ -89,13 +85,12 @@ class Context:
 
 
 class Scheduler:
-    """Gives `pcpus` tokens to the contexts that want to run."""
+    """Gives `pcpus` tokens to the contexts that want to run, as `policy` says."""
 
-    name: Final = "fair"
-
-    def __init__(self, hypervisor: Hypervisor, pcpus: int) -> None:
+    def __init__(self, hypervisor: Hypervisor, pcpus: int, policy: Policy) -> None:
         self.hypervisor = hypervisor
         self.pcpus = pcpus
+        self.policy = policy
         self._clock = hypervisor.clock
         self._timers = hypervisor.timers
         self._refresh_time = not isinstance(self._clock, TscClock)
@@ -104,7 +99,6 @@ class Scheduler:
         self._waiting: list[Context] = []
         self._running: list[Context] = []
         self._busy = 0  # contexts that are not idle
-        self._least_share = 0  # the lowest share of those that want to run
         self._woken = False  # a context was woken since the machine fell idle
 
     # --- life of a domain ------------------------------------------------------------------------------
@@ -121,9 +115,12 @@ class Scheduler:
                 context.vcpus.append(vcpu)
                 vcpu.context = context
                 vcpu.runstate_since = self._clock.now()
+                vcpu.unit = Unit(domain.domid, vcpu.vcpu_id, {**self.policy.parameters, **domain.scheduling})
             domain.contexts = len(contexts)
         with self._lock:
             self._busy += len(contexts)
+            for vcpu in domain.vcpus:
+                self.policy.add(vcpu.unit, self._clock.now())
         for context in contexts.values():
             context.thread.start()
 
@@ -135,6 +132,10 @@ class Scheduler:
             self._leave_guest(context)
         for context in contexts:
             context.thread.join()
+        with self._lock:
+            for vcpu in domain.vcpus:
+                if vcpu.context is not None:
+                    self.policy.remove(vcpu.unit, self._clock.now())
         for vcpu in domain.vcpus:
             vcpu.context = None
             vcpu.timers.stop()
@@ -162,6 +163,14 @@ class Scheduler:
         for context, stored in waiting:
             while not stored.wait(STORE_PATIENCE) and context.thread.is_alive():
                 pass
+
+    def adjust(self, domain: Domain, parameters: Mapping[str, int]) -> None:
+        """Set some of the policy's parameters for all of a domain's vCPUs (Xen: XEN_DOMCTL_SCHEDOP_putinfo)."""
+        with self._lock:
+            domain.scheduling.update(parameters)
+            for vcpu in domain.vcpus:
+                if vcpu.context is not None:
+                    vcpu.unit.parameters.update(parameters)
 
     def unpause(self, domain: Domain) -> None:
         """Undo one pause."""
@@ -198,6 +207,7 @@ class Scheduler:
         context = vcpu.context or vcpu.domain.vcpus[0].context
         if context is None:
             return  # not started yet: it looks when it is
+        self.policy.notified(vcpu.unit)
         running = context.running
         if running is None:
             self._woken = True
@@ -210,10 +220,15 @@ class Scheduler:
 
     def wake(self, vcpu: Vcpu) -> None:
         """The vCPU may have become runnable. The caller holds the domain's lock."""
-        if vcpu.runstate >= RUNSTATE_blocked and runnable(vcpu):
-            set_runstate(vcpu, RUNSTATE_runnable, self._clock.now())
-            vcpu.share = max(vcpu.share, self._least_share - WAKE_CREDIT)
+        if vcpu.context is not None and vcpu.runstate >= RUNSTATE_blocked and runnable(vcpu):
+            self._become_runnable(vcpu)
         self.kick(vcpu)
+
+    def _become_runnable(self, vcpu: Vcpu) -> None:
+        now = self._clock.now()
+        set_runstate(vcpu, RUNSTATE_runnable, now)
+        with self._lock:
+            self.policy.wake(vcpu.unit, now)
 
     def unblock(self, vcpu: Vcpu) -> None:
         """End SCHEDOP_block or SCHEDOP_poll. The caller holds the domain's lock."""
@@ -235,11 +250,11 @@ class Scheduler:
         context = vcpu.context
         if context is None:
             return
-        others = [other.share for other in context.vcpus if other is not vcpu and runnable(other)]
         with self._lock:
-            others += [waiting.wanted.share for waiting in self._waiting if waiting.wanted is not None]
+            others = self._rivals(context, vcpu)
+            if others:
+                self.policy.yield_(vcpu.unit, others, self._clock.now())
         if others:
-            vcpu.share = max(vcpu.share, max(others) + 1)
             vcpu.may_run = False
             context.preempt = True
         else:
@@ -250,11 +265,18 @@ class Scheduler:
         running = context.running
         if running is None or not runnable(vcpu):
             return
-        if vcpu.share + WAKE_CREDIT // 2 < _share_now(context, self._clock.now()):
+        with self._lock:
+            preempts = self.policy.victim(vcpu.unit, [running.unit], self._clock.now()) is not None
+            if not preempts and not context.quantum_timer.deadline:
+                self._set_quantum(context, running, contended=True)
+        if preempts:
             context.preempt = True
             running.may_run = False
-        elif not context.quantum_timer.deadline:
-            self._timers.set(context.quantum_timer, context.slice_start + QUANTUM)
+
+    def _rivals(self, context: Context, vcpu: Vcpu) -> list[Unit]:
+        """Those that could run in the place of a vCPU that runs on the context. The caller holds `_lock`."""
+        rivals = [other.unit for other in context.vcpus if other is not vcpu and runnable(other)]
+        return rivals + [waiting.wanted.unit for waiting in self._waiting if waiting.wanted is not None]
 
     # --- a context's thread ------------------------------------------------------------------------------
 
@@ -277,17 +299,31 @@ class Scheduler:
             candidates = [vcpu for vcpu in context.vcpus if runnable(vcpu)]
             for vcpu in candidates:
                 if vcpu.runstate >= RUNSTATE_blocked:  # a pause has ended
-                    set_runstate(vcpu, RUNSTATE_runnable, self._clock.now())
-        if not candidates:
+                    self._become_runnable(vcpu)
+        first = self._pick(context, candidates)
+        if first is None:
             self._sleep(context)
             return
-        vcpu = min(candidates, key=_share)
-        self._acquire(context, vcpu)
+        self._acquire(context, first)
         try:
-            self._execute(context, vcpu)
+            self._execute(context, first)
         finally:
-            vcpu.in_guest = False
+            first.in_guest = False
             self._release(context)
+
+    def _pick(self, context: Context, candidates: list[Vcpu]) -> Vcpu | None:
+        """The vCPU that goes first; None where none may run now."""
+        if not candidates:
+            return None
+        with self._lock:
+            now = self._clock.now()
+            moments = [self.policy.not_before(vcpu.unit, now) for vcpu in candidates]
+            units = [vcpu.unit for vcpu, moment in zip(candidates, moments, strict=True) if moment <= now]
+            if units:
+                unit = self.policy.pick(units, now)
+                return next(vcpu for vcpu in candidates if vcpu.unit is unit)
+        self._timers.set(context.quantum_timer, min(moments))
+        return None
 
     def _sleep(self, context: Context) -> None:
         stored = context.to_store
@@ -323,8 +359,10 @@ class Scheduler:
             if vcpu.runstate_area_va:
                 write_runstate_area(vcpu)
             vcpu.timers.entered()
-        if any(runnable(other) for other in context.vcpus if other is not vcpu):
-            self._timers.set(context.quantum_timer, start + QUANTUM)
+        with self._lock:
+            contended = any(runnable(other) for other in context.vcpus if other is not vcpu)
+            if contended or not context.quantum_timer.deadline:
+                self._set_quantum(context, vcpu, contended)
         handler = context.handler(vcpu)
         try:
             while not context.preempt and not context.stopping:
@@ -368,8 +406,12 @@ class Scheduler:
             bounce.bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
 
     def _account(self, context: Context, vcpu: Vcpu, start: int) -> None:
-        context.slice_start = now = self._clock.now()  # until it is released, nobody may count the time once more
-        vcpu.share += (now - start) * DEFAULT_WEIGHT // vcpu.domain.weight
+        now = self._clock.now()
+        with self._lock:
+            vcpu.unit.running_since = now  # until it is released, nobody may count the time once more
+            self.policy.charge(vcpu.unit, now - start, now)
+            if not runnable(vcpu):
+                self.policy.sleep(vcpu.unit, now)
         vcpu.timers.left()
         if vcpu.blocked:
             set_runstate(vcpu, RUNSTATE_blocked, now)
@@ -384,9 +426,9 @@ class Scheduler:
         """Wait for a pCPU."""
         now = self._clock.now()
         with self._lock:
-            shares = [_share_now(each, now) for each in self._running + self._waiting]
-            self._least_share = max(self._least_share, min(shares, default=vcpu.share))
-            vcpu.share = max(vcpu.share, self._least_share - WAKE_CREDIT)
+            others = [each.running.unit for each in self._running if each.running is not None]
+            others += [each.wanted.unit for each in self._waiting if each.wanted is not None]
+            self.policy.queue(vcpu.unit, others, now)
             if self._free and not self._waiting:
                 self._grant(context, vcpu, now, self._free.pop())
                 return
@@ -399,35 +441,48 @@ class Scheduler:
         context.running, context.wanted = vcpu, None
         context.pcpu = pcpu
         context.preempt = False
-        context.slice_start = now
+        vcpu.unit.running_since = now
         self._running.append(context)
 
     def _make_room(self, vcpu: Vcpu, now: int) -> None:
-        """Somebody waits: whoever runs leaves when its quantum is over, or now if it had far more of the CPU."""
-        most: Context | None = None
-        most_share = vcpu.share + WAKE_CREDIT // 2
+        """Somebody waits: whoever runs leaves when its quantum is over, or now if the policy says so."""
+        running: dict[Unit, Context] = {}
         for context in self._running:
+            if context.running is None:
+                continue
             if not context.quantum_timer.deadline:
-                self._timers.set(context.quantum_timer, context.slice_start + QUANTUM)
-            share = _share_now(context, now)
-            if share > most_share and not context.preempt:
-                most, most_share = context, share
-        if most is not None:
-            self.preempt(most)
+                self._set_quantum(context, context.running, contended=True)
+            if not context.preempt:
+                running[context.running.unit] = context
+        victim = self.policy.victim(vcpu.unit, list(running), now)
+        if victim is not None:
+            self.preempt(running[victim])
+
+    def _set_quantum(self, context: Context, vcpu: Vcpu, contended: bool) -> None:
+        """Ask the policy once more when the vCPU that runs has used its quantum. The caller holds `_lock`."""
+        now = self._clock.now()
+        quantum = self.policy.quantum(vcpu.unit, contended, now)
+        if quantum != NO_LIMIT:
+            self._timers.set(context.quantum_timer, now - vcpu.unit.ran(now) + quantum)
 
     def _release(self, context: Context) -> None:
-        """Give the pCPU to who waits with the lowest share."""
+        """Give the pCPU to whom the policy picks of those that wait."""
         with self._lock:
+            if context.running is not None:
+                context.running.unit.running_since = None
             context.running = None
             self._running.remove(context)
-            if self._waiting:
-                following = min(self._waiting, key=_wanted_share)
+            waiting = {each.wanted.unit: each for each in self._waiting if each.wanted is not None}
+            if waiting:
+                now = self._clock.now()
+                following = waiting[self.policy.pick(list(waiting), now)]
                 self._waiting.remove(following)
-                assert following.wanted is not None
-                self._grant(following, following.wanted, self._clock.now(), context.pcpu)
+                vcpu = following.wanted
+                assert vcpu is not None
+                self._grant(following, vcpu, now, context.pcpu)
                 following.granted.release()
                 if self._waiting:
-                    self._timers.set(following.quantum_timer, following.slice_start + QUANTUM)
+                    self._set_quantum(following, vcpu, contended=True)
             else:
                 self._free.append(context.pcpu)
             self._lock.notify_all()
@@ -443,20 +498,22 @@ class Scheduler:
         events.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
 
     def quantum_over(self, context: Context) -> None:
-        """Whoever runs on the context makes room if one that waits has had less, else it gets another quantum."""
+        """Whoever runs on the context makes room, or gets another quantum. If none runs, one may again."""
         now = self._clock.now()
         with self._lock:
             running = context.running
-            if running is None:
-                return
-            shares = [each.wanted.share for each in self._waiting if each.wanted is not None]
-            shares += [vcpu.share for vcpu in context.vcpus if vcpu is not running and runnable(vcpu)]
-            if not shares:
-                return
-            if min(shares) > _share_now(context, now):
-                self._timers.set(context.quantum_timer, now + QUANTUM)
-                return
-        self.preempt(context)
+            if running is not None:
+                others = self._rivals(context, running)
+                if not self.policy.expired(running.unit, others, now):
+                    quantum = self.policy.quantum(running.unit, bool(others), now)
+                    if quantum != NO_LIMIT:
+                        self._timers.set(context.quantum_timer, now + quantum)
+                    return
+        if running is not None:
+            self.preempt(context)
+        else:
+            self._woken = True
+            context.wake()
 
     def preempt(self, context: Context) -> None:
         """Make whoever runs on the context give up its pCPU. From any thread; takes no lock."""
@@ -465,23 +522,6 @@ class Scheduler:
         if running is not None:
             running.kicked = True
             context.cpu.kick()
-
-
-def _share(vcpu: Vcpu) -> int:
-    return vcpu.share
-
-
-def _share_now(context: Context, now: int) -> int:
-    """The share of the vCPU that runs on, or is wanted on, a context, with what it has had in this slice."""
-    running = context.running
-    if running is None:
-        return context.wanted.share if context.wanted is not None else 0
-    return running.share + (now - context.slice_start) * DEFAULT_WEIGHT // running.domain.weight
-
-
-def _wanted_share(context: Context) -> int:
-    assert context.wanted is not None
-    return context.wanted.share
 
 
 def _contexts(domain: Domain) -> list[Context]:

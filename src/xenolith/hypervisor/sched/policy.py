@@ -1,0 +1,85 @@
+"""What a scheduling algorithm must answer (paper 3.3.1; Xen: struct scheduler in common/sched/private.h).
+
+`core` does what is the same for all: threads, pCPU tokens, blocking and waking, the time that was used.  An algorithm
+is one file: a class with these methods.  It decides from what it is told, all times being ns of one clock that it gets
+as arguments.  It has no thread and no lock: its methods are called one at a time, under the scheduler's lock, so they
+must be short and call nothing.  So a simulator, or a test, can drive it with units of its own.
+
+The life of a unit: `add`; then again and again `wake` (it was blocked), `queue` (it wants a pCPU), `pick` until it is
+picked, running, `charge` when it leaves the pCPU, and `sleep` if it is blocked or paused; `remove`.  Where several
+units share one execution context, core lets `pick` choose among those before one of them queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
+
+NO_LIMIT: Final = 0  # as a quantum
+
+
+@dataclass(eq=False, slots=True)
+class Unit:
+    """A vCPU as an algorithm sees it (Xen: struct sched_unit). `account` is the algorithm's own, anything."""
+
+    domid: int
+    vcpu_id: int
+    parameters: dict[str, int] = field(default_factory=dict)  # a value for each of Policy.parameters
+    running_since: int | None = None  # begin of the time that it runs and was not charged for; None: it does not run
+    account: Any = None
+
+    def ran(self, now: int) -> int:
+        """ns for which it has run without being charged so far."""
+        return 0 if self.running_since is None else now - self.running_since
+
+
+class Policy(Protocol):
+    """A scheduling algorithm."""
+
+    name: ClassVar[str]
+    parameters: ClassVar[Mapping[str, int]]
+    """What can be set for each domain or vCPU, with what holds where nothing was (weight, cap, ...)."""
+
+    def add(self, unit: Unit, now: int) -> None:
+        """There is one more unit. It does not want to run yet."""
+
+    def remove(self, unit: Unit, now: int) -> None:
+        """It is no more, and does not run."""
+
+    def wake(self, unit: Unit, now: int) -> None:
+        """It was blocked or paused and has become runnable."""
+
+    def sleep(self, unit: Unit, now: int) -> None:
+        """It has been charged, and is blocked or paused."""
+
+    def notified(self, unit: Unit) -> None:
+        """It was sent an event. The exception among these: called by any thread without the lock, to count at most."""
+
+    def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
+        """It wants a pCPU, beside the `others` that have one or wait for one."""
+
+    def charge(self, unit: Unit, ran: int, now: int) -> None:
+        """It has run for `ran` ns and leaves its pCPU."""
+
+    def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
+        """It runs, and lets the `others`, at least one, go first."""
+
+    def not_before(self, unit: Unit, now: int) -> int:
+        """The moment from which it may run: not after `now`, unless it has used up what it may have."""
+
+    def pick(self, units: Sequence[Unit], now: int) -> Unit:
+        """Which of these, at least one, goes first."""
+
+    def victim(self, unit: Unit, running: Sequence[Unit], now: int) -> Unit | None:
+        """Which of those that run must make room for this one at once; None: it waits until a quantum is over."""
+
+    def quantum(self, unit: Unit, contended: bool, now: int) -> int:
+        """ns for which it runs before `expired` is asked; NO_LIMIT: for ever. `contended`: others wait."""
+
+    def expired(self, unit: Unit, others: Sequence[Unit], now: int) -> bool:
+        """Its quantum is over: whether it leaves now, for one of the `others` that wait, or gets another quantum."""
+
+
+MakePolicy = Callable[[int], Policy]
+"""An algorithm for a machine with so many pCPUs."""
