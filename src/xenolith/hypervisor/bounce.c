@@ -41,7 +41,7 @@ static bool bounce(struct vcpu *v, u64 handler, bool has_error_code, u64 error_c
         return false;
     u64 rflags = v->calls->get_rflags(v->calls->context);
     u64 mask = memory[v->info + VCPU_INFO_UPCALL_MASK];
-    u64 selector = (regs[CS] & (v->kernel_mode ? 0xfffc : 0xffff)) | mask << 32;
+    u64 selector = (v->kernel_mode ? regs[CS] & 0xfffc : (regs[CS] & 0xffff) | 3) | mask << 32;
     if (!v->kernel_mode)
         set_mode(v, true);
     u64 frame[8], *f = frame;

@@ -84,7 +84,7 @@ def bounce(vcpu: Vcpu, cpu: Cpu, handler: int, error_code: int | None, mask_even
         selector = regs[CS] & 0xFFFC
     else:
         stack = vcpu.kernel_sp & ~15
-        selector = regs[CS] & 0xFFFF
+        selector = regs[CS] & 0xFFFF | 3
         enter_kernel_mode(vcpu, cpu)
     selector |= upcall_mask << 32
     if error_code is None:
@@ -109,7 +109,7 @@ def bounce_failsafe(vcpu: Vcpu, cpu: Cpu, selectors: tuple[int, int, int, int]) 
         return
     regs = cpu.regs
     upcall_mask = vcpu.domain.memory.b[vcpu.info + 1]
-    rflags, rsp, selector = cpu.get_rflags(), regs[RSP], regs[CS] & 0xFFFF
+    rflags, rsp, selector = cpu.get_rflags(), regs[RSP], regs[CS] & 0xFFFF | 3
     if vcpu.kernel_mode:
         stack = rsp & ~15
         selector &= 0xFFFC

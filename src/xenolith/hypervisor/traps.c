@@ -34,6 +34,10 @@ static bool system_call(struct vcpu *v)
         d->trap_counts[COUNT_SYSCALL_BOUNCE]++;
         return true;
     }
+    if (v->compatibility)
+        return false;
+    regs[CS] = FLAT_RING3_CS64;
+    regs[SS] = FLAT_RING3_SS64;
     if (number == HYPERVISOR_iret) {
         if (!do_iret(v))
             return false;

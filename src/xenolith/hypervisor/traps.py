@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.errno import ENOSYS
 from xenolith.abi.x86 import (
+    CS,
+    EFLAGS_TF,
     PFEC_INSN,
     PFEC_PRESENT,
     PFEC_RESERVED,
@@ -24,6 +26,7 @@ from xenolith.abi.x86 import (
     RDX,
     RIP,
     RSI,
+    SS,
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_NM,
@@ -33,8 +36,18 @@ from xenolith.abi.x86 import (
     VECTORS_WITH_ERROR_CODE,
     advanced,
 )
-from xenolith.hypervisor import descriptors, emulate, events, writable_pagetables
-from xenolith.hypervisor.bounce import MASK64, bounce, bounce_syscall, crash, inject, inject_page_fault
+from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, writable_pagetables
+from xenolith.hypervisor.bounce import (
+    GUEST_CS,
+    GUEST_SS,
+    MASK64,
+    bounce,
+    bounce_syscall,
+    crash,
+    inject,
+    inject_page_fault,
+    leave_compatibility_mode,
+)
 from xenolith.hypervisor.domain import COUNT_PAGE_TABLE_WRITE, COUNT_PRIVILEGED, COUNT_SYSCALL_BOUNCE, COUNT_UPCALL
 from xenolith.hypervisor.hypercalls.misc import DR6_STATUS
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYSCALL, TRAP_SYSENTER, Cpu, TrapHandler
@@ -43,6 +56,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
 RDPMC: Final = b"\x0f\x33"
+DR6_STEP: Final = 1 << 14  # BS
 
 
 def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
@@ -62,6 +76,9 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
         with lock:
             if vector == TRAP_SYSCALL:
                 if vcpu.kernel_mode:
+                    if vcpu.compatibility:
+                        leave_compatibility_mode(vcpu, cpu)
+                    regs[CS], regs[SS] = GUEST_CS, GUEST_SS  # which SYSCALL loads
                     number = regs[RAX]
                     if number < 64:
                         hypercall_counts[number] += 1
@@ -166,6 +183,11 @@ def page_fault(vcpu: Vcpu, cpu: Cpu, error_code: int, address: int) -> None:
         vcpu.domain.trap_counts[COUNT_PAGE_TABLE_WRITE] += 1
         return
     if address >= layout.HYPERVISOR_VIRT_START and address < layout.HYPERVISOR_VIRT_END:
+        steps = cpu.get_rflags() & EFLAGS_TF
+        if m2p_loads.is_in_table(address) and m2p_loads.carry_out(vcpu, cpu):
+            if steps:
+                exception(vcpu, cpu, VECTOR_DB, 0, DR6_STEP)
+            return
         window = address - descriptors.ldt_va(vcpu.vcpu_id)
         if 0 <= window < vcpu.ldt_entries * 8 and window >> 12 not in vcpu.ldt_frames:
             descriptors.load_ldt(vcpu)

@@ -13,7 +13,7 @@ static u64 logic_flags(u8 value)
 }
 
 /* The instructions by which kernels write to page tables, all with one memory operand: MOV, XCHG, BTR, BTS, CMPXCHG of 64
-   bits, AND and OR of a byte with an immediate.  What the address is made of does not matter: it is `va`. */
+   bits, AND and OR of a byte with an immediate.  One whose operand is not at `va` is not the one that faulted. */
 static bool carry_out(struct vcpu *v, u64 index, u64 va)
 {
     u64 *regs = v->calls->regs, rip = regs[RIP], at = translate(v, rip, 15, READ);
@@ -33,10 +33,26 @@ static bool carry_out(struct vcpu *v, u64 index, u64 va)
     u8 mod = modrm >> 6, rm = modrm & 7, reg = (u8)((modrm >> 3 & 7) | (rex & 4) << 1);
     if (mod == 3)
         return false;
-    u8 base = rm;
-    if (rm == 4)
-        base = *c++ & 7;
-    c += mod == 1 ? 1 : mod == 2 || base == 5 ? 4 : 0;
+    u64 operand = 0;
+    u8 base = rm, index_register = 4, scale = 0;
+    if (rm == 4) {
+        base = *c & 7;
+        index_register = (u8)((*c >> 3 & 7) | (rex & 2) << 2);
+        scale = *c++ >> 6;
+    }
+    if (index_register != 4)
+        operand += regs[index_register] << scale;
+    bool displacement_alone = !mod && base == 5, of_rip = displacement_alone && rm == 5;
+    if (!displacement_alone)
+        operand += regs[base | (rex & 1) << 3];
+    if (mod == 1)
+        operand += (u64)(i64)(int8_t)*c++;
+    else if (mod == 2 || displacement_alone) {
+        int32_t displacement;
+        __builtin_memcpy(&displacement, c, 4);
+        c += 4;
+        operand += (u64)(i64)displacement;
+    }
 
     u64 old = words(v->domain_address)[index], new = old, *result = NULL, flags = 0, changed = 0;
     if (!two_bytes && opcode == 0x80 && ((modrm & 0x38) == 0x20 || (modrm & 0x38) == 0x08)) {
@@ -74,7 +90,9 @@ static bool carry_out(struct vcpu *v, u64 index, u64 va)
             result = &regs[RAX];
     } else
         return false;
-    if (c > code + 15 || (new != old && !modify_l1(v, index, new)))
+    if (of_rip)
+        operand += rip + (u64)(c - code);
+    if (c > code + 15 || operand != va || (new != old && !modify_l1(v, index, new)))
         return false;
     if (result)
         *result = old;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from iced_x86 import Decoder, Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
+from iced_x86 import Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
 from xenolith.abi.hypercalls import VMASST_TYPE_writable_pagetables
 from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, PTE_P, PTE_RW, RAX, RIP
@@ -16,6 +16,8 @@ from xenolith.hypervisor import paging
 from xenolith.hypervisor.emulate import fetch
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, VALIDATED
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
+from xenolith.machine import status_flags
+from xenolith.machine.operands import LONGEST_INSTRUCTION, decode, effective_address
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -58,12 +60,11 @@ def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
 
 
 def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
-    code = fetch(vcpu, cpu.regs[RIP], 15)
-    instruction = Decoder(64, code, ip=cpu.regs[RIP]).decode()
+    instruction = decode(fetch(vcpu, cpu.regs[RIP], LONGEST_INSTRUCTION), cpu.regs[RIP], wide=True)
     if not instruction or (instruction.op0_kind != OpKind.MEMORY and instruction.op1_kind != OpKind.MEMORY):
         return False
     size = MemorySizeExt.size(instruction.memory_size)
-    if size not in (1, 2, 4, 8) or va & size - 1:
+    if size not in (1, 2, 4, 8) or va & size - 1 or effective_address(cpu.regs, instruction, wide=True) != va:
         return False
     q = vcpu.domain.memory.q
     whole = q[index]
@@ -125,37 +126,15 @@ def _new_value(cpu: Cpu, instruction: Instruction, old: int, mask: int) -> _Outc
     if mnemonic == Mnemonic.CMPXCHG and register >= 0:
         accumulator = regs[RAX] & mask
         if accumulator == old:
-            return source, [], (EFLAGS_STATUS, _subtract_flags(accumulator, old, mask))
-        return old, [(RAX, old)], (EFLAGS_STATUS, _subtract_flags(accumulator, old, mask))
+            return source, [], (EFLAGS_STATUS, status_flags.of_subtraction(accumulator, old, mask))
+        return old, [(RAX, old)], (EFLAGS_STATUS, status_flags.of_subtraction(accumulator, old, mask))
     if mnemonic == Mnemonic.AND:
-        return old & source, [], (EFLAGS_STATUS, _logic_flags(old & source, mask))
+        return old & source, [], (EFLAGS_STATUS, status_flags.of_result(old & source, mask))
     if mnemonic == Mnemonic.OR:
-        return old | source, [], (EFLAGS_STATUS, _logic_flags(old | source, mask))
+        return old | source, [], (EFLAGS_STATUS, status_flags.of_result(old | source, mask))
     if mnemonic == Mnemonic.XOR:
-        return old ^ source, [], (EFLAGS_STATUS, _logic_flags(old ^ source, mask))
+        return old ^ source, [], (EFLAGS_STATUS, status_flags.of_result(old ^ source, mask))
     if mnemonic == Mnemonic.XADD and register >= 0:
-        new = old + source & mask
-        flags = _subtract_flags(new, source, mask)  # same ZF, SF, PF; carry and overflow follow
-        carry = EFLAGS_CF if old + source > mask else 0
-        return new, [(register, old)], (EFLAGS_STATUS, flags & ~EFLAGS_CF | carry)
+        flags = status_flags.of_addition(old, source, mask)
+        return old + source & mask, [(register, old)], (EFLAGS_STATUS, flags)
     return None
-
-
-def _logic_flags(value: int, mask: int) -> int:
-    """ZF, SF and PF of a result; CF and OF clear."""
-    parity = 0x04 if (value & 0xFF).bit_count() % 2 == 0 else 0
-    sign = 0x80 if value & (mask + 1 >> 1) else 0
-    return parity | sign | (0x40 if value == 0 else 0)
-
-
-def _subtract_flags(left: int, right: int, mask: int) -> int:
-    """Status flags of left - right."""
-    result = left - right & mask
-    flags = _logic_flags(result, mask)
-    if left < right:
-        flags |= EFLAGS_CF
-    if (left ^ right ^ result) & 0x10:
-        flags |= 0x10
-    if (left ^ right) & (left ^ result) & (mask + 1 >> 1):
-        flags |= 0x800
-    return flags

@@ -1,7 +1,7 @@
 """Walking page tables from outside, as the processor does (Intel SDM vol. 3, 4.5).
 
-`read` looks at presence only: what is read this way is what the processor reads with its own rights (descriptors), or
-instructions that it has just fetched.
+`read` looks at presence only: what is read this way is what the processor reads with its own rights (descriptors).
+What an instruction reads and writes is operands.GuestView's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from xenolith.abi.x86 import (
     PAGE_MASK,
     PAGE_SHIFT,
     PAGE_SIZE,
+    PTE_A,
     PTE_ADDRESS,
+    PTE_NX,
     PTE_P,
     PTE_PSE,
+    PTE_US,
     is_canonical,
     is_canonical_range,
 )
+from xenolith.machine.atomic import compare_exchange_32
 from xenolith.machine.memory import MachineMemory
 
 _INDEX: Final = 511
@@ -52,6 +56,62 @@ def permitted(memory: MachineMemory, l4_mfn: int, va: int, needed: int, needed_o
         shift = PAGE_SHIFT
     address = table + (va & (1 << shift) - 1)
     return address if address < size and entry & needed_of_leaf == needed_of_leaf else None
+
+
+def executable(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
+    """The same, if CPL 3 can fetch code there."""
+    path = _path(memory, l4_mfn, va)
+    if path is None or any(entry & (PTE_P | PTE_US | PTE_NX) != PTE_P | PTE_US for _, entry in path):
+        return None
+    return _end(memory, path, va)
+
+
+def accessed(memory: MachineMemory, l4_mfn: int, va: int, needed: int, bits: int) -> int | None:
+    """As `permitted`, and the entries get PTE_A and the last one PTE_D, as far as in `bits`, as the processor has it.
+
+    The tables may change meanwhile, by other vCPUs; an entry that did is looked at again.
+    """
+    while True:
+        path = _path(memory, l4_mfn, va)
+        if path is None or any(entry & needed != needed for _, entry in path):
+            return None
+        *upper, leaf = path
+        wanted = [(index, entry, entry | bits & PTE_A) for index, entry in upper] + [(*leaf, leaf[1] | bits)]
+        if all(new == entry or _replace(memory, index, entry, new) for index, entry, new in wanted):
+            return _end(memory, path, va)
+
+
+def _path(memory: MachineMemory, l4_mfn: int, va: int) -> list[tuple[int, int]] | None:
+    """The entries on the way to `va`: index in words of machine memory, and value. None if the last is not present."""
+    if not is_canonical(va):
+        return None
+    path = []
+    table = l4_mfn << PAGE_SHIFT
+    for shift in _LEVELS:
+        if table >= memory.size:
+            return None
+        index = (table >> 3) + (va >> shift & _INDEX)
+        entry = memory.q[index]
+        if not entry & PTE_P:
+            return None
+        path.append((index, entry))
+        if entry & PTE_PSE and shift in (L3_SHIFT, L2_SHIFT):
+            break
+        table = entry & PTE_ADDRESS
+    return path
+
+
+def _end(memory: MachineMemory, path: list[tuple[int, int]], va: int) -> int | None:
+    """The machine address that such a path leads to."""
+    inside = (1 << _LEVELS[len(path) - 1]) - 1
+    address = path[-1][1] & PTE_ADDRESS & ~inside | va & inside
+    return address if address < memory.size else None
+
+
+def _replace(memory: MachineMemory, index: int, old: int, new: int) -> bool:
+    """Set bits in the lower half of an entry, unless it has changed."""
+    low = old & 0xFFFF_FFFF
+    return compare_exchange_32(memory.address + 8 * index, low, new & 0xFFFF_FFFF) == low
 
 
 def read(memory: MachineMemory, l4_mfn: int, va: int, size: int) -> bytes | None:

@@ -10,6 +10,7 @@ from struct import unpack
 from typing import Final, NamedTuple
 
 from xenolith.abi.layout import FLAT_RING3_CS32, FLAT_RING3_CS64, FLAT_RING3_SS32
+from xenolith.abi.x86 import VECTOR_GP, VECTOR_NP, VECTOR_SS
 from xenolith.machine.engines.unicorn.layout import (
     DESC_A,
     DESC_B,
@@ -25,11 +26,12 @@ from xenolith.machine.engines.unicorn.layout import (
     FLAT_CODE64,
     FLAT_DATA,
 )
+from xenolith.machine.operands import GuestFault
 
 SELECTOR_TI: Final = 4
 SELECTOR_RPL: Final = 3
 
-ReadDescriptor = Callable[[int], bytes | None]  # selector -> its 8 bytes, None if there are none
+ReadDescriptor = Callable[[int], bytes | None]  # selector -> its 8 bytes, None beyond its table; GuestFault
 
 
 class Segment(NamedTuple):
@@ -58,51 +60,58 @@ def decode(descriptor: bytes) -> Segment:
 
 
 def data_segment(selector: int, read: ReadDescriptor) -> Segment:
-    """ES, DS, FS or GS loaded at CPL 3. Raises ValueError where that faults."""
+    """ES, DS, FS or GS loaded at CPL 3. Raises GuestFault."""
     if not selector & ~SELECTOR_RPL:
         return NULL
     segment = _fetch(selector, read)
     flags = segment.flags
     if not flags & DESC_S or flags & (DESC_CODE | DESC_W) == DESC_CODE:
-        raise ValueError(f"selector {selector:#x} is not one of readable memory")
+        raise _fault(VECTOR_GP, selector)
     conforming = flags & (DESC_CODE | DESC_C) == DESC_CODE | DESC_C
     if not conforming and flags >> DESC_DPL_SHIFT & 3 != 3:
-        raise ValueError(f"selector {selector:#x} is not for CPL 3")
-    return segment
+        raise _fault(VECTOR_GP, selector)
+    return _present(segment, selector, VECTOR_NP)
 
 
 def code_segment(selector: int, read: ReadDescriptor) -> Segment:
-    """CS for a return to CPL 3. Raises ValueError where that faults."""
-    if selector & SELECTOR_RPL != 3:
-        raise ValueError(f"code selector {selector:#x} does not ask for CPL 3")
+    """CS for a return to CPL 3. Raises GuestFault."""
     segment = _fetch(selector, read)
     flags = segment.flags
+    if selector & SELECTOR_RPL != 3:
+        raise _fault(VECTOR_GP, selector)
     if flags & (DESC_S | DESC_CODE) != DESC_S | DESC_CODE or flags & (DESC_L | DESC_B) == DESC_L | DESC_B:
-        raise ValueError(f"selector {selector:#x} is not one of code")
+        raise _fault(VECTOR_GP, selector)
     if not flags & DESC_C and flags >> DESC_DPL_SHIFT & 3 != 3:
-        raise ValueError(f"code selector {selector:#x} is not for CPL 3")
-    return segment
+        raise _fault(VECTOR_GP, selector)
+    return _present(segment, selector, VECTOR_NP)
 
 
 def stack_segment(selector: int, read: ReadDescriptor) -> Segment:
-    """SS for CPL 3. Raises ValueError where loading it faults."""
-    if selector & SELECTOR_RPL != 3:
-        raise ValueError(f"stack selector {selector:#x} does not ask for CPL 3")
+    """SS for CPL 3. Raises GuestFault."""
     segment = _fetch(selector, read)
     flags = segment.flags
+    if selector & SELECTOR_RPL != 3:
+        raise _fault(VECTOR_GP, selector)
     if flags & (DESC_S | DESC_CODE | DESC_W) != DESC_S | DESC_W or flags >> DESC_DPL_SHIFT & 3 != 3:
-        raise ValueError(f"selector {selector:#x} is not one of a CPL-3 stack")
-    return segment
+        raise _fault(VECTOR_GP, selector)
+    return _present(segment, selector, VECTOR_SS)
+
+
+def _fault(vector: int, selector: int) -> GuestFault:
+    return GuestFault(vector, selector & ~SELECTOR_RPL, why=f"selector {selector:#x}")
 
 
 def _fetch(selector: int, read: ReadDescriptor) -> Segment:
-    segment = XEN_SEGMENTS.get(selector)
+    segment = XEN_SEGMENTS.get(selector | SELECTOR_RPL)
     if segment is not None:
         return segment
     descriptor = read(selector) if selector & ~SELECTOR_RPL else None
     if descriptor is None:
-        raise ValueError(f"there is no descriptor for selector {selector:#x}")
-    segment = decode(descriptor)
+        raise _fault(VECTOR_GP, selector)
+    return decode(descriptor)
+
+
+def _present(segment: Segment, selector: int, vector: int) -> Segment:
     if not segment.flags & DESC_P:
-        raise ValueError(f"the segment of selector {selector:#x} is not present")
+        raise _fault(vector, selector)
     return segment

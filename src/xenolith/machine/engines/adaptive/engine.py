@@ -19,6 +19,8 @@ What has to stay exact:
 - Translations.  Unicorn keeps code that it translated, and KVM changes memory behind its back: executable frames are
   compared by checksum at each move.  TLBs are flushed.
 - States that KVM gets wrong on some hosts (CR0.TS, breakpoints, 32-bit code, selectors other than null) run on Unicorn.
+  So does, once that is known, a kernel that loads CS by itself, and may read it, which on KVM is always the same, or
+  that reads the machine-to-physical table at the ABI's fixed address, which KVM may keep to itself: small kernels.
 - Atomicity.  Unicorn's LOCK prefix does not hold against another processor, so a domain with several vCPUs stays on
   KVM.
 """
@@ -34,6 +36,7 @@ from typing import Final
 
 from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, RegisterExt
 
+from xenolith.abi.layout import MACH2PHYS_VIRT_END, MACH2PHYS_VIRT_START
 from xenolith.abi.x86 import (
     CR4_OSXSAVE,
     CS,
@@ -41,6 +44,8 @@ from xenolith.abi.x86 import (
     FS,
     GS,
     PAGE_SHIFT,
+    PTE_P,
+    PTE_US,
     RAX,
     RBX,
     RCX,
@@ -55,7 +60,6 @@ from xenolith.machine import native, page_walk, segments
 from xenolith.machine.engines.adaptive import extended
 from xenolith.machine.engines.adaptive.extended_native import NativeExtended
 from xenolith.machine.engines.adaptive.placement import LEAST_PATIENCE, Placement
-from xenolith.machine.engines.kvm import segment_loads
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.kvm.host import host_traits
@@ -65,6 +69,7 @@ from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
+from xenolith.machine.operands import effective_address
 
 BOTH_HAVE: Final = extended.X87 | extended.SSE
 _CR3: Final = layout.CR // 8 + 3
@@ -176,6 +181,7 @@ class AdaptiveCpu:
         self._kvm: KvmCpu = engine.kvm.cpu(0, self.regs)
         self._state = CpuState(xsave=bytearray(engine.kvm.xsave_size))
         self._task_switched = False
+        self._reads_fixed_m2p = False
         self._dr7 = 0
         self._gdt = self._ldt = (0, 0)  # linear address and limit
         self._active: UnicornCpu | KvmCpu = self._kvm
@@ -296,6 +302,9 @@ class AdaptiveCpu:
     def _handlers(self, on_trap: TrapHandler) -> tuple[TrapHandler, TrapHandler]:
 
         def on_kvm(vector: int, error_code: int, address: int) -> bool:
+            if vector == VECTOR_PF and self._is_out_of_reach(address):
+                self._target, self._since_need = self._unicorn, 0
+                return False
             if not on_trap(vector, error_code, address):
                 self._leave = True
             self._traps += 1
@@ -387,7 +396,7 @@ class AdaptiveCpu:
         xcr0, requested = self._state.xcr0, regs[RDX] << 32 & _MASK64 | regs[RAX] & _MASK32
         # What an XRSTOR replaces as a whole need not be brought up to date before.
         image = self._extended_image() if saves or requested & xcr0 & BOTH_HAVE != BOTH_HAVE else self._state.xsave
-        va = segment_loads.effective_address(regs, instruction, wide=True)
+        va = effective_address(regs, instruction, wide=True)
         area = extended.Area(self._memory, self._l4_mfn, va)
         if saves:
             if not extended.save(mnemonic, image, xcr0, requested, self._components, area):
@@ -419,6 +428,8 @@ class AdaptiveCpu:
     def _only_unicorn_can(self) -> bool:
         """Whether this host's KVM would get the guest's state wrong."""
         traits, regs = self._engine.kvm.traits, self.regs
+        if self._reads_fixed_m2p or self._knows_xens_selectors:
+            return True
         if self._task_switched and not traits.traps_task_switched:
             return True
         if self._dr7 & 0xFF and not traits.has_breakpoints:
@@ -426,6 +437,20 @@ class AdaptiveCpu:
         if not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L:
             return True
         return bool((regs[FS] | regs[GS]) & 0xFFFC) and not traits.keeps_selectors and self._has_local_segment()
+
+    @property
+    def _knows_xens_selectors(self) -> bool:
+        """Whether it is a kernel that loads CS by itself: one that may look at it, too."""
+        return bool(self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers)
+
+    def _is_out_of_reach(self, address: int) -> bool:
+        """Whether KVM has refused the guest a part of the machine-to-physical table, to which it may go on Unicorn."""
+        if not MACH2PHYS_VIRT_START <= address < MACH2PHYS_VIRT_END or not self._engine.may_move:
+            return False
+        if page_walk.permitted(self._memory, self._l4_mfn, address, PTE_P | PTE_US) is None:
+            return False
+        self._reads_fixed_m2p = self._modes is not None and self._modes.kernel_mode
+        return True
 
     def _selectors_would_be_lost(self) -> bool:
         """Whether FS or GS holds a selector, if only for a moment, that guest code could not read back on KVM."""
@@ -473,7 +498,7 @@ class AdaptiveCpu:
             return self._unicorn.frames_with_code()
         if OpKind.MEMORY not in kinds:
             return []
-        start = segment_loads.effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
+        start = effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
         walk = page_walk.machine_address
         addresses = (walk(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
         return [address >> PAGE_SHIFT for address in addresses if address is not None]

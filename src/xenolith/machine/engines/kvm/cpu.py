@@ -35,9 +35,12 @@ from xenolith.abi.x86 import (
     VECTOR_GP,
     VECTOR_PF,
     VECTOR_UD,
+    advanced,
     is_canonical,
 )
 from xenolith.machine import page_walk
+from xenolith.machine import segments as machine_segments
+from xenolith.machine.engines import segment_loads
 from xenolith.machine.engines.kvm import api, area, native_run, processor, run_page
 from xenolith.machine.engines.kvm.alarm import Alarm
 from xenolith.machine.engines.kvm.api import run_ioctl
@@ -74,6 +77,7 @@ from xenolith.machine.engines.protocol import (
     register_file,
 )
 from xenolith.machine.native import buffer_address
+from xenolith.machine.operands import GuestFault, GuestView
 
 
 class KvmCpu(Cpu):
@@ -112,6 +116,8 @@ class KvmCpu(Cpu):
                 setattr(self._calls, name, address)
         self.calls = ctypes.addressof(self._calls) if self._native is not None else 0
         self._task_switched = False
+        self.modes: GuestModes | None = None
+        self.kernels_far_transfers = 0
         if vm.traits.syscall_cpl == 3:
             self._pages.allow_syscall_port()
         self._fast_path: FastPath | None = None
@@ -289,6 +295,7 @@ class KvmCpu(Cpu):
         """Nothing, likewise."""
 
     def follow(self, modes: GuestModes | None) -> None:
+        self.modes = modes
         if self._fast_path is not None:
             self._fast_path.follow(modes)
         handler = modes.native_handler if modes is not None and self._native is not None else 0
@@ -314,14 +321,28 @@ class KvmCpu(Cpu):
         """Guest memory at a linear address; None where it is not mapped."""
         return page_walk.read(self._memory, self.l4_mfn, va, size)
 
+    @property
+    def view(self) -> GuestView:
+        return GuestView(self._memory, self.l4_mfn)
+
+    def code_segment(self, selector: int) -> int:
+        return machine_segments.code_segment(selector, self._segments.descriptor).flags
+
     def fetch(self, size: int) -> bytes:
         """Up to `size` bytes of code at RIP."""
-        rip = self.regs[RIP] + (0 if self._segments.is_flat else self.regs[CS + SEGMENT_BASE])
-        for length in (size, 0x1000 - (rip & 0xFFF)):
-            code = page_walk.read(self._memory, self.l4_mfn, rip, min(length, size))
-            if code is not None:
-                return code
-        return b""
+        base = 0 if self._segments.is_flat else self.regs[CS + SEGMENT_BASE]
+        try:
+            return self.view.fetch(advanced(self.regs[RIP], base), size)
+        except GuestFault:
+            return b""
+
+    def segment_loaded(self, on_trap: TrapHandler, done: segment_loads.Done) -> bool:
+        """A segment register was loaded in the processor's stead: go on."""
+        if done.far:
+            segment_loads.note_far_transfer(self)
+        if done.steps:
+            return on_trap(*segment_loads.STEPPED)
+        return on_trap(TRAP_NOTHING, 0, 0) if done.far else True
 
     # --- running ------------------------------------------------------------------------------------
 

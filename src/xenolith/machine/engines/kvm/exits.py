@@ -20,12 +20,12 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_OF,
-    VECTOR_PF,
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
     advanced,
 )
-from xenolith.machine.engines.kvm import api, area, processor, run_page, segment_loads
+from xenolith.machine.engines import segment_loads
+from xenolith.machine.engines.kvm import api, area, processor, run_page
 from xenolith.machine.engines.kvm.api import run_ioctl
 from xenolith.machine.engines.protocol import (
     ALWAYS_SET,
@@ -35,6 +35,7 @@ from xenolith.machine.engines.protocol import (
     EngineError,
     TrapHandler,
 )
+from xenolith.machine.operands import GuestFault
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.cpu import KvmCpu
@@ -85,11 +86,12 @@ class Exits:
         if vector == VECTOR_UD:
             vector, error_code = self._undefined_opcode()
         elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT:
-            va = self._segments.descriptor_va(error_code)
-            if va is not None and self._cpu.read_memory(va, 8) is None:
-                return on_trap(VECTOR_PF, 0, va)  # the processor's own read of the table
-            if segment_loads.carry_out(self._cpu):
-                return True
+            try:
+                done = segment_loads.carry_out(self._cpu, error_code & 0xFFFC)
+            except GuestFault as fault:
+                return on_trap(fault.vector, fault.error_code, fault.address)
+            if done is not None:
+                return self._cpu.segment_loaded(on_trap, done)
         address = 0
         if vector in (VECTOR_BP, VECTOR_OF):
             processor.forget_vector(self._fd)

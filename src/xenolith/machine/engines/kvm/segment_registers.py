@@ -2,7 +2,7 @@
 
 Hardware CS and SS are always the same two selectors (0x33 or, in compatibility mode, 0x23; and 0x2b); the ones that
 the guest knows live in the register file.  Some hosts insist on that, and it costs nothing on the others.  Loads of
-other selectors fault for want of a descriptor and are carried out from the guest's own GDT (see segment_loads).
+other selectors fault for want of a descriptor and are carried out from the guest's own GDT (engines/segment_loads.py).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Final
 
 from xenolith.abi import layout
-from xenolith.abi.x86 import CS, DS, ES, FS, GS, SS
+from xenolith.abi.x86 import CS, DS, ES, FS, GS, SS, VECTOR_PF
 from xenolith.machine import page_walk, segments
 from xenolith.machine.engines.kvm import api, area, run_page
 from xenolith.machine.engines.kvm.native_run import KvmFields
 from xenolith.machine.engines.kvm.run_page import RunPage
 from xenolith.machine.engines.unicorn.layout import DESC_L, FLAT_CODE32, FLAT_CODE64
 from xenolith.machine.memory import MachineMemory
+from xenolith.machine.operands import GuestFault
 from xenolith.machine.segments import Segment
 
 DATA_SEGMENTS: Final = (ES, DS, FS, GS)
@@ -127,15 +128,16 @@ class SegmentRegisters:
 
     # --- descriptors --------------------------------------------------------------------------------------
 
-    def descriptor_va(self, selector: int) -> int | None:
-        """Where the descriptor of a selector lies; None if that is outside of its table."""
+    def descriptor(self, selector: int) -> bytes | None:
+        """The descriptor of a selector; None if that is outside of its table."""
         va, limit = self.ldt if selector & segments.SELECTOR_TI else self.gdt
         offset = selector & 0xFFF8
-        return va + offset if va and offset + 7 <= limit else None
-
-    def descriptor(self, selector: int) -> bytes | None:
-        va = self.descriptor_va(selector)
-        return None if va is None else page_walk.read(self._memory, self._shared.l4_mfn, va, 8)
+        if not va or offset + 7 > limit:
+            return None
+        descriptor = page_walk.read(self._memory, self._shared.l4_mfn, va + offset, 8)
+        if descriptor is None:
+            raise GuestFault(VECTOR_PF, 0, va + offset)  # by the processor's own read of the table
+        return descriptor
 
 
 def _image(segment: Segment, selector: int) -> bytes:

@@ -33,10 +33,12 @@ from xenolith.abi.x86 import (
     SS,
     VECTOR_DB,
     VECTOR_GP,
+    VECTOR_PF,
     VECTOR_UD,
     advanced,
 )
 from xenolith.machine import page_walk, segments
+from xenolith.machine.engines import segment_loads
 from xenolith.machine.engines.native_state import EngineCalls
 from xenolith.machine.engines.protocol import (
     TRAP_CPUID,
@@ -53,6 +55,7 @@ from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import buffer_address, function_address
+from xenolith.machine.operands import GuestFault, GuestView
 from xenolith.machine.tsc import scale
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
@@ -61,6 +64,7 @@ LDT_DESCRIPTOR: Final = layout.DESC_P | 2 << 8  # present, of type LDT
 INT1: Final = b"\xf1"
 RDPMC: Final = b"\x0f\x33"
 CPUID: Final = b"\x0f\xa2"
+NO_FAR_TRANSFER: Final = (b"", b"\x0f", b"\x62", b"\xc4", b"\xc5", INT1)  # first bytes of other undefined opcodes
 LONGEST_INSTRUCTION: Final = 15
 
 _CR0: Final = layout.CR // 8
@@ -113,6 +117,8 @@ class UnicornCpu:
         self._parked: dict[int, tuple[CpuState, bytearray]] = {}  # by id: see `swap`
         self._spare_block = bytearray(layout.VCPU_BLOCK)
         self._hook = Hook()
+        self.modes: GuestModes | None = None
+        self.kernels_far_transfers = 0
         self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
         self._handler: TrapHandler = _no_handler
         self._failure: BaseException | None = None
@@ -245,6 +251,7 @@ class UnicornCpu:
 
     def follow(self, modes: GuestModes | None) -> None:
         """Every change of mode is the hypervisor's, but it may have native code for that."""
+        self.modes = modes
         self._hook.vcpu = 0
         self._hook.handler = modes.native_handler if modes is not None else 0
         self._vcpu = modes.address if modes is not None and modes.native_handler else 0
@@ -361,6 +368,14 @@ class UnicornCpu:
         def invalid(vector: int, error_code: int, address: int) -> bool:
             if vector == VECTOR_UD:
                 code = self._code(2) or self._code(1) or b""
+                if code[:1] not in NO_FAR_TRANSFER:
+                    try:
+                        done = segment_loads.carry_out(self)
+                    except GuestFault as fault:
+                        return deliver(fault.vector, fault.error_code, fault.address)
+                    if done is not None:
+                        segment_loads.note_far_transfer(self)
+                        return not done.steps or deliver(*segment_loads.STEPPED)
                 if code == RDPMC:  # this and the next Unicorn takes for invalid
                     return deliver(VECTOR_GP, 0, 0)
                 if code[:1] == INT1:
@@ -438,6 +453,21 @@ class UnicornCpu:
         state.gdt_va, state.gdt_limit = q[_GDT_BASE], d[_GDT_LIMIT]
         state.ldt_va, state.ldt_limit = q[_LDT_BASE], d[_LDT_LIMIT]
 
+    @property
+    def runs_64_bit_code(self) -> bool:
+        return bool(self._d[_HFLAGS] & layout.HF_CS64)
+
+    @property
+    def view(self) -> GuestView:
+        return GuestView(self._memory, self._q[_CR3] >> PAGE_SHIFT)
+
+    def load_selector(self, segment: int, selector: int) -> None:
+        """Like `set_segment`, but a register that cannot be loaded stays as it is."""
+        self._load_segment(segment, selector, segments.data_segment(selector, self._descriptor))
+
+    def code_segment(self, selector: int) -> int:
+        return segments.code_segment(selector, self._descriptor).flags
+
     def _descriptor(self, selector: int) -> bytes | None:
         if selector & segments.SELECTOR_TI:
             base, limit = self._q[_LDT_BASE], self._d[_LDT_LIMIT]
@@ -446,7 +476,11 @@ class UnicornCpu:
         offset = selector & ~7
         if offset + 7 > limit:
             return None
-        return page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, base + offset & MASK64, 8)
+        va = advanced(base, offset)
+        descriptor = page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, va, 8)
+        if descriptor is None:
+            raise GuestFault(VECTOR_PF, 0, va)  # by the processor's own read of the table
+        return descriptor
 
     def _load_segment(self, segment: int, selector: int, value: segments.Segment) -> None:
         """What cpu_x86_load_seg_cache does: fill the cache, and derive the flags that translation depends on."""

@@ -1,8 +1,10 @@
-"""VEX-encoded instructions are undefined on Unicorn, but for those on general registers that it knows.
+"""Instructions that QEMU's old translator gets wrong are undefined on Unicorn: VEX-encoded ones and far transfers.
 
-QEMU's old translator takes a VEX prefix for nothing: it executes `vpaddd xmm1, xmm2, xmm3` as `paddd xmm1, xmm3`.  A
-program that found AVX in CPUID, while its vCPU was on KVM, would compute nonsense on Unicorn.  So the translator
-is made to see UD2 in their place: the function that translates one instruction is replaced by
+It takes a VEX prefix for nothing: it executes `vpaddd xmm1, xmm2, xmm3` as `paddd xmm1, xmm3`.  A program that found
+AVX in CPUID, while its vCPU was on KVM, would compute nonsense on Unicorn.  (Those on general registers it knows.)  And
+IRET, far RET, JMP and CALL do what they do outside of long mode, too; engines/segment_loads.py carries them out.
+
+So the translator is made to see UD2 in their place: the function that translates one instruction is replaced by
 stubs.TRANSLATE_INSTRUCTION, which looks at its first bytes, and the one that fetches a byte of code by
 stubs.LOAD_CODE_BYTE.  Both are reached through the library's linkage table, as in exit_check.py.
 """
