@@ -39,7 +39,6 @@ from xenolith.machine.atomic import clear_bit, set_bit
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
-    from xenolith.hypervisor.hypervisor import Hypervisor
 
 DEFAULT_MAX_PORT: Final = 1023  # as xl.cfg's max_event_channels
 PORTS_PER_BUCKET: Final = 64  # the port table grows by buckets; a port is valid once its bucket exists
@@ -353,9 +352,9 @@ def send_vcpu_virq(vcpu: Vcpu, virq: int) -> None:
         post(vcpu.domain, port)
 
 
-def send_global_virq(hypervisor: Hypervisor, virq: int) -> None:
-    """Raise a global virtual interrupt with dom0, which handles them all."""
-    dom0 = hypervisor.domain(0)
+def send_global_virq(domain: Domain, virq: int) -> None:
+    """Raise a global virtual interrupt, on account of a domain, with dom0, which handles them all."""
+    dom0 = domain.hypervisor.domain(0)
     if dom0 is not None:
         send_vcpu_virq(dom0.vcpus[0], virq)
 

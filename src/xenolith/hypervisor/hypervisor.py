@@ -46,7 +46,7 @@ class Hypervisor:
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self.tsc_hz = frequency()
         self.timers = TimerQueue(self.clock)
-        self.scheduler = Scheduler(self, pcpus, policy(pcpus))
+        self.scheduler = Scheduler(self.clock, self.timers, pcpus, policy(pcpus))
         self.log(f"Xenolith {version.MAJOR}.{version.MINOR}{version.EXTRAVERSION.decode()}")
         self.log(f"machine memory: {memory.frames >> 8} MiB, {memory.free_frames >> 8} MiB free for domains")
         self.log(f"{pcpus} pCPUs, scheduler {self.scheduler.policy.name}, TSC {self.tsc_hz // 1_000_000} MHz")

@@ -34,12 +34,12 @@ from xenolith.hypervisor.domain import runnable
 from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
 from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
 from xenolith.hypervisor.shutdown import domain_crash
-from xenolith.hypervisor.time import Timer, update_time
+from xenolith.hypervisor.time import Timer, TimerQueue, update_time
+from xenolith.machine.clock import Clock
 from xenolith.machine.tsc import TscClock
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
-    from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.machine.engines.protocol import Cpu, TrapHandler
 
 STORE_PATIENCE: Final = 1.0  # s between looks whether a thread that should store its vCPU's state still lives
@@ -87,12 +87,11 @@ class Context:
 class Scheduler:
     """Gives `pcpus` tokens to the contexts that want to run, as `policy` says."""
 
-    def __init__(self, hypervisor: Hypervisor, pcpus: int, policy: Policy) -> None:
-        self.hypervisor = hypervisor
+    def __init__(self, clock: Clock, timers: TimerQueue, pcpus: int, policy: Policy) -> None:
         self.pcpus = pcpus
         self.policy = policy
-        self._clock = hypervisor.clock
-        self._timers = hypervisor.timers
+        self._clock = clock
+        self._timers = timers
         self._refresh_time = not isinstance(self._clock, TscClock)
         self._lock = threading.Condition(threading.Lock())
         self._free = list(range(pcpus))
@@ -495,7 +494,7 @@ class Scheduler:
             if domain.shutdown_announced or any(context.running is not None for context in _contexts(domain)):
                 return
             domain.shutdown_announced = True
-        events.send_global_virq(self.hypervisor, VIRQ_DOM_EXC)
+        events.send_global_virq(domain, VIRQ_DOM_EXC)
 
     def quantum_over(self, context: Context) -> None:
         """Whoever runs on the context makes room, or gets another quantum. If none runs, one may again."""
