@@ -357,6 +357,3 @@ def send_global_virq(domain: Domain, virq: int) -> None:
     dom0 = domain.hypervisor.domain(0)
     if dom0 is not None:
         send_vcpu_virq(dom0.vcpus[0], virq)
-
-
-# --- the hypercall ---------------------------------------------------------------------------------
