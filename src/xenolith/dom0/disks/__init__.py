@@ -41,6 +41,9 @@ class Disk(Protocol):
     def physical_sector_size(self) -> int:
         """Bytes that the storage writes at once."""
 
+    def measure(self) -> None:
+        """Look again how large the storage is: `sectors` follows."""
+
     def read(self, position: int, buffers: Buffers) -> None:
         """Fill the buffers, one after the other."""
 

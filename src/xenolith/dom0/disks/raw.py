@@ -58,7 +58,7 @@ class RawDisk:
         except BlockingIOError as error:
             others = "another disk uses it" if self.writable else "another disk writes to it"
             raise DiskError(f"{self.path} is in use: {others}") from error
-        self.sectors = os.lseek(self._descriptor, 0, os.SEEK_END) // SECTOR
+        self.measure()
         if not self.sectors:
             raise DiskError(f"{self.path} has no sector: it is shorter than {SECTOR} bytes")
         self.physical_sector_size = SECTOR
@@ -67,6 +67,9 @@ class RawDisk:
             self.physical_sector_size = int.from_bytes(answer, "little")
         unit = self.physical_sector_size if self._is_device else status.st_blksize
         self.discard_granularity = unit if discard and self.writable else 0
+
+    def measure(self) -> None:
+        self.sectors = os.lseek(self._descriptor, 0, os.SEEK_END) // SECTOR
 
     def read(self, position: int, buffers: Buffers) -> None:
         self._move(os.preadv, position, buffers)
