@@ -229,12 +229,6 @@ class Dom0:
         device.call(lambda: device.backend.insert(disk))
         device.refresh()
 
-    def measure_disk(self, domain: GuestDomain, number: int) -> None:
-        """A disk's storage has become larger: the guest sees it soon. Raises KeyError."""
-        device = domain.disks[number]
-        device.call(lambda: device.backend.disk.measure())
-        device.refresh()
-
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
         domain.started = True

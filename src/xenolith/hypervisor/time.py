@@ -30,7 +30,6 @@ from xenolith.abi.layout import (
     VCPU_TIME_INFO,
     XEN_PVCLOCK_TSC_STABLE_BIT,
 )
-from xenolith.abi.x86 import advanced
 from xenolith.hypervisor import events
 from xenolith.hypervisor.guest_memory import copy_to_guest
 from xenolith.hypervisor.runstate import running_time
@@ -274,26 +273,21 @@ class VcpuTimers:
             self._queue.cancel(timer)
 
 
-def time_record(clock: Clock, tsc_offset: int = 0) -> tuple[int, int, int, int, int]:
-    """tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift and flags that hold now.
-
-    `tsc_offset`: of the guest's counter, see protocol.Cpu; other vCPUs may have another.
-    """
-    stable = 0 if tsc_offset else XEN_PVCLOCK_TSC_STABLE_BIT
+def time_record(clock: Clock) -> tuple[int, int, int, int, int]:
+    """tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift and flags that hold now."""
     if isinstance(clock, tsc.TscClock):
-        return advanced(clock.tsc_at_boot, tsc_offset), 0, clock.scale.mul, clock.scale.shift, stable
-    timestamp = advanced(tsc.read_tsc(), tsc_offset)
+        return clock.tsc_at_boot, 0, clock.scale.mul, clock.scale.shift, XEN_PVCLOCK_TSC_STABLE_BIT
     if isinstance(clock, VirtualClock):
-        return timestamp, clock.now(), 1, -31, 0  # in effect: standing still
+        return tsc.read_tsc(), clock.now(), 1, -31, 0  # in effect: standing still
     factors = tsc.scale()
-    return timestamp, clock.now(), factors.mul, factors.shift, 0
+    return tsc.read_tsc(), clock.now(), factors.mul, factors.shift, 0
 
 
 def update_time(vcpu: Vcpu) -> None:
     """Write vcpu_time_info in vcpu_info and in the area that the guest has registered. On the vCPU's own thread."""
     vcpu.time_outdated = False
     domain = vcpu.domain
-    record = time_record(domain.hypervisor.clock, vcpu.cpu.tsc_offset if vcpu.cpu is not None else 0)
+    record = time_record(domain.hypervisor.clock)
     _write_versioned(vcpu, record)
     if vcpu.time_area_va:
         user, vcpu.kernel_mode = not vcpu.kernel_mode, True  # the address is the guest kernel's

@@ -1,13 +1,9 @@
-"""Opening a disk of whatever format."""
+"""Opening a disk of whatever kind."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from xenolith.dom0.disks import Disk, DiskFormat, DiskSource
+from xenolith.dom0.disks import Disk, DiskSource
 from xenolith.dom0.disks.empty import EmptyDrive
-from xenolith.dom0.disks.extents import ExtentDisk, read_table
-from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.disks.raw import RawDisk
 
 
@@ -15,14 +11,4 @@ def open_disk(source: DiskSource | None) -> Disk:
     """The disk; without a source a drive with no medium. Raises DiskError."""
     if source is None:
         return EmptyDrive()
-    if source.throw_away:
-        return OverlayDisk.over(open_disk(replace(source, writable=False, throw_away=False)), source.discard)
-    match source.format:
-        case DiskFormat.RAW:
-            return RawDisk(source.path, source.writable, source.discard)
-        case DiskFormat.EXTENTS:
-            return ExtentDisk(read_table(source.path), source.writable, source.discard)
-        case DiskFormat.OVERLAY:
-            return OverlayDisk.open(source.path, source.writable, source.discard, open_disk)
-        case _:
-            raise NotImplementedError
+    return RawDisk(source.path, source.writable, source.discard)

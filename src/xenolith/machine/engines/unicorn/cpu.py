@@ -84,7 +84,6 @@ _SEGMENTS_END: Final = GS + 3
 class UnicornCpu:
     """See the protocol's Cpu; every trap's address is 0 but #PF's (CR2) and #DB's (DR6)."""
 
-    tsc_offset = 0
     regs: memoryview
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]
