@@ -71,7 +71,6 @@ class Machine:
     def check_invariants(self) -> None:
         """Recount every type and reference of the frame table, with all domains stopped."""
         for domain in self.dom0.domains.values():
-            if domain.started:
-                self.dom0.control.pause(domain.domid)
+            self.dom0.control.pause(domain.domid)
         problems = audit.check(self.dom0.hypervisor)
         assert not problems, "the frame table is inconsistent:\n" + "\n".join(problems[:20])

@@ -176,7 +176,7 @@ class BareMachine:
             engine.programs[id(vcpu.state)] = _Running(program, vcpu)
             vcpu.online = True
         self._started.append(domain)
-        self.control.start(domain.domid)
+        self.control.unpause(domain.domid)
 
     def compute(self, nanoseconds: int) -> Callable[[], None]:
         """A step that takes time.

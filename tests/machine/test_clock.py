@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -71,3 +72,29 @@ def test_factors_turn_ticks_into_nanoseconds_to_within_a_millionth(hertz: int, n
     """An hour of ticks is an hour, with the arithmetic that a guest does."""
     ticks = nanoseconds * hertz // 1_000_000_000
     assert abs(Scale.of(hertz).nanoseconds(ticks) - nanoseconds) <= nanoseconds / 1_000_000 + 200
+
+
+@pytest.mark.parametrize("nanoseconds", [5_000_000_000, -2_000_000_000])
+def test_a_clock_ahead_of_another_goes_on_with_it(nanoseconds: int) -> None:
+    clock = VirtualClock()
+    clock.advance(3_000_000_000)
+    other = clock.ahead(nanoseconds)
+    assert other.now() == 3_000_000_000 + nanoseconds
+    clock.advance(7)
+    assert other.now() == 3_000_000_007 + nanoseconds
+    assert other.wall() == clock.wall()
+    assert other.ahead(-nanoseconds).now() == clock.now()
+    condition = threading.Condition()
+    other.wait(condition, other.now() + 100)
+    assert clock.now() == 3_000_000_107
+
+
+@pytest.mark.parametrize("make", [RealClock, TscClock])
+def test_a_real_clock_ahead_shows_the_same_difference(make: Callable[[], RealClock]) -> None:
+    clock = make()
+    ahead, behind = clock.ahead(1 << 40), clock.ahead(-1_000)
+    before = clock.now()
+    shown = ahead.now()
+    after = clock.now()
+    assert before <= shown - (1 << 40) <= after
+    assert behind.now() + 1_000 >= after

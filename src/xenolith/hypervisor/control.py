@@ -6,7 +6,8 @@ Domains are named by domid.  Operations on a domain that does not exist raise No
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,17 +30,18 @@ from xenolith.abi.x86 import (
     RSP,
     SS,
 )
-from xenolith.hypervisor import inspection, lifecycle, paging, time
-from xenolith.hypervisor.domain import UNLIMITED_WORK, Domain
+from xenolith.hypervisor import domain_record, inspection, lifecycle, paging, time, view
+from xenolith.hypervisor.domain import Domain
+from xenolith.hypervisor.domain_record import FrameRecord, Plain, RecordError
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
-from xenolith.hypervisor.lifecycle import DomainCreateError, NoSuchDomain
+from xenolith.hypervisor.lifecycle import Arrival, DomainCreateError, NoSuchDomain
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.statistics import Counters, counters, cpu_time
 from xenolith.machine.cpuid import native_cpuid
-from xenolith.machine.memory import Frames, OutOfMemory
+from xenolith.machine.memory import Frames, MachineMemory, OutOfMemory
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
@@ -100,6 +102,15 @@ class MachineInfo:
     features: tuple[int, ...]  # CPUID words 1.edx 1.ecx e1.edx e1.ecx Da1.eax 7b0.ebx 7c0.ecx e7.edx (Xen: hw_cap)
 
 
+@dataclass(frozen=True)
+class StillDomain:
+    """A domain that stands still: its record, its frames, and its machine memory to read their contents from."""
+
+    record: Plain
+    frames: FrameRecord
+    memory: memoryview
+
+
 class Control:
     """The control hypercalls, made by dom0's Python code."""
 
@@ -115,7 +126,7 @@ class Control:
     # --- life cycle ----------------------------------------------------------------------------------
 
     def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
-        """Make an empty, paused domain; its domid. Raises DomainCreateError."""
+        """Make an empty domain, paused once; its domid. Raises DomainCreateError."""
         return lifecycle.create_domain(self._hypervisor, uuid, max_vcpus, max_pages)
 
     def destroy(self, domid: int) -> None:
@@ -127,12 +138,8 @@ class Control:
         self._hypervisor.scheduler.pause(self._domain(domid))
 
     def unpause(self, domid: int) -> None:
-        """Undo one pause."""
+        """Undo one pause. A domain is born paused: this is also how it begins."""
         self._hypervisor.scheduler.unpause(self._domain(domid))
-
-    def start(self, domid: int) -> None:
-        """Give a built domain its threads and let it run (the first unpause)."""
-        self._hypervisor.scheduler.start(self._domain(domid))
 
     def send_nmi(self, domid: int, vcpu_id: int) -> None:
         """Send a vCPU an NMI (Xen: XEN_DOMCTL_sendtrigger). Raises ValueError where it is not online."""
@@ -288,6 +295,31 @@ class Control:
             vcpu.kernel_sp = stack
             vcpu.initialised = vcpu.online = True
 
+    # --- travelling ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def standing_still(self, domid: int) -> Iterator[StillDomain]:
+        """A paused domain of which nothing changes within the context, if its back-ends do not write to it either.
+
+        Raises RecordError where it cannot travel.
+        """
+        domain = self._domain(domid)
+        self._hypervisor.scheduler.store_states(domain)
+        with domain.lock:
+            record = domain_record.state(domain)
+            yield StillDomain(record, domain_record.frame_record(domain), domain.memory.b.toreadonly())
+
+    def memory_for_arrival(self, max_pages: int) -> MachineMemory:
+        """Where the frames of a domain that arrives go, at the MFNs that they had. Raises DomainCreateError."""
+        try:
+            return view.memory_for(self._hypervisor.memory, max_pages)
+        except OutOfMemory as error:
+            raise DomainCreateError(f"not enough machine memory: {error}") from error
+
+    def restore_domain(self, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival) -> int:
+        """Make a domain that has arrived, paused; its domid. See lifecycle.restore_domain."""
+        return lifecycle.restore_domain(self._hypervisor, uuid, max_vcpus, max_pages, arrival)
+
     # --- frames of other domains -----------------------------------------------------------------------
 
     def map_foreign(self, domid: int, mfn: int) -> memoryview:
@@ -346,11 +378,14 @@ def set_initial_cr3(domain: Domain, vcpu_id: int, kernel_mfn: int, user_mfn: int
     vcpu = domain.vcpus[vcpu_id]
     if vcpu.kernel_l4 or not kernel_mfn:
         return -EINVAL
-    domain.work_left = UNLIMITED_WORK
-    paging.undo(domain)
-    result = paging.get_bases(domain, kernel_mfn, user_mfn)
+    result = paging.get_page_and_type(domain, kernel_mfn, paging.TYPE_L4)
     if result:
         return result
+    if user_mfn:
+        result = paging.get_page_and_type(domain, user_mfn, paging.TYPE_L4)
+        if result:
+            paging.put_page_and_type(domain, kernel_mfn)
+            return result
     paging.set_bases(vcpu, kernel_mfn, user_mfn)
     vcpu.state.l4_mfn, vcpu.state.user = kernel_mfn, False
     return 0
@@ -381,10 +416,13 @@ def _info(domain: Domain) -> DomainInfo:
 
 
 __all__ = [
+    "Arrival",
     "Control",
     "DomainCreateError",
     "DomainInfo",
     "MachineInfo",
     "NoSuchDomain",
+    "RecordError",
+    "StillDomain",
     "VcpuInfo",
 ]

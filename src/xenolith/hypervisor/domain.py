@@ -34,12 +34,8 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.view import View
 
 MAX_VCPUS: Final = 32
-MOST_UNDONE: Final = 32
 COUNTERS: Final = 64
 CPUID_ANSWERS: Final = 128  # kept for each vCPU; a guest may ask for any number of leaves
-# What a guest may ask for in one trap: some milliseconds, for which whoever wants its lock or its vCPU waits.
-WORK: Final = 2048
-UNLIMITED_WORK: Final = 1 << 62  # for what dom0 does
 LOG_BYTES: Final = 64 << 10  # kept of each domain's emergency console
 
 # Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
@@ -188,8 +184,8 @@ class Vcpu(VcpuFields):
         self.flat_pairs[:] = [0] * FLAT_PAIRS
 
     def until(self, moment: int) -> int:
-        """ns from now until a moment of the hypervisor's clock."""
-        return moment - self.domain.hypervisor.clock.now()
+        """ns from now until a moment of the domain's clock."""
+        return moment - self.domain.clock.now()
 
     def count_syscalls(self, count: int) -> None:
         """So many more were carried out without a trap."""
@@ -292,9 +288,6 @@ class DomainFields(ctypes.Structure):
     """What of a domain native code shares."""
 
     domid: int
-    reference_lost: bool  # native code was to drop one that there was not
-    work_limit: int  # WORK, in units of paging's; native code counts requests and tables
-    undo_count: int  # page tables in `undo_list`, MFNs that are to drop what their entries hold, see paging
     flush_epoch: int  # complete TLB flushes so far, modulo 2**32, see frames.py
     vm_assist: int
     shared_info: int  # machine address in bytes
@@ -325,10 +318,6 @@ class DomainFields(ctypes.Structure):
         ("contexts", c_uint32),  # threads that run its vCPUs
         ("lock_word", c_uint32),  # see DomainLock
         ("vcpu_addresses", c_uint64 * MAX_VCPUS),  # of each vCPU's VcpuFields
-        ("undo_list", c_uint64 * MOST_UNDONE),
-        ("undo_count", c_uint32),
-        ("work_limit", c_uint32),
-        ("reference_lost", c_bool),
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
         ("odd_references", c_bool),
@@ -354,6 +343,8 @@ class Domain(DomainFields):
         self.owner_address, self.stamp_address = frames.owners.ctypes.data, frames.stamps.ctypes.data
         self.type_info_address, self.count_info_address = frames.type_infos.ctypes.data, frames.count_infos.ctypes.data
         self.lock = DomainLock(self)
+        self.clock = hypervisor.clock  # its own time since boot, `clock_ahead` ns ahead of the machine's
+        self.clock_ahead = 0
         self.privileged = domid == 0
         self.uuid = bytes(16)
         self.vcpu_count = max_vcpus
@@ -368,8 +359,6 @@ class Domain(DomainFields):
         self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
         self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
         self.flush_epoch = 1
-        self.work_limit = WORK
-        self.work_left = UNLIMITED_WORK  # of it, in the trap at hand
         self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries
         self.foreign_mapped: Counter[int] = Counter()  # MFNs that dom0 has mapped, each time it did
         self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)

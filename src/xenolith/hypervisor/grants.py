@@ -208,6 +208,11 @@ class GrantTable:
             self._mappings[handle] = mapping
         return handle
 
+    @property
+    def maps_others(self) -> bool:
+        """Whether the domain has any grant mapped."""
+        return bool(self._mappings)
+
     def mapping(self, handle: int) -> Mapping | None:
         return self._mappings.get(handle)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import traceback
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
-from xenolith.hypervisor import descriptors, paging, ring0
+from xenolith.hypervisor import audit, descriptors, domain_record, paging, ring0
 from xenolith.hypervisor.domain import MAX_VCPUS, Domain
+from xenolith.hypervisor.domain_record import FrameRecord, Plain, Record, RecordError
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.grants import GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
 from xenolith.hypervisor.time import VcpuTimers
 from xenolith.hypervisor.view import View
 from xenolith.machine.engines.protocol import EngineError
-from xenolith.machine.memory import OutOfMemory
+from xenolith.machine.memory import MachineMemory, OutOfMemory
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
@@ -48,7 +50,36 @@ def create_dom0(hypervisor: Hypervisor) -> Domain:
 
 
 def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
-    """Make an empty, paused domain; its domid. Raises DomainCreateError."""
+    """Make an empty domain, paused once; its domid. Raises DomainCreateError."""
+    return _create(hypervisor, uuid, max_vcpus, max_pages, None)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A domain that comes from elsewhere: its frames' contents are in `memory` (view.memory_for) at the same MFNs."""
+
+    memory: MachineMemory
+    record: Plain
+    frames: FrameRecord
+
+
+def restore_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival) -> int:
+    """Make a domain that has arrived, paused once; its domid. Whatever becomes of it, `arrival.memory` is used up.
+
+    Raises RecordError where it cannot be what it is said to be, and DomainCreateError.
+    """
+    try:
+        domain_record.check_frames(arrival.frames, arrival.memory.frames)
+        arrival.memory.adopt(arrival.frames.mfns)
+    except BaseException as error:
+        arrival.memory.close()
+        if isinstance(error, OutOfMemory):
+            raise DomainCreateError(f"not enough machine memory: {error}") from error
+        raise
+    return _create(hypervisor, uuid, max_vcpus, max_pages, arrival)
+
+
+def _create(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival | None) -> int:
     if not 1 <= max_vcpus <= MAX_VCPUS:
         raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
     with hypervisor.lock:
@@ -57,14 +88,27 @@ def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages
         raise DomainCreateError("all domain ids are in use")
     with ExitStack() as undo:
         try:
-            view = View(hypervisor.memory, max_pages)
+            if arrival is not None:
+                undo.callback(arrival.memory.close)
+            view = View(hypervisor.memory, max_pages, arrival.memory if arrival else None)
             undo.callback(view.memory.close)
             engine = hypervisor.engine_factory(view.memory)
             undo.callback(engine.close)
             domain = Domain(hypervisor, domid, engine, max_vcpus, view)
             domain.uuid = uuid
             domain.max_pages = max_pages
-            _set_up(domain)
+            domain.paused_by_control = 1
+            if arrival is not None:
+                record = Record(arrival.record, "the domain")
+                domain.clock_ahead = domain_record.clock_ahead(record, hypervisor.clock)
+                domain.clock = hypervisor.clock.ahead(domain.clock_ahead)
+            _set_up(domain, arrival is None)
+            if arrival is not None:
+                undo.callback(_stop_timers, domain)
+                domain_record.load(domain, arrival.record, arrival.frames)
+                problems = audit.check_domain(domain)
+                if problems:
+                    raise RecordError(f"its frames do not add up: {problems[0]}")
         except EngineError as error:
             raise DomainCreateError(f"the engine cannot be started: {error}") from error
         except OutOfMemory as error:
@@ -72,18 +116,21 @@ def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages
         undo.pop_all()
     with hypervisor.lock:
         hypervisor.domains[domid] = domain
-    hypervisor.log(f"d{domid}: created with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
+    how = "restored" if arrival else "created"
+    hypervisor.log(f"d{domid}: {how} with {max_vcpus} vCPUs and at most {max_pages >> 8} MiB on {engine.name}")
     return domid
 
 
-def _set_up(domain: Domain) -> None:
+def _set_up(domain: Domain, shares_info: bool) -> None:
+    """Xen's own frames for a domain, the shared_info too unless it has one already, and its mechanisms."""
     frames = domain.frames
     engine = domain.engine
     assert engine is not None
-    (domain.shared_info_mfn,) = frames.allocate_xen(1)
+    if shares_info:
+        (domain.shared_info_mfn,) = frames.allocate_xen(1)
+        frames.share_with_guest(domain.shared_info_mfn, domain.domid)
     pages = len(domain.vcpus) * descriptors.PAGES_PER_VCPU
     tables = frames.allocate_xen(2 + (pages + 511) // 512)
-    frames.share_with_guest(domain.shared_info_mfn, domain.domid)
     domain.shared_info = domain.shared_info_mfn * PAGE_SIZE
     l3, l2, *domain.window_l1 = tables
     q = domain.memory.q
@@ -111,6 +158,15 @@ def _set_up(domain: Domain) -> None:
     _wire(domain)
 
 
+def _stop_timers(domain: Domain) -> None:
+    """Cancel all timers of a domain."""
+    for vcpu in domain.vcpus:
+        vcpu.timers.stop()
+    for timer in domain.watchdogs:
+        if timer is not None:
+            domain.hypervisor.timers.cancel(timer)
+
+
 def _wire(domain: Domain) -> None:
     """Give a domain its part of each mechanism, and native code where there is some."""
     domain.lock.take_word = ring0.lock_taker()
@@ -119,7 +175,7 @@ def _wire(domain: Domain) -> None:
     domain.grants = GrantTable(domain)
     for vcpu in domain.vcpus:
         vcpu.native_handler = ring0.handler_address()
-        vcpu.native_timer, vcpu.now = ring0.timer_address(), ring0.clock_address(domain.hypervisor.clock)
+        vcpu.native_timer, vcpu.now = ring0.timer_address(), ring0.clock_address(domain.clock)
         vcpu.timers = VcpuTimers(vcpu)
         vcpu.set_timer_late = vcpu.timers.set_singleshot_late
 

@@ -7,7 +7,7 @@ readers on other vCPUs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.hypercalls import XEN_RUNSTATE_UPDATE, RUNSTATE_running, VMASST_TYPE_runstate_update_flag
 from xenolith.abi.layout import U64, VCPU_RUNSTATE_INFO
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
 _ENTRY_TIME_OFFSET = 8
+RUNSTATE_TIME: Final = XEN_RUNSTATE_UPDATE - 1
 
 
 def set_runstate(vcpu: Vcpu, state: int, now: int) -> None:
@@ -37,23 +38,29 @@ def runstate_info(vcpu: Vcpu, now: int) -> bytes:
     """vcpu_runstate_info up to this moment."""
     times = vcpu.runstate_times.copy()
     times[vcpu.runstate] += now - vcpu.runstate_since
-    return VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, vcpu.runstate_since, *times)
+    return VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, _entry_time(vcpu), *times)
+
+
+def _entry_time(vcpu: Vcpu) -> int:
+    """When it came into its state, by the domain's own clock."""
+    return vcpu.runstate_since + vcpu.domain.clock_ahead & RUNSTATE_TIME
 
 
 def write_runstate_area(vcpu: Vcpu) -> None:
     """Refresh the registered area, through the vCPU's own guest-kernel page table."""
     va = vcpu.runstate_area_va
-    data = VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, vcpu.runstate_since, *vcpu.runstate_times)
+    since = _entry_time(vcpu)
+    data = VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, since, *vcpu.runstate_times)
     user, vcpu.kernel_mode = not vcpu.kernel_mode, True
     flagged = vcpu.domain.vm_assist >> VMASST_TYPE_runstate_update_flag & 1
     if not flagged and va & PAGE_MASK <= PAGE_SIZE - len(data):
         address = translate(vcpu, va, WRITE)
         if address >= 0:
             vcpu.domain.memory.b[address : address + len(data)] = data
-    elif flagged and copy_to_guest(vcpu, va + _ENTRY_TIME_OFFSET, U64.pack(vcpu.runstate_since | XEN_RUNSTATE_UPDATE)):
+    elif flagged and copy_to_guest(vcpu, va + _ENTRY_TIME_OFFSET, U64.pack(since | XEN_RUNSTATE_UPDATE)):
         copy_to_guest(vcpu, va, data[:_ENTRY_TIME_OFFSET])
         copy_to_guest(vcpu, va + _ENTRY_TIME_OFFSET + 8, data[_ENTRY_TIME_OFFSET + 8 :])
-        copy_to_guest(vcpu, va + _ENTRY_TIME_OFFSET, U64.pack(vcpu.runstate_since))
+        copy_to_guest(vcpu, va + _ENTRY_TIME_OFFSET, U64.pack(since))
     elif not flagged:
         copy_to_guest(vcpu, va, data)
     vcpu.kernel_mode = not user

@@ -36,7 +36,7 @@ from xenolith.abi.x86 import (
     VECTORS_WITH_ERROR_CODE,
     advanced,
 )
-from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, paging, writable_pagetables
+from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, writable_pagetables
 from xenolith.hypervisor.bounce import (
     GUEST_CS,
     GUEST_SS,
@@ -80,10 +80,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                         leave_compatibility_mode(vcpu, cpu)
                     regs[CS], regs[SS] = GUEST_CS, GUEST_SS  # which SYSCALL loads
                     number = regs[RAX]
-                    domain.work_left = domain.work_limit
-                    if domain.undo_count and not vcpu.begun and not paging.undo(domain):
-                        regs[RIP] = advanced(regs[RIP], -2)  # the guest makes the hypercall again
-                    elif number < 64:
+                    if number < 64:
                         hypercall_counts[number] += 1
                         function, arguments = table[number]
                         vcpu.restarted = False
@@ -123,8 +120,6 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                     page_fault(vcpu, cpu, error_code, address)
                 else:
                     exception(vcpu, cpu, vector, error_code, address)
-            elif domain.reference_lost:
-                raise AssertionError(f"{domain!r}: native code was to drop a reference that nothing holds")
             if posted:
                 events.drain(domain)
             info = vcpu.info

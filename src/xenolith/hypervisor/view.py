@@ -29,17 +29,24 @@ XEN_FRAMES: Final = 4096  # MFNs beyond the domain's maximum: Xen's frames, and 
 ALIASES: Final = 1024  # frames of others that a domain may have mapped at a time (Xen: max_maptrack_frames, smaller)
 
 
+def memory_for(budget: MemoryBudget, max_pages: int) -> MachineMemory:
+    """Empty memory for a domain that may have so many frames. Raises OutOfMemory."""
+    frames = max_pages + XEN_FRAMES
+    m2p_frames = -(-frames * 8 >> 21) << 21 - PAGE_SHIFT
+    return MachineMemory(frames + m2p_frames, budget, ALIASES)
+
+
 class View:
     """The machine of a domain that may have `max_pages` frames. Raises OutOfMemory.
 
     Engines map `memory`; `m2p` and `m2p_words` are the machine-to-physical table, in `m2p_extents` (MFNs of its
     superpages); `gdt_mfn` has Xen's own segment descriptors, which every GDT ends with, `zero_mfn` none.
+
+    `memory`: one that a domain has arrived on, as `memory_for` made it. Xen's frames go where its own are not.
     """
 
-    def __init__(self, budget: MemoryBudget, max_pages: int) -> None:
-        frames = max_pages + XEN_FRAMES
-        self.m2p_bytes = -(-frames * 8 >> 21) << 21
-        self.memory = MachineMemory(frames + (self.m2p_bytes >> PAGE_SHIFT), budget, ALIASES)
+    def __init__(self, budget: MemoryBudget, max_pages: int, memory: MachineMemory | None = None) -> None:
+        self.memory = memory or memory_for(budget, max_pages)
         self.m2p_bytes = -(-self.memory.frames * 8 >> 21) << 21
         self.frames = FrameTable(self.memory)
         try:

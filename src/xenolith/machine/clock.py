@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from copy import copy
 from typing import Protocol
 
 
@@ -22,6 +23,9 @@ class Clock(Protocol):
 
     def wait(self, condition: threading.Condition, deadline: int | None) -> None:
         """Wait, holding `condition`, until it is notified or `deadline` (ns since boot; None: for ever) has come."""
+
+    def ahead(self, nanoseconds: int) -> Clock:
+        """A clock that always shows so many ns more than this one (fewer, where they are negative)."""
 
 
 class RealClock:
@@ -43,6 +47,11 @@ class RealClock:
             remaining = deadline - self.now()
             if remaining > 0:
                 condition.wait(remaining / 1e9)
+
+    def ahead(self, nanoseconds: int) -> RealClock:
+        clock = copy(self)
+        clock._boot -= nanoseconds
+        return clock
 
 
 class VirtualClock:
@@ -69,3 +78,27 @@ class VirtualClock:
             condition.wait()
         else:
             self._now = max(self._now, deadline)
+
+    def ahead(self, nanoseconds: int) -> VirtualClock:
+        return _AheadOfVirtual(self, nanoseconds)
+
+
+class _AheadOfVirtual(VirtualClock):
+    """Another clock's time, and some ns."""
+
+    def __init__(self, clock: VirtualClock, nanoseconds: int) -> None:
+        super().__init__()
+        self._clock = clock
+        self._ahead = nanoseconds
+
+    def now(self) -> int:
+        return self._clock.now() + self._ahead
+
+    def wall(self) -> int:
+        return self._clock.wall()
+
+    def advance(self, nanoseconds: int) -> None:
+        self._clock.advance(nanoseconds)
+
+    def wait(self, condition: threading.Condition, deadline: int | None) -> None:
+        self._clock.wait(condition, None if deadline is None else deadline - self._ahead)

@@ -271,6 +271,25 @@ class MachineMemory:
         if not mfns:
             self.close()
 
+    def adopt(self, mfns: Frames) -> None:
+        """These frames, in ascending order, are a domain's that has arrived here; all others are free and cleared.
+
+        Before anything was allocated. Raises OutOfMemory.
+        """
+        with self._lock:
+            self._charge(len(mfns))
+            self._allocator = BuddyAllocator(self.frames, self.frames)
+            for first, end in self._gaps(mfns):
+                self._punch(first, end - first)
+                for start, stop in ((max(first, 1), min(end, LOCAL_APIC_MFN)), (max(first, LOCAL_APIC_MFN + 1), end)):
+                    self._allocator.give_back(start, max(stop - start, 0))
+
+    def _gaps(self, mfns: Frames) -> list[tuple[int, int]]:
+        """What lies between frames in ascending order: (first, end) of each run."""
+        bounds = np.concatenate(([-1], mfns.astype(np.int64), [self.frames]))
+        gaps = np.flatnonzero(np.diff(bounds) > 1)
+        return [(int(bounds[gap]) + 1, int(bounds[gap + 1])) for gap in gaps]
+
     def _charge(self, count: int) -> None:
         if self._budget is not None:
             if count > 0:

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -111,10 +112,20 @@ class TscClock(RealClock):
         super().__init__()
         self.scale = scale()
         self.tsc_at_boot = read_tsc()
-        self.now = _clock_function(self.tsc_at_boot, self.scale)  # type: ignore[method-assign]
+        self.at_boot = 0  # what the clock showed then, modulo 2**64
+        self._make_now()
+
+    def ahead(self, nanoseconds: int) -> TscClock:
+        clock = copy(self)
+        clock.at_boot = self.at_boot + nanoseconds & (1 << 64) - 1
+        clock._make_now()
+        return clock
+
+    def _make_now(self) -> None:
+        self.now = _clock_function(self.tsc_at_boot, self.scale, self.at_boot)  # type: ignore[method-assign]
 
 
-def _clock_function(tsc_at_boot: int, factors: Scale) -> Callable[[], int]:
+def _clock_function(tsc_at_boot: int, factors: Scale, at_boot: int) -> Callable[[], int]:
     """`Clock.now` as machine code: 0.2 us, where the same in Python takes 0.6."""
     if factors.shift < 0:
         shift = b"\x48\xc1\xe8" + bytes((-factors.shift,))  # shr rax, n
@@ -129,6 +140,8 @@ def _clock_function(tsc_at_boot: int, factors: Scale) -> Callable[[], int]:
         + b"\xb9" + factors.mul.to_bytes(4, "little")  # mov ecx, mul
         + bytes.fromhex("48 f7 e1")  # mul rcx
         + bytes.fromhex("48 0f ac d0 20")  # shrd rax, rdx, 32
+        + b"\x49\xb8" + at_boot.to_bytes(8, "little")  # mov r8, at_boot
+        + bytes.fromhex("4c 01 c0")  # add rax, r8
         + b"\xc3"
     )  # fmt: skip
     now: Callable[[], int] = function(code, ctypes.c_uint64)

@@ -133,15 +133,13 @@ class EmbeddedToolstack(Client):
 
     def _info(self, info: XenDomainInfo) -> DomainInfo:
         config = self._configs[info.domid]
-        domain = self.dom0.domains.get(info.domid)
-        started = domain is None or domain.started  # one that was not is paused, as Xen has it
         return DomainInfo(
             domid=info.domid,
             name=config.name,
             uuid=config.uuid,
-            running=info.running and started,
-            blocked=info.blocked and started,
-            paused=info.paused or not started,
+            running=info.running,
+            blocked=info.blocked,
+            paused=info.paused,
             shutdown=info.shutdown,
             shutdown_reason=info.shutdown_reason,
             dying=info.dying,
@@ -253,12 +251,7 @@ class EmbeddedToolstack(Client):
         self._control.pause(self._guest(domid).domid)
 
     def unpause(self, domid: int) -> None:
-        with self._lock:
-            domain = self._guest(domid)
-            if domain.started:
-                self._control.unpause(domid)
-            else:
-                self.dom0.start(domain)
+        self._control.unpause(self._guest(domid).domid)
 
     def destroy(self, domid: int) -> None:
         with self._lock:

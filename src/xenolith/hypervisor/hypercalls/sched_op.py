@@ -102,7 +102,7 @@ def _poll(vcpu: Vcpu, arg: int) -> int:
     channels.pollers.append(vcpu)
     hypervisor.scheduler.block(vcpu)
     if timeout:
-        hypervisor.timers.set(vcpu.timers.poll, timeout)
+        vcpu.timers.arm(vcpu.timers.poll, timeout)
     return 0
 
 

@@ -102,20 +102,19 @@ class Scheduler:
 
     # --- life of a domain ------------------------------------------------------------------------------
 
-    def start(self, domain: Domain) -> None:
-        """Give the domain its threads; its online vCPUs may run from now on."""
+    def _begin(self, domain: Domain) -> None:
+        """Give the domain its threads; its online vCPUs may run from now on. The caller holds the domain's lock."""
         engine = domain.engine
         assert engine is not None
         contexts: dict[int, Context] = {}
-        with domain.lock:
-            for vcpu in domain.vcpus:
-                cpu = engine.cpu(vcpu.vcpu_id)
-                context = contexts.get(id(cpu)) or contexts.setdefault(id(cpu), Context(self, domain, cpu))
-                context.vcpus.append(vcpu)
-                vcpu.context = context
-                vcpu.runstate_since = self._clock.now()
-                vcpu.unit = Unit(domain.domid, vcpu.vcpu_id, {**self.policy.parameters, **domain.scheduling})
-            domain.contexts = len(contexts)
+        for vcpu in domain.vcpus:
+            cpu = engine.cpu(vcpu.vcpu_id)
+            context = contexts.get(id(cpu)) or contexts.setdefault(id(cpu), Context(self, domain, cpu))
+            context.vcpus.append(vcpu)
+            vcpu.context = context
+            vcpu.runstate_since = self._clock.now()
+            vcpu.unit = Unit(domain.domid, vcpu.vcpu_id, {**self.policy.parameters, **domain.scheduling})
+        domain.contexts = len(contexts)
         with self._lock:
             self._busy += len(contexts)
             for vcpu in domain.vcpus:
@@ -172,10 +171,12 @@ class Scheduler:
                     vcpu.unit.parameters.update(parameters)
 
     def unpause(self, domain: Domain) -> None:
-        """Undo one pause."""
+        """Undo one pause. The first time that leaves none, the domain begins: an unstarted one has no threads."""
         with domain.lock:
             domain.paused_by_control = max(domain.paused_by_control - 1, 0)
             contexts = _contexts(domain)
+            if not contexts and not domain.paused_by_control and not domain.dying:
+                self._begin(domain)
         for context in contexts:
             context.wake()
 
