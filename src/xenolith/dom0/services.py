@@ -75,6 +75,7 @@ class GuestDomain:
         self.console = console
         self.disks = disks  # by virtual device number
         self.undo = undo  # takes the domain apart, in the reverse order of its making
+        self.started = False
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
 
@@ -228,16 +229,24 @@ class Dom0:
         device.call(lambda: device.backend.insert(disk))
         device.refresh()
 
+    def measure_disk(self, domain: GuestDomain, number: int) -> None:
+        """A disk's storage has become larger: the guest sees it soon. Raises KeyError."""
+        device = domain.disks[number]
+        device.call(lambda: device.backend.disk.measure())
+        device.refresh()
+
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
-        self.control.unpause(domain.domid)
+        domain.started = True
+        self.control.start(domain.domid)
 
     def destroy(self, domain: GuestDomain) -> None:
         """End a domain, whatever it is doing, and give back all it had. What it printed stays readable."""
         with self._lock:
             if self.domains.pop(domain.domid, None) is None:
                 return
-        self.control.pause(domain.domid)
+        if domain.started:
+            self.control.pause(domain.domid)
         end = self.control.info(domain.domid)
         domain.undo.close()
         if domain.end is None:

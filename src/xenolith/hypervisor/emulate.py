@@ -280,7 +280,7 @@ _READABLE: Final[dict[int, Callable[[Vcpu], int]]] = {
     x86.MSR_APIC_BASE: lambda vcpu: 0xFEE0_0000 | 1 << 11 | (1 << 8 if vcpu.vcpu_id == 0 else 0),
     x86.MSR_BIOS_SIGN_ID: lambda vcpu: 0,
     x86.MSR_PLATFORM_ID: lambda vcpu: 0,
-    x86.MSR_TSC: lambda vcpu: read_tsc(),
+    x86.MSR_TSC: lambda vcpu: x86.advanced(read_tsc(), vcpu.cpu.tsc_offset if vcpu.cpu is not None else 0),
 }
 
 

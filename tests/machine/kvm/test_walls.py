@@ -6,6 +6,7 @@ RSP is not canonical.  The emulator takes SYSCALL to CPL 0, where the processor 
 
 from __future__ import annotations
 
+import time
 from array import array
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from xenolith.abi.layout import FLAT_RING3_CS32, FLAT_RING3_SS32
 from xenolith.abi.x86 import (
     PAGE_SHIFT,
+    R8,
     RAX,
     RBX,
     RCX,
@@ -28,8 +30,9 @@ from xenolith.machine.engines.kvm import area
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_SYSCALL
 
-from .bare import CODE, DATA, STACK_TOP, Machine, run_to_trap
+from .bare import CODE, DATA, STACK_TOP, Machine, in_thread, run_to_trap
 from .test_fast_path import KERNEL, Guest, guest, loop
+from .test_kicks import kicking
 
 __all__ = ("guest",)
 
@@ -172,3 +175,42 @@ def test_int3_in_the_last_byte_of_an_address_space_passes_no_gate(guest: Guest, 
         assert guest.go() in ([VECTOR_BP], [VECTOR_GP])
         assert regs[RIP] in (end & (1 << 64) - 1, end - 1)
         assert (modes.kernel_mode, guest.cpu.l4_mfn) == (kernel, guest.kernel_l4 if kernel else machine.l4)
+
+
+@pytest.mark.parametrize("before", ["cc", "cd 03", "cd 04"])
+def test_a_loop_behind_a_breakpoint_that_is_not_executed_is_stopped(guest: Guest, before: str) -> None:
+    """KVM tells the number of the last exception, here the gate's, but not whether it was delivered."""
+    cpu = guest.cpu
+    assert guest.run(loop(3)) == [VECTOR_UD]
+    guest.machine.write_code(before + "eb fe")
+    start = CODE + len(bytes.fromhex(before))
+    for _ in range(3):
+        cpu.regs[RIP] = start
+        thread = in_thread(lambda: cpu.run(lambda *_: False))
+        time.sleep(0.005)
+        cpu.kick()
+        thread.join(20)
+        assert not thread.is_alive(), "the kick was never believed"
+        assert cpu.regs[RIP] == start
+
+
+def test_a_breakpoint_is_none_the_less_seen_at_every_kick(guest: Guest) -> None:
+    """All the program does is to execute INT3, with the gate's number in between, while it is being kicked."""
+    cpu, regs = guest.cpu, guest.cpu.regs
+    guest.machine.write_code("0f 05 cc 49 ff c0 eb f8")  # again: syscall; int3; inc r8; jmp again
+    regs[RIP], regs[R8], regs[RAX] = CODE, 0, 0x77
+    seen = 0
+
+    def on_trap(vector: int, _error_code: int, _address: int) -> bool:
+        nonlocal seen
+        if vector == VECTOR_BP:
+            assert regs[RIP] == CODE + 3
+            seen += 1
+        return seen < 2000
+
+    thread, done = kicking(cpu, 0.0002)
+    while seen < 2000:
+        cpu.run(on_trap)
+    done.set()
+    thread.join()
+    assert regs[R8] == seen - 1

@@ -1,14 +1,16 @@
 """Virtual disks: what is behind a virtual block device.
 
 A `Disk` is a row of sectors that can be read, written, flushed and discarded.  `raw` keeps them in a file or a block
-device of the host.  Nothing here knows of guests; a disk's methods move bytes between its storage and buffers,
-which for a back-end are the guest's own frames.
+device of the host, `extents` in parts of several, `overlay` only what was changed of another disk; `nbd` reaches those
+that a program serves, as qemu-nbd does for the formats of others.  Nothing here knows of guests; a disk's methods move
+bytes between its storage and buffers, which for a back-end are the guest's own frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -41,6 +43,9 @@ class Disk(Protocol):
     def physical_sector_size(self) -> int:
         """Bytes that the storage writes at once."""
 
+    def measure(self) -> None:
+        """Look again how large the storage is: `sectors` follows."""
+
     def read(self, position: int, buffers: Buffers) -> None:
         """Fill the buffers, one after the other."""
 
@@ -56,13 +61,29 @@ class Disk(Protocol):
     def close(self) -> None: ...
 
 
+class DiskFormat(StrEnum):
+    RAW = "raw"
+    EXTENTS = "extents"
+    OVERLAY = "overlay"
+    QCOW2 = "qcow2"
+    VMDK = "vmdk"
+    VHDX = "vhdx"
+    VPC = "vpc"  # what Xen calls vhd
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiskSource:
-    """Where a disk is kept."""
+    """Where a disk is kept.
+
+    The format is what the owner says and never guessed from the contents: a guest writes those, and could have its
+    disk taken for one that refers to any file of the host's.
+    """
 
     path: Path
+    format: DiskFormat = DiskFormat.RAW
     writable: bool = True
     discard: bool = True
+    throw_away: bool = False  # writes go to an overlay that is gone when the disk is closed
 
 
 def rest(buffers: Buffers, count: int) -> list[memoryview]:
@@ -75,3 +96,14 @@ def rest(buffers: Buffers, count: int) -> list[memoryview]:
         else:
             count -= len(buffer)
     return left
+
+
+def cut(buffers: Buffers, count: int) -> list[memoryview]:
+    """The first `count` bytes of the buffers."""
+    taken: list[memoryview] = []
+    for buffer in buffers:
+        if not count:
+            break
+        taken.append(buffer[:count] if count < len(buffer) else buffer)
+        count -= len(taken[-1])
+    return taken

@@ -16,6 +16,9 @@ class EmptyDrive:
     discard_granularity: Final = 0
     physical_sector_size: Final = SECTOR
 
+    def measure(self) -> None:
+        pass
+
     def read(self, position: int, buffers: Buffers) -> NoReturn:
         raise OSError(errno.ENOMEDIUM, "the drive is empty")
 

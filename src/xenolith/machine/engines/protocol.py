@@ -130,13 +130,14 @@ class Cpu(Protocol):
     regs: memoryview  # the register file of the loaded vCPU, live
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]
+    tsc_offset: int = 0  # by how much the guest's time stamp counter is ahead of the host's
     calls: int = 0  # address of its flat.EngineCalls; 0: native code cannot work on it
 
     def load(self, state: CpuState) -> None:
         """Make this state the one that runs."""
 
     def store(self, state: CpuState) -> None:
-        """Write the loaded state back, complete, and what `swap` kept of others. It stays loaded."""
+        """Write the loaded state back, complete. It stays loaded."""
 
     def swap(self, old: CpuState, new: CpuState) -> None:
         """Take `old`, which is loaded, off, and put `new` on.

@@ -54,7 +54,7 @@ def choose(name: str = "auto") -> Choice:
         choice = Choice("unicorn", _unicorn(), "Unicorn", f"because KVM cannot be used: {error}")
         return _chosen(choice, logging.WARNING)
     why = "which works here" if name == "auto" else "as asked for"
-    if name == "adaptive" or (name == "auto" and traits.exit_cost_ns > DEAR_EXIT_NS):
+    if name == "adaptive" or (name == "auto" and traits.exit_cost_ns > DEAR_EXIT_NS and traits.counts_as_host):
         kind = f"{traits.kind}, {traits.exit_cost_ns / 1000:.0f} us a trap"
         return _chosen(Choice("adaptive", _adaptive, "KVM and Unicorn in turns", why, kind), logging.INFO)
     return _chosen(Choice("kvm", _kvm, "KVM", why, traits.kind), logging.INFO)
@@ -76,7 +76,7 @@ def _kvm(memory: MachineMemory) -> Engine:
     from xenolith.machine.engines.kvm.engine import KvmEngine
 
     traits = _host_traits()
-    if traits.is_exact:
+    if traits.is_exact or not traits.counts_as_host:
         return KvmEngine(memory, traits)
     from xenolith.machine.engines.adaptive.engine import POLICY_KVM, AdaptiveEngine
 

@@ -64,7 +64,7 @@ from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.native_state import UNLIMITED, EngineCalls
-from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, GuestModes, TrapHandler
+from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, EngineError, GuestModes, TrapHandler
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
@@ -134,7 +134,10 @@ class AdaptiveEngine(Engine):
     def __init__(self, memory: MachineMemory, name: str = "adaptive", policy: str = POLICY_MEASURED) -> None:
         self.name = name
         self.memory = memory
-        self.kvm = KvmEngine(memory, host_traits())
+        traits = host_traits()
+        if not traits.counts_as_host:
+            raise EngineError("KVM gives guests a time stamp counter of their own, which Unicorn does not have")
+        self.kvm = KvmEngine(memory, traits)
         self.unicorn = UnicornEngine(memory)
         self.xcr0_mask = self.kvm.xcr0_mask
         self.l4_entries = {**self.unicorn.l4_entries, **self.kvm.l4_entries}
@@ -166,6 +169,7 @@ class AdaptiveEngine(Engine):
 class AdaptiveCpu:
     """A vCPU that is on one of two engines. See the protocol's Cpu for methods without explanation."""
 
+    tsc_offset = 0
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]
     switch_mode: Callable[[int, bool], None]

@@ -29,6 +29,7 @@ KVM_RUN: Final = 0xAE80
 KVM_SET_REGS: Final = 0x4090AE82
 KVM_GET_SREGS: Final = 0x8138AE83
 KVM_SET_SREGS: Final = 0x4138AE84
+KVM_GET_MSRS: Final = 0xC008AE88
 KVM_SET_MSRS: Final = 0x4008AE89
 KVM_SET_SIGNAL_MASK: Final = 0x4004AE8B
 KVM_GET_LAPIC: Final = 0x8400AE8E
@@ -43,6 +44,7 @@ KVM_SET_XSAVE: Final = 0x5000AEA5
 KVM_GET_XSAVE: Final = 0x9000AEA4
 KVM_ENABLE_CAP: Final = 0x4068AEA3
 KVM_SET_XCRS: Final = 0x4188AEA7
+KVM_SET_DEVICE_ATTR: Final = 0x4018AEE1
 
 KVM_API_VERSION: Final = 12
 KVM_CAP_NR_MEMSLOTS: Final = 10
@@ -126,6 +128,9 @@ EVENTS_INTERRUPT_INJECTED: Final = 8
 DEBUGREGS: Final = Struct("<4QQQQ72x")  # db[4] dr6 dr7 flags
 XCRS: Final = Struct("<II" + "IIQ" * 16 + "128x")  # nr_xcrs flags {xcr reserved value}[16]
 XSAVE_SIZE: Final = 4096
+DEVICE_ATTR: Final = Struct("<IIQQ")  # flags group attr addr
+KVM_VCPU_TSC_CTRL: Final = 0  # a group of attributes of vCPUs; its only one:
+KVM_VCPU_TSC_OFFSET: Final = 0
 ENABLE_CAP: Final = Struct("<IIQ88x")  # cap flags args[0]
 IRQCHIP_ROUTES: Final = 24  # of an I/O APIC that user space would have
 

@@ -220,7 +220,8 @@ class HypervisorArea:
     """The area of one domain: its frames, the L4 entries that map it, and what is on it.
 
     `alias`: whether machine memory is mapped for the entry stubs.  `syscall_cpl`: at which SYSCALL arrives.
-    `gates`: the page of gates in the user's and in the kernel's view, where there is a fast path.
+    `gates`: the page of gates in the user's and in the kernel's view, where there is a fast path.  `bare_l4`: MFN of an
+    L4 table that maps the area and nothing else.
     """
 
     def __init__(
@@ -229,12 +230,12 @@ class HypervisorArea:
         self._memory = memory
         self.stubs = EntryStubs()
         self.has_views = gates is not None
-        shared = 4
+        shared = 5
         views = 2 if gates else 1
         alias_tables = -(-memory.size >> L2_SHIFT + 9) if alias else 0
         self._frames = memory.allocate(shared + alias_tables + views * 4 + (2 if gates else 0))
         mfns = iter(int(mfn) for mfn in self._frames)
-        traps, gdt, syscall, entry = (next(mfns) for _ in range(shared))
+        traps, gdt, syscall, entry, self.bare_l4 = (next(mfns) for _ in range(shared))
         aliases = [next(mfns) for _ in range(alias_tables)]
         self._l1s: list[memoryview] = []  # of the user's view and of the kernel's
         l4_entries = []
@@ -269,7 +270,7 @@ class HypervisorArea:
         code = out + _TAKE_SELECTORS + out
         memory.page(syscall)[: len(code)] = code
         memory.page(entry)[: len(self.stubs.code)] = self.stubs.code
-        self.l4_entry = l4_entries[USER_VIEW]
+        memory.q[(self.bare_l4 << 9) + SLOT] = self.l4_entry = l4_entries[USER_VIEW]
         self.kernel_l4_entry = l4_entries[-1]
 
     TAKE_SELECTORS: Final = SYSCALL_PAGE + 3

@@ -63,6 +63,7 @@ from xenolith.machine.engines.kvm.segment_registers import (
     FLAT_STACK,
     SegmentRegisters,
 )
+from xenolith.machine.engines.kvm.traits import Counter
 from xenolith.machine.engines.kvm.vm import VirtualMachine
 from xenolith.machine.engines.native_state import EngineCalls
 from xenolith.machine.engines.protocol import (
@@ -72,6 +73,7 @@ from xenolith.machine.engines.protocol import (
     TRAP_SYSCALL,
     Cpu,
     CpuState,
+    EngineError,
     GuestModes,
     TrapHandler,
     register_file,
@@ -141,6 +143,7 @@ class KvmCpu(Cpu):
         self._interruptions = Interruptions(
             self._fd,
             vm.memory,
+            hypervisor_area.bare_l4,
             self.regs,
             self._page,
             self._segments,
@@ -153,6 +156,7 @@ class KvmCpu(Cpu):
         sregs = processor.set_up(self._fd, vm, self._pages.tss_va, shared.syscall_page, has_fast_path)
         self._page.b[api.RUN_SREGS : api.RUN_SREGS + api.SREGS_SIZE] = sregs
         self._page.q[api.RUN_VALID_REGS // 8] = run_page.WRITTEN | api.KVM_SYNC_X86_EVENTS
+        self.tsc_offset = processor.set_counter(self._fd, vm.traits.counter)
         self._segments.note_selectors()
         self._timer = LocalTimer(self._fd, self._page, shared) if vm.has_ticks else None
 
@@ -274,6 +278,14 @@ class KvmCpu(Cpu):
     def try_xcr0(self, value: int) -> bool:
         """Whether KVM takes this XCR0."""
         return self._extended.try_xcr0(value)
+
+    def try_counter(self, how: Counter) -> bool:
+        """Whether the host can set the time stamp counter in this way; it did then."""
+        try:
+            self.tsc_offset = processor.set_counter(self._fd, how)
+        except EngineError:
+            return False
+        return True
 
     def set_xcr0(self, value: int) -> None:
         self._extended.set_xcr0(value)

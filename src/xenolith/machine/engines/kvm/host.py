@@ -37,9 +37,10 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.kvm import area
 from xenolith.machine.engines.kvm.engine import KvmEngine
-from xenolith.machine.engines.kvm.traits import CAUTIOUS, HostTraits
+from xenolith.machine.engines.kvm.traits import CAUTIOUS, Counter, HostTraits
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, CpuState, EngineError
 from xenolith.machine.memory import MachineMemory
+from xenolith.machine.tsc import read_tsc
 
 _FRAMES: Final = 512
 _CODE: Final = 0x40_0000
@@ -172,6 +173,7 @@ def host_traits() -> HostTraits:
             null_clears_base=_null_clears_base(machine),
             writes_bases=_writes_bases(machine),
             ticks=False,
+            counter=_counter(machine),
             exit_cost_ns=_exit_cost_ns(machine),
             smep=not machine.cpu.runs_pages_of_cpl3(),  # the last, after which the vCPU is not used
         )
@@ -310,6 +312,24 @@ def _writes_bases(machine: ProbeMachine) -> bool:
     return written
 
 
+def _counts_as_host(machine: ProbeMachine) -> bool:
+    """Whether RDTSC of guest code reads the host's own counter."""
+    before = read_tsc()
+    machine.execute("0f 31 0f 0b")
+    after = read_tsc()
+    regs = machine.cpu.regs
+    return before <= (regs[RDX] << 32 | regs[RAX] & 0xFFFF_FFFF) <= after
+
+
+def _counter(machine: ProbeMachine) -> Counter:
+    """How to make it read that, or something that differs from it by a known number."""
+    if _counts_as_host(machine):
+        return Counter.NATIVE
+    if machine.cpu.try_counter(Counter.OFFSET) and _counts_as_host(machine):
+        return Counter.OFFSET
+    return Counter.WRITTEN
+
+
 def _cpuid_is_native(machine: ProbeMachine) -> bool:
     """Whether guest code misses the mark that was put into KVM's table."""
     machine.execute("0f a2 0f 0b", rax=_MARKED_LEAF, rcx=0)
@@ -362,6 +382,7 @@ def _check_cures(traits: HostTraits) -> None:
 
 def _check_wide_state(machine: ProbeMachine) -> None:
     """All 256 bits of a vector register survive a store and a load of the vCPU's state."""
+    machine.cpu.set_xcr0(machine.engine.xcr0_mask)
     pattern = os.urandom(32)
     start = machine.data << PAGE_SHIFT
     machine.memory.b[start : start + 32] = pattern

@@ -22,6 +22,7 @@ from xenolith.abi.x86 import (
     RIP,
     VECTOR_BP,
     VECTOR_OF,
+    VECTOR_PF,
     advanced,
 )
 from xenolith.machine import page_walk
@@ -42,12 +43,13 @@ _INTO: Final = bytes((OPCODE_INTO,))
 
 
 class Interruptions:
-    """Those of one vCPU. `unexpected` handles an exit that no stub asked for."""
+    """Those of one vCPU. `bare_l4`: see area.HypervisorArea; `unexpected` handles an exit that no stub asked for."""
 
     def __init__(
         self,
         fd: int,
         memory: MachineMemory,
+        bare_l4: int,
         regs: memoryview,
         page: RunPage,
         segments: SegmentRegisters,
@@ -58,6 +60,7 @@ class Interruptions:
     ) -> None:
         self._fd = fd
         self._memory = memory
+        self._bare_l4 = bare_l4
         self._regs = regs
         self._page = page
         self._segments = segments
@@ -79,14 +82,17 @@ class Interruptions:
                 return True
             rip = q[run_page.WORD_RIP]
             in_stub = page.cpl == 0 or rip & -PAGE_SIZE in (area.SYSCALL_PAGE, self._shared.syscall_page)
-            queued = in_stub or self._exception_queued()
-            if queued is False:
+            events = page.b[run_page.EVENTS]
+            queued = events[api.EVENTS_EXCEPTION_INJECTED] or events[api.EVENTS_EXCEPTION_PENDING]
+            if not (in_stub or queued):
+                if self._may_be_breakpoint(events[api.EVENTS_EXCEPTION_VECTOR], rip) and self._brings_one_up():
+                    return False
                 self._read_registers()
                 if self._fast_path is not None:
                     self._fast_path.take_over(False)
                 return True
-            if queued is None or rip & -PAGE_SIZE == area.ENTRY_STUBS:
-                threading.Timer(LOOK_AGAIN, self._kicks.interrupt).start()  # it may go on in guest code without a trap
+            if rip & -PAGE_SIZE == area.ENTRY_STUBS:
+                threading.Timer(LOOK_AGAIN, self._kicks.interrupt).start()  # it goes on in guest code without a trap
             q[run_page.DIRTY] = 0
             if not run_ioctl(self._fd, api.KVM_RUN, 0):
                 if page.d[run_page.EXIT_REASON] == api.KVM_EXIT_IO:
@@ -118,25 +124,38 @@ class Interruptions:
         self._segments.look_for_loads()
         self._segments.look_for_far_jump(self._page.hardware_cs)
 
-    def _exception_queued(self) -> bool | None:
-        """Whether KVM holds an exception that it has not delivered; None: it may.
+    def _may_be_breakpoint(self, vector: int, rip: int) -> bool:
+        """Whether KVM may hold a #BP or #OF that it has not delivered.
 
-        It does not own up to a queued #BP or #OF (api.rst: they are expected to happen again, which they do not, with
-        RIP after the instruction), but the number is there; `forget_vector` takes it away after each delivery.  A
-        gate of the fast path leaves it, too; then only the next interruption can tell.
+        It does not own up to these (api.rst: they are expected to happen again, which they do not, with RIP after the
+        instruction), but the last exception's number is there.  `forget_vector` takes it away after a delivery, but a
+        gate of the fast path leaves it: so the instruction that ends at `rip` must be one that raises them, too.
         """
-        events = self._page.b[run_page.EVENTS]
-        queued = events[api.EVENTS_EXCEPTION_INJECTED] or events[api.EVENTS_EXCEPTION_PENDING]
-        if queued or events[api.EVENTS_EXCEPTION_VECTOR] not in (VECTOR_BP, VECTOR_OF):
-            return bool(queued)
-        if self._fast_path is None:
-            return True
-        return None if self._may_be_breakpoint(self._page.q[run_page.WORD_RIP]) else False
-
-    def _may_be_breakpoint(self, rip: int) -> bool:
-        """Whether the instruction that ends at `rip` may have been one that raises #BP or #OF."""
+        if vector not in (VECTOR_BP, VECTOR_OF):
+            return False
         l4_mfn = self._page.q[run_page.CR3] >> PAGE_SHIFT
         before, last = (page_walk.read(self._memory, l4_mfn, advanced(rip, -back), 1) for back in (2, 1))
         if last in (None, _INT3) or (last == _INTO and not self._segments.is_flat):
             return True
         return last in (bytes((VECTOR_BP,)), bytes((VECTOR_OF,))) and before in (None, _INT_N)
+
+    def _brings_one_up(self) -> bool:
+        """Whether an entry begins with an exception that KVM holds: then it has come up, as if nothing had been.
+
+        The entry is on a table without any guest code: where there is none to deliver, it ends in a page fault.
+        """
+        page, q = self._page, self._page.q
+        saved, l4_mfn = bytes(page.b[run_page.GUEST]), q[run_page.CR3] >> PAGE_SHIFT
+        q[run_page.CR3] = self._bare_l4 << PAGE_SHIFT
+        q[run_page.DIRTY] = api.KVM_SYNC_X86_SREGS  # to write the others would take back what KVM holds
+        while run_ioctl(self._fd, api.KVM_RUN, 0):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise EngineError(f"KVM_RUN failed: {os.strerror(number)}")
+            kicks.swallow()
+            q[run_page.DIRTY] = 0
+        if page.d[run_page.EXIT_REASON] == api.KVM_EXIT_IO and page.h[run_page.PORT] == VECTOR_PF:
+            page.b[run_page.GUEST] = saved
+            return False
+        q[run_page.CR3] = l4_mfn << PAGE_SHIFT
+        return True

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+
+
+class Counter(enum.Enum):
+    """How the time stamp counter of a virtual processor comes to be the host's, see processor.set_counter."""
+
+    NATIVE = "the host's own"
+    OFFSET = "the host's, by its offset"  # KVM_VCPU_TSC_OFFSET
+    WRITTEN = "near the host's"  # IA32_TSC
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,7 @@ class HostTraits:
     writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
     smep: bool  # CPL 0 cannot execute a page that CPL 3 can
     ticks: bool  # KVM's local timer interrupts guest code, again and again without an end of interrupt
+    counter: Counter  # what RDTSC reads
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
@@ -30,6 +40,11 @@ class HostTraits:
         return (
             self.traps_task_switched and self.has_breakpoints and self.keeps_selectors and self.runs_compatibility_code
         )
+
+    @property
+    def counts_as_host(self) -> bool:
+        """Whether guest code reads the host's own counter, as it does on Unicorn: a vCPU may move between the two."""
+        return self.counter is not Counter.WRITTEN
 
     @property
     def emulates_guest_code(self) -> bool:
@@ -66,6 +81,7 @@ CAUTIOUS = HostTraits(
     writes_bases=False,
     smep=False,
     ticks=False,
+    counter=Counter.NATIVE,
     exit_cost_ns=0,
 )
 """Traits to find out the real ones with: every cure is on."""
