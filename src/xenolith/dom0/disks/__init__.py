@@ -65,7 +65,9 @@ class DiskFormat(StrEnum):
     RAW = "raw"
     EXTENTS = "extents"
     OVERLAY = "overlay"
+    QCOW = "qcow"
     QCOW2 = "qcow2"
+    QED = "qed"
     VMDK = "vmdk"
     VHDX = "vhdx"
     VPC = "vpc"  # what Xen calls vhd

@@ -7,6 +7,7 @@ from dataclasses import replace
 from xenolith.dom0.disks import Disk, DiskFormat, DiskSource
 from xenolith.dom0.disks.empty import EmptyDrive
 from xenolith.dom0.disks.extents import ExtentDisk, read_table
+from xenolith.dom0.disks.nbd import QemuDisk
 from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.disks.raw import RawDisk
 
@@ -24,5 +25,5 @@ def open_disk(source: DiskSource | None) -> Disk:
             return ExtentDisk(read_table(source.path), source.writable, source.discard)
         case DiskFormat.OVERLAY:
             return OverlayDisk.open(source.path, source.writable, source.discard, open_disk)
-        case _:
-            raise NotImplementedError
+        case DiskFormat.QCOW | DiskFormat.QCOW2 | DiskFormat.QED | DiskFormat.VMDK | DiskFormat.VHDX | DiskFormat.VPC:
+            return QemuDisk(source.path, source.format, source.writable, source.discard)
