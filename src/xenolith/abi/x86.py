@@ -139,6 +139,14 @@ def is_canonical(va: int) -> bool:
     return 0 <= va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
 
 
+def is_legal_xcr0(value: int) -> bool:
+    """Whether XSETBV would take it on a processor that has all of its components (SDM vol. 1, 13.3)."""
+    x87, avx_without_sse = value & 1, value & 6 == 4
+    mpx, avx512, amx = value >> 3 & 3, value >> 5 & 7, value >> 17 & 3
+    whole = mpx in (0, 3) and avx512 in (0, 7) and amx in (0, 3)
+    return bool(x87 and not avx_without_sse and whole and (not avx512 or value & 4))
+
+
 def is_canonical_range(va: int, size: int) -> bool:
     """Whether `size` bytes (at least one) from a linear address on lie in one of the two canonical halves.
 

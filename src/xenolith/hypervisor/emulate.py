@@ -261,9 +261,8 @@ def _write_xcr0(vcpu: Vcpu, regs: memoryview) -> bool:
     return bool(
         engine is not None
         and regs[RCX] & MASK32 == 0
-        and value & 1
+        and x86.is_legal_xcr0(value)
         and not value & ~engine.xcr0_mask
-        and (value & 6 != 4)
         and vcpu.set_xcr0(value)
     )
 

@@ -84,7 +84,7 @@ class Machine:
 
     def cpu(self, number: int = 0) -> KvmCpu:
         cpu = self.engine.cpu(number)
-        state = CpuState(l4_mfn=self.l4, gdt_va=GDT, gdt_limit=0xFFF)
+        state = CpuState(l4_mfn=self.l4, gdt_va=GDT, gdt_limit=0xFFF, xcr0=self.engine.xcr0_mask)
         self.states.append(state)
         cpu.load(state)
         cpu.regs[RSP] = STACK_TOP

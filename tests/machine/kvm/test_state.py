@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from xenolith.abi.x86 import CS, DS, FS, FS_BASE, GS_BASE, PAGE_SHIFT, R15, RAX, RDI, RIP, VECTOR_NM, VECTOR_UD
+from xenolith.abi.x86 import CS, DS, FS, FS_BASE, GS_BASE, PAGE_SHIFT, R15, RAX, RDI, RFLAGS, RIP, VECTOR_NM, VECTOR_UD
 from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.engines.protocol import CpuState, EngineError
 
@@ -122,3 +122,30 @@ def test_a_selector_whose_descriptor_is_gone_is_null_after_loading(machine: Mach
     cpu.load(state)
     assert cpu.regs[DS] == 0
     assert cpu.regs[CS] == 0xE033
+
+
+def test_a_state_that_no_processor_has_is_made_one(machine: Machine) -> None:
+    """Reserved bits of MXCSR, an XSAVE header in another format, DR6 and DR7, bases, flags: KVM would refuse them."""
+    cpu = machine.cpu()
+    state = machine.states[0]
+    state.xsave = cpu.extended_image()
+    state.xsave[24:28] = b"\xff\xff\xff\xff"
+    state.xsave[512:576] = bytes((3,)).ljust(8, b"\0") + b"\xff" * 56
+    state.debug = [(1 << 64) - 1] * 8
+    state.debug[:3] = 0x8000_0000_0000_0000, 0xFFFF_8080_0000_1000, DATA
+    state.regs[FS_BASE], state.regs[GS_BASE] = 1 << 47, 1 << 63
+    state.regs[RFLAGS] = (1 << 64) - 1
+    cpu.load(state)
+    cpu.set_rflags(0)
+    cpu.regs[RDI] = DATA
+    assert machine.execute(cpu, "0f ae 1f 0f 0b")[0] == VECTOR_UD  # stmxcsr [rdi]
+    assert not machine.word() & 0xFFFF_FFFF & ~int.from_bytes(state.xsave[28:32], "little")  # MXCSR_MASK
+    assert (cpu.regs[FS_BASE], cpu.regs[GS_BASE]) == (0, 0)
+    cpu.store(state)
+    cpu.load(state)
+
+
+@pytest.mark.parametrize("xcr0", [0, 2, 5, 1 << 5 | 7, 1 << 3 | 3, 1 << 62 | 3])
+def test_an_xcr0_that_no_processor_has_is_refused(machine: Machine, xcr0: int) -> None:
+    with pytest.raises(EngineError, match="XCR0"):
+        machine.cpu().set_xcr0(xcr0)

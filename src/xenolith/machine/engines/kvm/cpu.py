@@ -216,8 +216,8 @@ class KvmCpu(Cpu):
         for index in DATA_SEGMENTS:
             with suppress(ValueError):  # null then: the descriptor is gone
                 self.set_segment(index, state.regs[index] & 0xFFFF)
-        self.regs[FS_BASE] = state.regs[FS_BASE]  # as WRMSR may have set them
-        self.regs[GS_BASE] = state.regs[GS_BASE]
+        for base in (FS_BASE, GS_BASE):  # as WRMSR may have set them
+            self.regs[base] = state.regs[base] if is_canonical(state.regs[base]) else 0
         segments.restore_code_stack(state.regs[CS] & 0xFFFF, state.regs[SS] & 0xFFFF)
         self.set_task_switched(state.task_switched)
         self._debug.load(state.debug)

@@ -85,7 +85,9 @@ class Exits:
         regs = self._regs
         if vector == VECTOR_UD:
             vector, error_code = self._undefined_opcode()
-        elif vector == VECTOR_GP and error_code & ~7 and not error_code & _ERROR_IDT:
+        elif vector == VECTOR_GP and error_code & _ERROR_IDT:
+            error_code = self._software_interrupt() or error_code
+        elif vector == VECTOR_GP and error_code & ~7:
             try:
                 done = segment_loads.carry_out(self._cpu, error_code & 0xFFFC)
             except GuestFault as fault:
@@ -139,16 +141,20 @@ class Exits:
         if code[:1] == _INT3:
             regs[RIP] = advanced(regs[RIP], 1)
             return VECTOR_BP, 0
-        if code[:1] == _INTO and compatibility:
-            if regs[RFLAGS] & EFLAGS_OF:
-                regs[RIP] = advanced(regs[RIP], 1)
-                return VECTOR_OF, 0
-        elif code[:1] == _INT_N and len(code) == 2:
-            if code[1] in (VECTOR_BP, VECTOR_OF):
-                regs[RIP] = advanced(regs[RIP], 2)
-                return code[1], 0
-            return VECTOR_GP, code[1] << 3 | _ERROR_IDT
-        return VECTOR_UD, 0
+        if code[:1] == _INTO and compatibility and regs[RFLAGS] & EFLAGS_OF:
+            regs[RIP] = advanced(regs[RIP], 1)
+            return VECTOR_OF, 0
+        error_code = self._software_interrupt()
+        number = error_code >> 3
+        if error_code and number in (VECTOR_BP, VECTOR_OF):
+            regs[RIP] = advanced(regs[RIP], 2)
+            return number, 0
+        return (VECTOR_GP, error_code) if error_code else (VECTOR_UD, 0)
+
+    def _software_interrupt(self) -> int:
+        """The error code of the #GP that the INT n at RIP raises, 0 if it is none: some emulated processors err."""
+        code = self._cpu.fetch(2)
+        return code[1] << 3 | _ERROR_IDT if code[:1] == _INT_N and len(code) == 2 else 0
 
     def tick(self, on_trap: TrapHandler) -> bool:
         """The local timer has interrupted something that is not for the fast path."""

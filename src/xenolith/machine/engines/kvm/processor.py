@@ -6,6 +6,7 @@ from contextlib import suppress
 from struct import pack_into, unpack_from
 from typing import TYPE_CHECKING, Final
 
+from xenolith.abi.layout import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from xenolith.abi.x86 import (
     CR4_FSGSBASE,
     CR4_OSFXSR,
@@ -26,6 +27,8 @@ from xenolith.abi.x86 import (
     EFLAGS_TF,
     MSR_STAR,
     MSR_TSC,
+    is_canonical,
+    is_legal_xcr0,
 )
 from xenolith.machine.engines.kvm import api, area
 from xenolith.machine.engines.kvm.api import ioctl
@@ -43,8 +46,15 @@ _EFER: Final = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
 _MSR_LSTAR: Final = 0xC000_0082
 _MSR_CSTAR: Final = 0xC000_0083
 _MSR_SFMASK: Final = 0xC000_0084
-_XSTATE_BV: Final = 512  # in an XSAVE image
+# In an XSAVE image (SDM vol. 1, 10.5.1 and 13.4.2):
+_MXCSR: Final = 24
+_MXCSR_MASK: Final = 28  # the bits that the processor has; 0: all but the one of denormals-are-zeros
+_OLD_MXCSR_MASK: Final = 0xFFBF
+_XSTATE_BV: Final = 512
+_HEADER: Final = slice(520, 576)  # behind that: which format, and what must be 0
 _READINGS: Final = 16
+_LOW_HALF: Final = 0xFFFF_FFFF  # all that DR6 and DR7 have
+_DR7_GD: Final = 1 << 13
 _DR6_INITIAL: Final = 0xFFFF_0FF0
 _DR7_INITIAL: Final = 0x400
 _SEGMENTS: Final = (api.SREGS_CS, api.SREGS_DS, api.SREGS_ES, api.SREGS_FS, api.SREGS_GS, api.SREGS_SS)
@@ -181,9 +191,16 @@ class DebugRegisters:
         return list(self._values)
 
     def _write(self) -> None:
-        db0, db1, db2, db3, _, _, dr6, dr7 = self._values
-        registers = api.DEBUGREGS.pack(db0, db1, db2, db3, dr6 or _DR6_INITIAL, dr7 or _DR7_INITIAL, 0)
+        *addresses, _, _, dr6, dr7 = self._values
+        addresses = [address if _may_watch(address) else 0 for address in addresses]
+        dr6, dr7 = dr6 & _LOW_HALF or _DR6_INITIAL, dr7 & _LOW_HALF & ~_DR7_GD or _DR7_INITIAL
+        registers = api.DEBUGREGS.pack(*addresses, dr6, dr7, 0)
         ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))
+
+
+def _may_watch(address: int) -> bool:
+    """Whether a breakpoint may be there: neither where there is nothing, nor in Xen's part of the address space."""
+    return is_canonical(address) and not HYPERVISOR_VIRT_START <= address < HYPERVISOR_VIRT_END
 
 
 class ExtendedState:
@@ -193,6 +210,8 @@ class ExtendedState:
         self._fd = fd
         self._vm = vm
         self.xcr0 = 1
+        (mask,) = unpack_from("<I", self.image(), _MXCSR_MASK)
+        self._mxcsr_mask = mask or _OLD_MXCSR_MASK
 
     def image(self) -> bytearray:
         image = bytearray(api.XSAVE_SIZE)
@@ -206,10 +225,16 @@ class ExtendedState:
         unknown = components & ~self._vm.xcr0_mask
         if unknown:
             raise EngineError(f"the vCPU has extended state that this host lacks (XSAVE components {unknown:#x})")
+        # What comes from elsewhere need not be what a processor would have let a guest load: KVM would refuse it.
+        (mxcsr,) = unpack_from("<I", image, _MXCSR)
+        pack_into("<I", image, _MXCSR, mxcsr & self._mxcsr_mask)
+        image[_HEADER] = bytes(_HEADER.stop - _HEADER.start)
         ioctl(self._fd, api.KVM_SET_XSAVE, image)
         self.set_xcr0(state.xcr0)
 
     def set_xcr0(self, value: int) -> None:
+        if not is_legal_xcr0(value) or value & ~self._vm.xcr0_mask:
+            raise EngineError(f"the vCPU's XCR0, {value:#x}, is none that this host can have")
         self.xcr0 = value
         if self._vm.traits.xcr0_settable and not self.try_xcr0(value):
             raise EngineError(f"KVM refuses XCR0 = {value:#x}")
