@@ -75,7 +75,6 @@ class GuestDomain:
         self.console = console
         self.disks = disks  # by virtual device number
         self.undo = undo  # takes the domain apart, in the reverse order of its making
-        self.started = False
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
 
@@ -237,16 +236,14 @@ class Dom0:
 
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
-        domain.started = True
-        self.control.start(domain.domid)
+        self.control.unpause(domain.domid)
 
     def destroy(self, domain: GuestDomain) -> None:
         """End a domain, whatever it is doing, and give back all it had. What it printed stays readable."""
         with self._lock:
             if self.domains.pop(domain.domid, None) is None:
                 return
-        if domain.started:
-            self.control.pause(domain.domid)
+        self.control.pause(domain.domid)
         end = self.control.info(domain.domid)
         domain.undo.close()
         if domain.end is None:

@@ -1,7 +1,8 @@
 """Time as a domain sees it, and the timers behind it (paper 3.3.2; public/xen.h vcpu_time_info, public/vcpu.h).
 
-Real time is nanoseconds since the hypervisor started; a guest computes it from the time stamp counter and the
-factors in its vcpu_time_info.  Wall-clock time is real time plus the offset in shared_info.  Virtual time of a vCPU
+Real time is nanoseconds since the hypervisor started; of a domain that came from elsewhere, it goes on from what it was
+there (`Domain.clock`).  A guest computes it from the time stamp counter and the factors in its vcpu_time_info.
+Wall-clock time is real time plus the offset in shared_info.  Virtual time of a vCPU
 advances only while it runs.  Each vCPU has an alarm for either: the singleshot timer, raising VIRQ_TIMER, and the
 virtual timer, raising VIRQ_XENOLITH_VIRTUAL_TIMER, by which a guest scheduler can measure out the CPU time of its own
 processes.
@@ -81,6 +82,7 @@ class TimerQueue:
         self._stale = 0  # an estimate
         self._waits_until = 0  # what the thread waits for; 0: it is awake
         self._thread: threading.Thread | None = None
+        self._calling = 0  # threads that call what was due
         self._stopping = False
 
     def set(self, timer: Timer, deadline: int) -> None:
@@ -108,11 +110,22 @@ class TimerQueue:
 
     def run_due(self) -> None:
         """Call everything that is due now."""
-        for timer in self._take_due():
+        due = self._take_due()
+        for timer in due:
             try:
                 timer.callback()
             except Exception:  # timers serve all domains: one failure must not end them
                 _log.exception("a timer's callback failed")
+        if due:
+            with self._changed:
+                self._calling -= 1
+                self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until every timer that is not set any more because it was due has had its callback called."""
+        with self._changed:
+            while self._calling:
+                self._changed.wait()
 
     def jump(self) -> bool:
         """The machine is idle: let a virtual clock move on to the next timer. False if there is none to wait for."""
@@ -155,6 +168,7 @@ class TimerQueue:
                 elif timer.deadline:
                     timer.deadline = 0
                     due.append(timer)
+            self._calling += bool(due)
         return due
 
     def _start(self) -> None:
@@ -211,15 +225,19 @@ class VcpuTimers:
     def set_singleshot(self, deadline: int) -> None:
         """Raise VIRQ_TIMER at `deadline`. On the vCPU's own thread."""
         self._note(deadline)
-        self._queue.set(self.singleshot, deadline)
+        self.arm(self.singleshot, deadline)
 
     def set_singleshot_late(self, deadline: int) -> None:
         """The same for one that the guest set some time ago. Who calls looks for events next."""
         self._note(deadline)
-        if deadline <= self._clock.now():
+        if deadline <= self._vcpu.domain.clock.now():
             self._alarm()
         else:
-            self._queue.set(self.singleshot, deadline)
+            self.arm(self.singleshot, deadline)
+
+    def arm(self, timer: Timer, deadline: int) -> None:
+        """Have a timer go off at a moment of the domain's clock."""
+        self._queue.set(timer, deadline - self._vcpu.domain.clock_ahead)
 
     def _note(self, deadline: int) -> None:
         vcpu = self._vcpu
@@ -281,7 +299,7 @@ def time_record(clock: Clock, tsc_offset: int = 0) -> tuple[int, int, int, int, 
     """
     stable = 0 if tsc_offset else XEN_PVCLOCK_TSC_STABLE_BIT
     if isinstance(clock, tsc.TscClock):
-        return advanced(clock.tsc_at_boot, tsc_offset), 0, clock.scale.mul, clock.scale.shift, stable
+        return advanced(clock.tsc_at_boot, tsc_offset), clock.at_boot, clock.scale.mul, clock.scale.shift, stable
     timestamp = advanced(tsc.read_tsc(), tsc_offset)
     if isinstance(clock, VirtualClock):
         return timestamp, clock.now(), 1, -31, 0  # in effect: standing still
@@ -293,7 +311,7 @@ def update_time(vcpu: Vcpu) -> None:
     """Write vcpu_time_info in vcpu_info and in the area that the guest has registered. On the vCPU's own thread."""
     vcpu.time_outdated = False
     domain = vcpu.domain
-    record = time_record(domain.hypervisor.clock, vcpu.cpu.tsc_offset if vcpu.cpu is not None else 0)
+    record = time_record(domain.clock, vcpu.cpu.tsc_offset if vcpu.cpu is not None else 0)
     _write_versioned(vcpu, record)
     if vcpu.time_area_va:
         user, vcpu.kernel_mode = not vcpu.kernel_mode, True  # the address is the guest kernel's
@@ -318,8 +336,8 @@ def _write_versioned(vcpu: Vcpu, record: tuple[int, int, int, int, int]) -> None
 
 
 def set_wall_clock(domain: Domain) -> None:
-    """Write the wall-clock time at the hypervisor's boot into shared_info."""
-    clock = domain.hypervisor.clock
+    """Write the wall-clock time at the domain's time 0 into shared_info."""
+    clock = domain.clock
     seconds, nanoseconds = divmod(clock.wall() - clock.now(), NS_PER_SECOND)
     d, base = domain.memory.d, domain.shared_info
     version = d[base + SHARED_WC_VERSION >> 2]

@@ -137,7 +137,7 @@ class Cpu(Protocol):
         """Make this state the one that runs."""
 
     def store(self, state: CpuState) -> None:
-        """Write the loaded state back, complete. It stays loaded."""
+        """Write the loaded state back, complete, and what `swap` kept of others. It stays loaded."""
 
     def swap(self, old: CpuState, new: CpuState) -> None:
         """Take `old`, which is loaded, off, and put `new` on.

@@ -171,11 +171,18 @@ class UnicornCpu:
         xsave.save(self._b, image)
 
     def store(self, state: CpuState) -> None:
-        """Write the state back, complete: the loaded one, which stays loaded, or one that `swap` took off."""
+        """Write the state back, complete: the loaded one, which stays loaded, or one that `swap` took off.
+
+        With the loaded one come all those that `swap` took off.
+        """
         parked = self._parked.get(id(state))
-        if parked is None:
-            self._store_common(state)
-        xsave.save(self._b if parked is None else memoryview(parked[1]), state.xsave)
+        if parked is not None:
+            xsave.save(memoryview(parked[1]), state.xsave)
+            return
+        self._store_common(state)
+        xsave.save(self._b, state.xsave)
+        for other, block in self._parked.values():
+            xsave.save(memoryview(block), other.xsave)
 
     def swap(self, old: CpuState, new: CpuState) -> None:
         """Take `old`, which is loaded, off, and put `new` on: `store(old)` and `load(new)`, but cheap.
