@@ -5,9 +5,7 @@ Everything is imported when it is first used, so that `import xenolith` costs no
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's, whose import would take longer than all of this
 if TYPE_CHECKING:
     from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
     from xenolith.toolstack.client import ToolstackError
@@ -41,4 +39,6 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"{__name__}.toolstack.{_ELSEWHERE.get(name, 'api')}"), name)

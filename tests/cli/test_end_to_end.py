@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,80 @@ def test_a_link_by_the_name_of_xl_is_xl(person: Person) -> None:
     assert call("bogus").returncode == 1
     assert not person.socket.exists()  # none of these needs a daemon
     assert call("--socket", str(person.socket), "domname", "0").stdout == "Domain-0\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "symbolic link", "FIFO"])
+def test_a_socket_path_that_is_none_is_left_as_it_is(person: Person, kind: str) -> None:
+    path = person.directory / "web.cfg"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        (person.directory / "real").write_text("mine")
+        path.symlink_to("real") if kind == "symbolic link" else path.write_text("mine")
+    before = path.lstat().st_ino, path.lstat().st_mtime_ns
+    person.environment["XENOLITH_SOCKET"] = "web.cfg"
+    done = person.xl("list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is no socket but a " in done.stderr and done.stderr.count("\n") == 1
+    assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == before
+    assert not (person.directory / "web.cfg.d").exists()
+
+
+def test_a_machine_that_is_new_at_a_chosen_place_is_told_of(person: Person) -> None:
+    assert "there was no machine at" in person.xl("list").stderr
+    assert person.xl("list").stderr == ""
+
+
+@pytest.mark.parametrize(("output", "words"), [("/dev/full", "No space left on device"), ("closed", "Bad file")])
+def test_output_that_cannot_be_written_is_a_failure(person: Person, output: str, words: str) -> None:
+    redirection = ">&-" if output == "closed" else f">{output}"
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *XL, "help"],
+        env=person.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("xl: cannot write the output: ") and words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(person: Person) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*XL, "help"], env=person.environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("limit", ["v 40000", "v 120000", "f 8"])
+def test_what_the_host_does_not_give_is_a_sentence(person: Person, limit: str) -> None:
+    program = [sys.executable, "-c", "from xenolith.cli.entry import xl; xl()", "list"]
+    done = subprocess.run(
+        ["sh", "-c", f'ulimit -{limit}; "$@"', "sh", *program], env=person.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_engine_and_memory_reach_the_daemon_that_a_command_starts(person: Person) -> None:
+    person.environment |= {"XENOLITH_ENGINE": "unicorn", "XENOLITH_MEMORY": "64"}
+    assert person.xl("info", "engine").stdout == "unicorn\n"
+    assert 64 <= int(person.xl("info", "total_memory").stdout) < 128
+    person.end_daemon(signal.SIGTERM)
+    person.environment["XENOLITH_ENGINE"] = "steam"
+    refused = person.xl("info", "engine")
+    assert refused.returncode == 1 and "'steam' is not one of" in refused.stderr
+
+
+def test_a_short_lived_guest_can_be_watched_by_name(person: Person) -> None:
+    person.xl("create", "-q", person.configuration("hello", "hello.elf"))
+    person.wait_for("list", shows="Domain-0")
+    gone = time.monotonic() + 60
+    while person.xl("domid", "hello").returncode == 0:
+        assert time.monotonic() < gone
+    done = person.xl("console", "hello")
+    assert done.returncode == 0 and "hello from a PV guest" in done.stdout
 
 
 def test_commands_at_the_same_time_start_one_daemon(person: Person) -> None:

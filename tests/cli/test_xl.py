@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from toolstack.fake import UNREADABLE, FakeClient
 from xenolith.cli.xl import NOT_YET, SUBCOMMANDS, XlGroup, usage
 from xenolith.cli.xl_command import Session, Toolstack
-from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.client import ShutdownRequest
+from xenolith.toolstack.config.domain import Action, DomainConfig
 from xenolith.toolstack.supervisor import Supervisor
 
 
@@ -556,6 +557,133 @@ def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
     complete = ShellComplete(XlGroup(xl.connect), {"obj": Session(xl.connect)}, "xl", "_XL_COMPLETE")
     for words in (["create"], ["dump-core", "web"], ["config-update", "web"]):
         assert [item.type for item in complete.get_completions(words, "x")] == ["file"]
+
+
+def test_a_domain_that_has_shut_down_already_is_not_waited_for(xl: Xl) -> None:
+    xl.machine.end(xl.add("kept"), 3)
+    assert xl("shutdown", "-w", "kept") == Answer(
+        0,
+        "",
+        "Domain 1 has shut down already\nWaiting for 1 domains\nDomain 1 has been shut down, reason code 3\n",
+    )
+    answer = xl("reboot", "kept")
+    assert answer.status == 1
+    assert answer.err.splitlines()[-2:] == [
+        "Domain 1 has shut down already and cannot be asked to reboot.",
+        "reboot failed (rc=-6)",
+    ]
+
+
+def test_all_domains_are_asked_side_by_side_and_one_that_does_not_answer_stops_none(xl: Xl) -> None:
+    for name in ("a", "deaf", "c", "d"):
+        xl.add(name)
+    all_asked = threading.Barrier(4, timeout=20)
+    ask = xl.machine.request_shutdown
+
+    def together(domid: int, request: ShutdownRequest) -> None:
+        all_asked.wait()
+        ask(domid, request)
+
+    xl.machine.guests[2].acknowledges = False
+    xl.machine.request_shutdown = together  # type: ignore[method-assign]
+    answer = xl("shutdown", "-a", "-w")
+    lines = answer.err.splitlines()
+    assert answer.status == 1
+    assert lines[:4] == [f"Shutting down domain {domid}" for domid in (1, 2, 3, 4)]
+    assert lines[4:6] == ["Domain 2: the guest did not acknowledge the control request", "shutdown failed (rc=-9)"]
+    assert lines[6:] == ["Waiting for 3 domains"] + [
+        f"Domain {domid} has been shut down, reason code 0" for domid in (1, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize("verb", ["destroy", "shutdown"])
+def test_a_domain_between_two_lives_can_be_ended_by_its_name(xl: Xl, verb: str) -> None:
+    between, go_on = threading.Event(), threading.Event()
+
+    def pause(seconds: float) -> bool:
+        between.set()
+        go_on.wait()
+        return False
+
+    xl.supervisor.pause_between_lives = pause
+    domid = xl.add("web", on_reboot=Action.RESTART)
+    xl.supervisor.supervise(domid)
+    xl.machine.end(domid, 1)
+    assert between.wait(20)
+    assert xl(verb, "web") == Answer(0, "", "")
+    go_on.set()
+    xl.supervisor.close()
+    assert xl.machine.guests == {}
+    assert xl(verb, "web") == Answer(1, "", "web is an invalid domain identifier (rc=-6)\n")
+
+
+def test_a_new_domain_goes_again_when_the_command_is_interrupted_before_it_runs(xl: Xl) -> None:
+    def interrupted(domid: int) -> None:
+        raise KeyboardInterrupt
+
+    xl.machine.unpause = interrupted  # type: ignore[method-assign]
+    result = CliRunner().invoke(XlGroup(xl.connect), ["create", "-q", "a.cfg"])
+    assert result.exit_code != 0
+    assert xl.machine.guests == {}
+
+
+def test_the_console_of_a_domain_that_has_just_gone_can_still_be_read(xl: Xl) -> None:
+    domid = xl.add("short")
+    info = xl.machine.guests[domid].info
+    console = xl.machine.guests[domid].console
+    console.print(b"its last words")
+    xl.machine.destroy(domid)
+    xl.machine.gone.append(info)
+    xl.machine.open_console = lambda domid, number=0: console  # type: ignore[method-assign]
+    assert xl("domid", "short").status == 1
+    attached: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xenolith.cli.terminal.attach", lambda stream, escape: attached.append(stream))
+        assert xl("console", "short").status == 0
+    assert attached == [console]
+
+
+HOSTILE = "a\x1b]0;title\x07\nb\udc80\u202e"
+SHOWN = "a\\x1b]0;title\\x07\\nb\\udc80\\u202e"
+
+
+def test_no_name_commands_the_terminal(xl: Xl) -> None:
+    xl.add(HOSTILE)
+    xl.machine.log = "(d1) \x1b[2J\n"
+    for words in (["list"], ["list", "-v"], ["vm-list"], ["vcpu-list"], ["uptime"], ["uptime", "-s"], ["domname", "1"]):
+        answer = xl(*words)
+        assert answer.status == 0
+        assert SHOWN in answer.out, words
+    assert xl("dmesg").out == "(d1) \\x1b[2J\n"
+    assert xl("top", "-b", "-i", "1", "-d", "0.1").out.count("\x1b") == 0
+    assert "\x1b" not in xl("list", "\x1b[2J").err
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_no_failure(xl: Xl, word: str) -> None:
+    assert xl(word) == Answer(0, usage(), "")
+    assert xl("help").out == usage()
+
+
+def test_the_version_is_told(xl: Xl) -> None:
+    assert re.fullmatch(r"xl of xenolith [\d.]+\n", xl("--version").out)
+
+
+def test_the_list_of_subcommands_is_what_debians_completion_takes_from_it(xl: Xl) -> None:
+    """It takes the first word of every line that begins with one space."""
+    words = [line.split()[0] for line in usage().splitlines() if re.match(r" \S", line)]
+    assert words == list(SUBCOMMANDS)
+
+
+def test_an_empty_machine_at_a_chosen_place_is_told_of_unless_domains_are_made(xl: Xl) -> None:
+    def connect() -> Toolstack:
+        return Toolstack(xl.machine, xl.supervisor, surprise="nobody was there")
+
+    def err(*words: str) -> str:
+        return CliRunner().invoke(XlGroup(connect), list(words)).stderr
+
+    assert err("list") == "nobody was there\n"
+    assert err("create", "-q", "a.cfg") == ""
 
 
 def test_events_of_other_domains_do_not_disturb_a_wait(xl: Xl) -> None:

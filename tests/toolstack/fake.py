@@ -119,6 +119,7 @@ class FakeClient(Client):
         self.calls: list[tuple[object, ...]] = []
         self.log = "(XEN) first line\n(XEN) second line\n"
         self.now = 1_000_100.0
+        self.gone: list[DomainInfo] = []
         self._next = 1
         self._lock = threading.RLock()
         self._hub = EventHub()
@@ -152,6 +153,9 @@ class FakeClient(Client):
     def domains(self) -> list[DomainInfo]:
         with self._lock:
             return [DOM0, *(guest.info for guest in self.guests.values())]
+
+    def departed(self) -> list[DomainInfo]:
+        return self.gone
 
     def vcpus(self, domid: int) -> list[VcpuInfo]:
         everywhere = frozenset(range(HOST.nr_cpus))
@@ -242,6 +246,10 @@ class FakeClient(Client):
     def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
         guest = self._guest(domid)
         self._note("request_shutdown", domid, str(request))
+        if guest.info.shutdown:
+            if request is ShutdownRequest.REBOOT:
+                raise InvalidRequest(f"Domain {domid} has shut down already and cannot be asked to reboot.")
+            return
         if not guest.acknowledges:
             raise NotAcknowledged("the guest did not acknowledge the control request")
         self.end(domid, 0 if request is ShutdownRequest.POWEROFF else 1)

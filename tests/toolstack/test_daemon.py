@@ -15,11 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from toolstack.fake import DOM0, HOST, UNREADABLE, FakeClient
 from xenolith.toolstack.client import (
+    Closed,
     ConnectionLost,
     DomainEvent,
     DomainNotFound,
@@ -434,6 +436,55 @@ def test_only_one_daemon_serves_a_socket(served: Served) -> None:
         RunDirectory(served.rundir.socket_path).acquire()
 
 
+def test_a_new_domain_whose_maker_has_gone_is_taken_away_again(served: Served, remote: RemoteClient) -> None:
+    """Somebody interrupted `xl create` while it was at work."""
+    events = remote.subscribe()
+    with served.raw() as connection:
+        channel = Channel(connection)
+        channel.send(Hello(1))
+        channel.receive()
+        serve = served.machine.create
+
+        def slow_create(**arguments: Any) -> int:
+            channel.close()
+            return serve(**arguments)
+
+        served.machine.create = slow_create  # type: ignore[assignment, method-assign]
+        channel.send(Request("create", {"config": {"name": "a"}}))
+        assert [getattr(events.get(20), "kind", None) for _ in range(2)] == [EventKind.CREATED, EventKind.DESTROYED]
+    assert [domain.domid for domain in remote.domains()] == [0]
+    events.close()
+
+
+def test_a_directory_of_somebodys_own_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "web.d").mkdir()
+    (tmp_path / "web.d" / "state.json").write_text("mine")
+    with pytest.raises(ToolstackError, match="holds something else"):
+        RunDirectory(tmp_path / "web").acquire()
+    assert (tmp_path / "web.d" / "state.json").read_text() == "mine"
+
+
+def test_a_daemon_that_is_refused_leaves_the_other_ones_state(served: Served) -> None:
+    second = RunDirectory(served.rundir.socket_path)
+    with pytest.raises(AlreadyRunning):
+        second.acquire()
+    second.release()
+    assert (served.rundir.path / "state.json").exists()
+
+
+@pytest.mark.parametrize("where", ["/proc/x.sock", "/nope/typo/x.sock"])
+def test_a_directory_that_cannot_be_made_is_named(where: str) -> None:
+    with pytest.raises(ToolstackError, match=r"^the directory /\S+ cannot be used: No such file"):
+        RunDirectory(Path(where)).acquire()
+
+
+def test_use_after_closing_is_an_error(remote: RemoteClient) -> None:
+    remote.close()
+    for use in (remote.host, remote.subscribe, lambda: remote.pause(1)):
+        with pytest.raises(Closed, match="was closed"):
+            use()
+
+
 def test_a_directory_that_others_can_change_is_not_used(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(ToolstackError, match="can be changed by others"):
@@ -441,13 +492,27 @@ def test_a_directory_that_others_can_change_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_socket_path_comes_from_the_environment_or_the_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 7)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) in writable)
+    writable: set[str] = set()
     monkeypatch.setenv("XENOLITH_SOCKET", "/a/b")
     assert default_socket() == Path("/a/b")
     monkeypatch.delenv("XENOLITH_SOCKET")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-    assert default_socket() == Path("/run/user/7/xenolith/control.sock")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/var/session")
+    assert default_socket() == Path("/var/session/xenolith/control.sock")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert default_socket().parent.name == f"xenolith-{os.getuid()}"
+    assert default_socket().parent.name == "xenolith-7"
+    writable.add("/run/user/7")
+    assert default_socket() == Path("/run/user/7/xenolith/control.sock")
+
+
+def test_roots_commands_find_one_daemon_from_a_login_shell_and_from_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    monkeypatch.delenv("XENOLITH_SOCKET", raising=False)
+    for session in ("/run/user/0", ""):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", session)
+        assert default_socket() == Path("/run/xenolith/control.sock")
 
 
 def test_guests_that_do_not_power_off_in_time_are_destroyed() -> None:

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
-from collections.abc import Callable
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
 from xenolith.abi import vcpu_context
-from xenolith.abi.hypercalls import SHUTDOWN_crash
 from xenolith.dom0.image import load_image
-from xenolith.toolstack.client import InvalidRequest, ToolstackError, Trigger
-from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.client import Progress, ToolstackError
 from xenolith.toolstack.embedded import EmbeddedToolstack
 
-if TYPE_CHECKING:
-    from machines import Machine
-
 GUESTS = Path(__file__).parents[2] / "guests" / "prebuilt"
-
-
-@pytest.fixture
-def crashed(machine: Callable[[int], Machine]) -> tuple[EmbeddedToolstack, int]:
-    """A toolstack with a domain that jumped to an address where nothing is."""
-    toolstack = EmbeddedToolstack(machine(32).dom0)
-    kernel = str(GUESTS / "crash.elf")
-    domid = toolstack.create(DomainConfig("crashed", kernel=kernel, target_memory_kib=32 << 10, cmdline="no-handler"))
-    events = toolstack.subscribe()
-    toolstack.unpause(domid)
-    event = events.get(60)
-    assert event is not None and event.reason == SHUTDOWN_crash
-    return toolstack, domid
 
 
 def core_of(toolstack: EmbeddedToolstack, domid: int, path: Path) -> tuple[Any, vcpu_context.VcpuContext]:
@@ -83,7 +67,40 @@ def test_a_core_that_cannot_be_written_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
 
 
-def test_an_nmi_for_a_vcpu_that_is_none_is_refused(crashed: tuple[EmbeddedToolstack, int]) -> None:
+def test_a_core_goes_into_a_device_and_through_a_symbolic_link_and_replaces_neither(
+    crashed: tuple[EmbeddedToolstack, int], tmp_path: Path
+) -> None:
     toolstack, domid = crashed
-    with pytest.raises(InvalidRequest, match="no vCPU 7"):
-        toolstack.trigger(domid, Trigger.NMI, 7)
+    toolstack.dump_core(domid, Path("/dev/null"))
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(ToolstackError, match="No space left on device"):
+        toolstack.dump_core(domid, Path("/dev/full"))
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    toolstack.dump_core(domid, link)
+    assert link.is_symlink() and (tmp_path / "real").read_bytes()[:4] == b"\x7fELF"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ToolstackError, match="neither a file nor a device"):
+        toolstack.dump_core(domid, tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_a_domain_that_is_destroyed_during_a_dump_goes_and_the_dump_says_so(
+    crashed: tuple[EmbeddedToolstack, int], tmp_path: Path
+) -> None:
+    toolstack, domid = crashed
+    destroyers: list[threading.Thread] = []
+
+    def destroy(progress: Progress) -> None:
+        if not destroyers:
+            leaving = toolstack._records[domid].leaving
+            destroyers.append(threading.Thread(target=toolstack.destroy, args=(domid,)))
+            destroyers[0].start()
+            assert leaving.wait(60)
+
+    with pytest.raises(ToolstackError, match="is being destroyed"):
+        toolstack.dump_core(domid, tmp_path / "core", destroy)
+    destroyers[0].join()
+    assert [domain.domid for domain in toolstack.domains()] == [0]
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -158,6 +159,48 @@ def test_a_domain_that_ended_before_it_was_supervised_is_dealt_with(
     events = machine.subscribe()
     supervisor.supervise(domid)
     assert events.get() == DomainEvent(EventKind.DESTROYED, domid)
+
+
+def test_a_domain_that_is_abandoned_between_two_lives_does_not_come_back(
+    machine: FakeClient, supervisor: Supervisor
+) -> None:
+    between, go_on = threading.Event(), threading.Event()
+
+    def pause(seconds: float) -> bool:
+        between.set()
+        go_on.wait()
+        return False
+
+    supervisor.pause_between_lives = pause
+    domid, events = started(machine, supervisor, DomainConfig("a", on_reboot=Action.RESTART))
+    machine.end(domid, 1)
+    assert between.wait(20)
+    assert not supervisor.abandon("b")
+    assert supervisor.abandon("a")
+    go_on.set()
+    assert [event.text for event in events if event.kind is EventKind.MESSAGE][-1] == "Domain a is not built again."
+    supervisor.close()
+    assert machine.guests == {}
+    assert not supervisor.abandon("a")
+
+
+def test_a_domain_that_is_abandoned_while_it_is_built_again_goes_again(
+    machine: FakeClient, supervisor: Supervisor
+) -> None:
+    create = machine.create
+
+    def abandoned_meanwhile(config: DomainConfig) -> int:
+        domid = create(config)
+        if domid == 2:
+            assert supervisor.abandon("a")
+        return domid
+
+    machine.create = abandoned_meanwhile  # type: ignore[assignment, method-assign]
+    domid, events = started(machine, supervisor, DomainConfig("a", on_reboot=Action.RESTART))
+    machine.end(domid, 1)
+    assert [event.kind for event in events][-1] is EventKind.RELEASED
+    supervisor.close()
+    assert machine.calls[-2:] == [("create", "a"), ("destroy", 2)]
 
 
 def test_closing_leaves_the_domains_alone_even_between_two_lives(machine: FakeClient, tmp_path: Path) -> None:

@@ -11,10 +11,15 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from xenolith.machine.engines.select import ENGINES
 from xenolith.toolstack.daemon.run_directory import Leftovers, RunDirectory, default_socket
+
+if TYPE_CHECKING:
+    from xenolith.dom0.services import Dom0
 
 DEFAULT_MEMORY_MIB = 4096  # of address space; host memory is used as guests touch theirs
 
@@ -42,10 +47,40 @@ class _Ready:
     type=click.Path(path_type=Path),
     help="Where to listen. Default: XENOLITH_SOCKET, or control.sock in the user's runtime directory.",
 )
-@click.option("--engine", default="auto", show_default=True, help="Which engine runs the guests.")
-@click.option("--memory", "memory_mib", default=DEFAULT_MEMORY_MIB, show_default=True, help="Machine memory, in MiB.")
-@click.option("--pcpus", default=os.cpu_count() or 1, show_default="the host's", help="Number of pCPUs.")
-@click.option("--log-level", default="info", show_default=True, help="debug, info, warning or error.")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    envvar="XENOLITH_ENGINE",
+    show_default=True,
+    help="What runs the guests. Environment: XENOLITH_ENGINE.",
+)
+@click.option(
+    "--memory",
+    "memory_mib",
+    type=click.IntRange(min=1),
+    default=DEFAULT_MEMORY_MIB,
+    envvar="XENOLITH_MEMORY",
+    show_default=True,
+    metavar="MiB",
+    help="Machine memory. Environment: XENOLITH_MEMORY.",
+)
+@click.option(
+    "--pcpus",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    envvar="XENOLITH_PCPUS",
+    show_default="the host's",
+    metavar="N",
+    help="Number of pCPUs. Environment: XENOLITH_PCPUS.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What is logged.",
+)
 @click.option("--ready-fd", type=int, hidden=True, help="A descriptor to write to when the daemon listens.")
 def daemon(
     socket_path: Path | None, engine: str, memory_mib: int, pcpus: int, log_level: str, ready_fd: int | None
@@ -56,6 +91,8 @@ def daemon(
     """
     from xenolith.toolstack.daemon.server import JsonFormatter, note
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end_early)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
@@ -66,11 +103,18 @@ def daemon(
         _tell_losses(leftovers, ready)
         _serve(directory, engine, memory_mib, pcpus, ready)
     except Exception as error:
-        note("the daemon cannot start", logging.ERROR, error=str(error))
-        ready.say(str(error).replace("\n", " "))
-        raise click.ClickException(str(error)) from error
+        text = error.message if isinstance(error, click.ClickException) else str(error)
+        note("the daemon cannot start", logging.ERROR, error=text)
+        ready.say(text.replace("\n", " "))
+        raise click.ClickException(text) from error
     finally:
+        directory.release()
         ready.finish()
+
+
+def _end_early(number: int, frame: object) -> None:
+    """A signal that comes before there is a machine."""
+    raise SystemExit(128 + number)
 
 
 def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
@@ -81,17 +125,27 @@ def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
         ready.say(leftovers.describe())
 
 
+def _switched_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
+    from xenolith.dom0.power import power_on
+
+    try:
+        return power_on([memory_mib], engine, pcpus)
+    except (OSError, MemoryError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "no memory left"
+        raise click.ClickException(
+            f"the host does not give what a machine of {memory_mib} MiB needs: {why} (see --memory, `ulimit -a`)"
+        ) from error
+
+
 def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, ready: _Ready) -> None:
     """Switch a machine on and serve it until a signal comes."""
-    from xenolith.dom0.power import power_on
     from xenolith.toolstack.daemon.server import Daemon, note, shut_guests_down
     from xenolith.toolstack.embedded import EmbeddedToolstack
     from xenolith.toolstack.supervisor import Supervisor
 
     with ExitStack() as cleanup:
-        cleanup.callback(directory.release)
         client = EmbeddedToolstack(
-            power_on([memory_mib], engine, pcpus), xenstore_socket=directory.xenstore_socket_path
+            _switched_on(memory_mib, engine, pcpus), xenstore_socket=directory.xenstore_socket_path
         )
         cleanup.callback(client.close)
         supervisor = Supervisor(client, directory.dump_path)

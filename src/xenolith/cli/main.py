@@ -7,12 +7,12 @@ and an attribute, looked up only when it is called or its help is asked for.
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import click
+
+from xenolith.cli import entry
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, of which nothing here needs one, let alone all
 
@@ -22,6 +22,7 @@ SUBCOMMANDS: Final = {
     "engines": ("xenolith.cli.engines", "engines", "Say which engines work on this host, and which is the default."),
     "guest": ("xenolith.cli.guest", "guest", "Obtain a guest operating system to boot."),
     "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
+    "help": ("xenolith.cli.main", "help_", "Print this list, or how to use a subcommand."),
 }
 """Name -> (module, attribute, one line for the list)."""
 
@@ -64,10 +65,23 @@ def xenolith() -> None:
     """A Xen virtual machine monitor in Python."""
 
 
-def main() -> None:
-    """The entry point. Called by the name `xl` (a link, as scripts make them), it is `xl` in all respects."""
-    if Path(sys.argv[0]).name == "xl":
-        from xenolith.cli import xl
+@click.command("help")
+@click.argument("subcommand", required=False)
+@click.pass_context
+def help_(ctx: click.Context, subcommand: str | None) -> None:
+    """Print the list of subcommands, or how to use one."""
+    group = ctx.parent
+    assert group is not None
+    if subcommand is None:
+        click.echo(group.get_help())
+        return
+    found = xenolith.get_command(group, subcommand)
+    if found is None:
+        raise click.UsageError(f"No such command {subcommand!r}.", group)
+    with click.Context(found, group, subcommand) as of_command:
+        click.echo(found.get_help(of_command))
 
-        xl.main()
-    xenolith(prog_name="xenolith")
+
+def main() -> NoReturn:
+    """The entry point."""
+    entry.xenolith()

@@ -21,8 +21,9 @@ from typing import Final
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from xenolith.cli.xl_command import Failure, Option, Options, Session, command
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command, shown
 from xenolith.cli.xl_list import state_letters
 from xenolith.toolstack.client import Client, DomainInfo, DomainStatistics
 
@@ -96,7 +97,7 @@ def _row(
     since = earlier or counters
     pairs = zip(counters.vcpu_times_ns, since.vcpu_times_ns, strict=False)
     return Row(
-        name=domain.name,
+        name=shown(domain.name),
         domid=domain.domid,
         state=state_letters(domain),
         cpu_seconds=counters.cpu_time_ns / 1e9,
@@ -141,7 +142,7 @@ def render_table(table: Sequence[Row], column: str, per_vcpu: bool) -> Table:
         view.add_column(heading, justify="right", no_wrap=True)
     for row in sort_rows(table, column):
         view.add_row(
-            row.name,
+            Text(row.name),
             str(row.domid),
             row.state,
             f"{row.cpu_seconds:.1f}",

@@ -13,13 +13,14 @@ from __future__ import annotations
 import getopt
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import TextWrapper
-from typing import Any, Final
+from typing import Final, NoReturn
 
 import click
 
-from xenolith.cli import top, xl_create, xl_domain, xl_list
+from xenolith.cli import entry, top, xl_create, xl_domain, xl_list
 from xenolith.cli.xl_command import (
     Session,
     Toolstack,
@@ -59,7 +60,8 @@ SUBCOMMANDS: Final = _subcommands()
 NOT_YET: Final = frozenset(OF_XEN) - SUBCOMMANDS.keys()
 
 
-_NAMES: Final = TextWrapper(78, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False)
+# Debian's bash completion takes the first word of every line with one space before it for a subcommand.
+_NAMES: Final = TextWrapper(78, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False)
 
 
 def usage() -> str:
@@ -117,10 +119,16 @@ class XlGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            options, rest = getopt.getopt(args, "vfNtT", ["socket="])
+            options, rest = getopt.getopt(args, "vfNtTh", ["socket=", "help", "version"])
         except getopt.GetoptError as error:
             complain(f"xl: invalid option -- '{error.opt}'\nunknown global option")
             ctx.exit(1)
+        if any(option in ("-h", "--help") for option, _ in options):
+            click.echo(usage(), nl=False)
+            ctx.exit(0)
+        if any(option == "--version" for option, _ in options):
+            click.echo(f"xl of xenolith {version('xenolith')}")
+            ctx.exit(0)
         if not rest and not ctx.resilient_parsing:
             click.echo(usage(), nl=False)
             ctx.exit(1)
@@ -151,6 +159,6 @@ class XlGroup(click.Group):
 xl = XlGroup()
 
 
-def main(*arguments: Any) -> None:
+def main(*arguments: str) -> NoReturn:
     """The entry point of the command `xl`."""
-    xl(list(arguments) or None, prog_name="xl")
+    entry.run("xl", lambda: xl, list(arguments) or None)

@@ -8,6 +8,7 @@ command, so that it can stand in any click group and is completed by the shell.
 from __future__ import annotations
 
 import getopt
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import TypeAlias
 import click
 from click.shell_completion import CompletionItem
 
+from xenolith.cli import PIPE_CLOSED
 from xenolith.toolstack.client import Client, Supervision, ToolstackError
 
 USAGE_ERROR = 2
@@ -28,14 +30,19 @@ class Toolstack:
 
     client: Client
     supervision: Supervision
+    surprise: str = ""  # what somebody who expects domains there should know
 
 
 def connect_to_daemon(socket: Path | None = None) -> Toolstack:
     """The toolstack of the daemon at `socket`, by default this user's; it is started if it does not run."""
     from xenolith.toolstack.daemon.remote import RemoteClient
+    from xenolith.toolstack.daemon.run_directory import SOCKET_VARIABLE
 
-    client = RemoteClient.connect(socket)
-    return Toolstack(client, client)
+    client = RemoteClient.connect(socket, say=lambda text: complain(f"xenolith: {text}"))
+    surprise = ""
+    if client.is_new and (socket or os.environ.get(SOCKET_VARIABLE)):
+        surprise = f"xenolith: there was no machine at {client.socket_path}; a new one was started, without domains."
+    return Toolstack(client, client, surprise)
 
 
 def connect_to_running_daemon() -> Toolstack:
@@ -53,6 +60,7 @@ class Session:
 
     connect: Callable[[], Toolstack]
     dry_run: bool = False
+    makes_domains: bool = False  # the command does, so that an empty machine is no surprise
     _toolstack: Toolstack | None = field(default=None, repr=False)
 
     @property
@@ -60,6 +68,8 @@ class Session:
         """The machine; connecting to it (and starting it, if need be) happens when it is first needed."""
         if self._toolstack is None:
             self._toolstack = self.connect()
+            if self._toolstack.surprise and not self.makes_domains:
+                complain(self._toolstack.surprise)
         return self._toolstack
 
     @property
@@ -159,6 +169,8 @@ class XlCommand(click.Command):
             return complain(str(failure), failure.status)
         except ToolstackError as error:
             return complain(str(error))
+        except BrokenPipeError:
+            return PIPE_CLOSED  # whoever read the output has enough
 
     def _parse(self, arguments: Sequence[str]) -> tuple[Options, list[str]]:
         short = "".join(option.letter + ":" * bool(option.value) for option in self.options)
@@ -224,8 +236,23 @@ def command(
 
 def complain(message: str, status: int = 1) -> int:
     """Print to stderr; the status to return."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
     return status
+
+
+def printable(text: str, keeping: str = "\n\t") -> str:
+    """The text with what could command a terminal, or is no character at all, written as Python writes it.
+
+    Names, and what guests say in the log, may have any bytes in them.
+    """
+    return "".join(
+        character if character.isprintable() or character in keeping else ascii(character)[1:-1] for character in text
+    )
+
+
+def shown(name: str) -> str:
+    """A name, on one line."""
+    return printable(name, keeping="")
 
 
 def resolve(session: Session, word: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -89,6 +90,7 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
         click.echo(render(domain_config_json(config)), nl=False, err=not dry_run)
     if dry_run:
         return 0
+    session.makes_domains = True
     try:
         with progress_bar() as progress:
             domid = session.client.create(absolute_paths(config, Path.cwd()), progress)
@@ -98,14 +100,22 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
 
 
 def _start(session: Session, options: Options, domid: int, name: str) -> int:
-    """Let somebody look after the new domain, let it run, and stay with it if that was asked for."""
+    """Let somebody look after the new domain, let it run, and stay with it if that was asked for.
+
+    Whatever interrupts that before the domain runs takes it away again.
+    """
     client, supervision = session.toolstack.client, session.toolstack.supervision
-    if "e" not in options:
-        supervision.supervise(domid)
-    events = supervision.watch(domid) if "F" in options and "e" not in options else None
-    console = client.open_console(domid) if "c" in options else None
-    if "p" not in options:
-        client.unpause(domid)
+    try:
+        if "e" not in options:
+            supervision.supervise(domid)
+        events = supervision.watch(domid) if "F" in options and "e" not in options else None
+        console = client.open_console(domid) if "c" in options else None
+        if "p" not in options:
+            client.unpause(domid)
+    except BaseException:
+        with suppress(ToolstackError):
+            client.destroy(domid)
+        raise
     if console is not None:
         from xenolith.cli.terminal import attach
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,17 @@ import click
 
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
-from xenolith.toolstack.client import EventKind, EventStream, ShutdownRequest, ToolstackError, Trigger
+from xenolith.toolstack.client import (
+    Client,
+    DomainNotFound,
+    EventKind,
+    EventStream,
+    ShutdownRequest,
+    ToolstackError,
+    Trigger,
+)
+
+_SIDE_BY_SIDE: Final = 64  # how many domains are asked at the same time; the daemon has 128 connections
 
 _STOP_OPTIONS: Final = (
     Option("a", "All domains but domain 0", long="all"),
@@ -33,13 +44,23 @@ def unpause(session: Session, options: Options, operands: Sequence[str]) -> int:
 
 @command("[options] <Domain>", "End a domain at once", Option("f", "Even domain 0"), operands=1)
 def destroy(session: Session, options: Options, operands: Sequence[str]) -> int:
-    domid = resolve(session, operands[0])
+    word = operands[0]
+    supervision = session.toolstack.supervision
+    try:
+        domid = resolve(session, word)
+    except Failure:
+        if supervision.abandon(word):
+            return 0  # it was between two lives
+        raise
     if domid == 0 and "f" not in options:
         raise Failure("Not destroying domain 0; use -f to force.\nIt is the domain that runs this toolstack.\n")
+    name = next((domain.name for domain in session.client.domains() if domain.domid == domid), word)
     try:
         session.client.destroy(domid)
     except ToolstackError as error:
-        raise Failure(f"{error}\ndestroy failed (rc={error.rc})") from error
+        if not (isinstance(error, DomainNotFound) and supervision.abandon(name)):
+            raise Failure(f"{error}\ndestroy failed (rc={error.rc})") from error
+    supervision.abandon(name)  # it may have ended by itself a moment before, to be built again
     return 0
 
 
@@ -60,42 +81,76 @@ _WHAT = {ShutdownRequest.POWEROFF: "shutdown", ShutdownRequest.REBOOT: "reboot"}
 def _ask_to_stop(session: Session, options: Options, operands: Sequence[str], request: ShutdownRequest) -> int:
     if not operands and "a" not in options:
         raise Failure("You must specify -a or a domain id.\n")
+    client = session.client
     if "a" in options:
-        domids = [domain.domid for domain in session.client.domains() if domain.domid != 0]
+        domids = [domain.domid for domain in client.domains() if domain.domid != 0]
     else:
-        domids = [resolve(session, operands[0])]
-    events = session.client.subscribe() if "w" in options else None
+        try:
+            domids = [resolve(session, operands[0])]
+        except Failure:
+            if request is ShutdownRequest.POWEROFF and session.toolstack.supervision.abandon(operands[0]):
+                return 0  # it was between two lives
+            raise
+    events = client.subscribe() if "w" in options else None
     try:
-        for domid in domids:
-            complain(f"{_DOING[request]} domain {domid}")
-            try:
-                session.client.request_shutdown(domid, request)
-            except ToolstackError as error:
-                raise Failure(f"{error}\n{_WHAT[request]} failed (rc={error.rc})") from error
+        failures = _ask_all(client, domids, request)
+        for domid, error in failures.items():
+            of_many = f"Domain {domid}: " if len(domids) > 1 else ""
+            complain(f"{of_many}{error}\n{_WHAT[request]} failed (rc={error.rc})")
         if events is not None:
-            _wait_for_ends(events, set(domids))
+            _wait_for_ends(client, events, [domid for domid in domids if domid not in failures])
     finally:
         if events is not None:
             events.close()
-    return 0
+    return int(bool(failures))
 
 
-def _wait_for_ends(events: EventStream, domids: set[int]) -> None:
-    """Wait until each of the domains has shut down or was destroyed."""
+def _ask_all(client: Client, domids: Sequence[int], request: ShutdownRequest) -> dict[int, ToolstackError]:
+    """Ask all of them side by side, since a guest may take long to take note; what went wrong, by domid."""
+    ended = {domain.domid for domain in client.domains() if domain.shutdown}
+    failures = {}
+
+    def ask(domid: int) -> None:
+        try:
+            client.request_shutdown(domid, request)
+        except ToolstackError as error:
+            failures[domid] = error
+
+    for domid in domids:
+        complain(f"Domain {domid} has shut down already" if domid in ended else f"{_DOING[request]} domain {domid}")
+    with ThreadPoolExecutor(min(len(domids), _SIDE_BY_SIDE) or 1) as askers:
+        for _ in askers.map(ask, domids):
+            pass
+    return {domid: failures[domid] for domid in domids if domid in failures}
+
+
+def _wait_for_ends(client: Client, events: EventStream, domids: Sequence[int]) -> None:
+    """Wait until each of the domains has shut down or was destroyed. The events must begin before they were asked."""
+    if not domids:
+        return
     complain(f"Waiting for {len(domids)} domains")
-    while domids:
+    waiting = set(domids)
+    there = {domain.domid: domain for domain in client.domains()}
+    for domid in domids:
+        if domid not in there:
+            _tell_end(waiting, domid, None)
+        elif there[domid].shutdown:
+            _tell_end(waiting, domid, there[domid].shutdown_reason or 0)
+    while waiting:
         event = events.get()
         if event is None:
             raise Failure("The toolstack ended before the domains did.")
-        if event.domid not in domids:
-            continue
         if event.kind is EventKind.SHUTDOWN:
-            complain(f"Domain {event.domid} has been shut down, reason code {event.reason}")
+            _tell_end(waiting, event.domid, event.reason or 0)
         elif event.kind is EventKind.DESTROYED:
-            complain(f"Domain {event.domid} has been destroyed")
-        else:
-            continue
-        domids.discard(event.domid)
+            _tell_end(waiting, event.domid, None)
+
+
+def _tell_end(waiting: set[int], domid: int, reason: int | None) -> None:
+    if domid in waiting:
+        waiting.discard(domid)
+        how = "destroyed" if reason is None else f"shut down, reason code {reason}"
+        complain(f"Domain {domid} has been {how}")
 
 
 @command("<Domain> <NewDomainName>", "Give a domain another name", operands=2)
@@ -163,7 +218,7 @@ def console(session: Session, options: Options, operands: Sequence[str]) -> int:
 
     if options.get("t", "pv") not in ("pv", "serial", "vuart"):
         raise Failure("console type supported are: pv, serial, vuart")
-    domid = resolve(session, operands[0])
+    domid = _living_or_departed(session, operands[0])
     if options.get("t", "pv") != "pv":
         raise Failure(f"Domain {domid} has no {options['t']} console: paravirtual domains have pv consoles only.")
     number = options.get("n", "0")
@@ -171,3 +226,14 @@ def console(session: Session, options: Options, operands: Sequence[str]) -> int:
         raise Failure(f"`{number}' is no console number.")
     attach(session.client.open_console(domid, int(number)), escape_character(options.get("e", "^]")))
     return 0
+
+
+def _living_or_departed(session: Session, word: str) -> int:
+    """Like `resolve`; a domain that went a moment ago still has a name, for whoever wants to know what it printed."""
+    try:
+        return resolve(session, word)
+    except Failure:
+        for domain in session.client.departed():
+            if domain.name == word:
+                return domain.domid
+        raise

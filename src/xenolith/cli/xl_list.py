@@ -11,7 +11,7 @@ from typing import Final
 
 import click
 
-from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, printable, resolve, shown
 from xenolith.toolstack.client import DomainInfo, HostInfo, VcpuInfo
 
 _REASON_LETTERS: Final = "-rscwS"  # by shutdown reason
@@ -55,10 +55,8 @@ def list_(session: Session, options: Options, operands: Sequence[str]) -> int:
 
 def _row(domain: DomainInfo) -> str:
     memory_mib = (domain.memory_kib + domain.outstanding_kib) // 1024
-    return (
-        f"{domain.name:<40} {domain.domid:5} {memory_mib:5} {domain.vcpus_online:5}     {state_letters(domain)}"
-        f"  {domain.cpu_time_ns / 1e9:8.1f}"
-    )
+    columns = f"{shown(domain.name):<40} {domain.domid:5} {memory_mib:5} {domain.vcpus_online:5}"
+    return f"{columns}     {state_letters(domain)}  {domain.cpu_time_ns / 1e9:8.1f}"
 
 
 def state_letters(domain: DomainInfo) -> str:
@@ -109,7 +107,7 @@ def claims(session: Session, options: Options, operands: Sequence[str]) -> int:
 def vm_list(session: Session, options: Options, operands: Sequence[str]) -> int:
     click.echo("UUID                                  ID    name")
     for domain in session.client.domains():
-        click.echo(f"{domain.uuid}  {domain.domid}    {domain.name:<30}")
+        click.echo(f"{domain.uuid}  {domain.domid}    {shown(domain.name):<30}")
     return 0
 
 
@@ -132,7 +130,7 @@ def _vcpu_row(name: str, domid: int, vcpu: VcpuInfo, pcpus: int) -> str:
     if vcpu.online:
         place = f"{vcpu.cpu:5} {'r' if vcpu.running else '-':>3}{'b' if vcpu.blocked else '-'}- "
     hard, soft = format_cpu_set(vcpu.hard_affinity, pcpus), format_cpu_set(vcpu.soft_affinity, pcpus)
-    return f"{name:<32} {domid:5} {vcpu.vcpu:5}{place}{vcpu.cpu_time_ns / 1e9:9.1f}  {hard} / {soft}"
+    return f"{shown(name):<32} {domid:5} {vcpu.vcpu:5}{place}{vcpu.cpu_time_ns / 1e9:9.1f}  {hard} / {soft}"
 
 
 @command(
@@ -241,9 +239,9 @@ def uptime(session: Session, options: Options, operands: Sequence[str]) -> int:
         seconds = max(0, int(now - domain.start_time))
         if "s" in options:
             clock = time.strftime("%H:%M:%S", time.localtime(now))
-            click.echo(f" {clock} up {format_uptime(seconds, '')}, {domain.name} ({domid})")
+            click.echo(f" {clock} up {format_uptime(seconds, '')}, {shown(domain.name)} ({domid})")
         else:
-            click.echo(f"{domain.name:<33} {domid:4} {format_uptime(seconds, f':{seconds % 60:02}')}")
+            click.echo(f"{shown(domain.name):<33} {domid:4} {format_uptime(seconds, f':{seconds % 60:02}')}")
     return int(any(domid not in domains for domid in wanted))
 
 
@@ -258,7 +256,7 @@ def format_uptime(seconds: int, tail: str) -> str:
 
 @command("[-c]", "Print the hypervisor's log", Option("c", "Clear it after printing", long="clear"), modifies=False)
 def dmesg(session: Session, options: Options, operands: Sequence[str]) -> int:
-    click.echo(session.client.dmesg(), nl=False)
+    click.echo(printable(session.client.dmesg()), nl=False)
     if "c" in options:
         session.client.clear_dmesg()
     return 0
@@ -279,6 +277,6 @@ def domname(session: Session, options: Options, operands: Sequence[str]) -> int:
         return complain("Invalid domain id.\n")
     for domain in session.client.domains():
         if domain.domid == int(operands[0]):
-            click.echo(domain.name)
+            click.echo(shown(domain.name))
             return 0
     return complain(f"Can't get domain name of domain id '{int(operands[0])}', maybe this domain does not exist.")

@@ -9,6 +9,7 @@ The words for states are those of `Domain.state`; waiting for one uses the clien
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,6 +57,8 @@ def load_config(path: str | Path) -> DomainConfig:
     config, _ = parse_domain_config(Path(path).read_text(), str(path), HostTopology.of_this_machine())
     return config
 
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -224,7 +227,7 @@ def connect(socket: str | Path | None = None) -> Machine:
     """The daemon's machine at `socket`, by default this user's; it is started if none runs."""
     from xenolith.toolstack.daemon.remote import RemoteClient
 
-    client = RemoteClient.connect(None if socket is None else Path(socket))
+    client = RemoteClient.connect(None if socket is None else Path(socket), say=log.warning)
     resources = ExitStack()
     resources.callback(client.close)
     return Machine(client, client, resources)

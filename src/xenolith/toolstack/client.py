@@ -20,48 +20,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NewType, Protocol, TypeAlias
 from uuid import UUID
 
 from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.errors import Closed as Closed
+from xenolith.toolstack.errors import ConnectionLost as ConnectionLost
+from xenolith.toolstack.errors import DomainNotFound as DomainNotFound
+from xenolith.toolstack.errors import EngineUnavailable as EngineUnavailable
+from xenolith.toolstack.errors import InvalidRequest as InvalidRequest
+from xenolith.toolstack.errors import NotAcknowledged as NotAcknowledged
+from xenolith.toolstack.errors import NotSupported as NotSupported
+from xenolith.toolstack.errors import ToolstackError as ToolstackError
 
-
-class ToolstackError(Exception):
-    """Something that was asked for cannot be done; the text says why. `rc` is libxl's error number for it."""
-
-    rc = -3  # ERROR_FAIL
-
-
-class DomainNotFound(ToolstackError):
-    """There is no domain with this domid."""
-
-    rc = -21  # ERROR_DOMAIN_NOTFOUND
-
-    def __init__(self, domid: int) -> None:
-        super().__init__(f"Domain {domid} does not exist.")
-        self.domid = domid
-
-
-class InvalidRequest(ToolstackError):
-    """The request makes no sense for this domain, or at all."""
-
-    rc = -6  # ERROR_INVAL
-
-
-class NotAcknowledged(ToolstackError):
-    """The guest did not react to a request in time."""
-
-    rc = -9  # ERROR_TIMEDOUT
-
-
-class NotSupported(ToolstackError):
-    """This toolstack cannot do that (yet)."""
-
-    rc = -4  # ERROR_NI
-
-
-class ConnectionLost(ToolstackError):
-    """The daemon went away, or speaks another language."""
+NewDomid = NewType("NewDomid", int)
+"""The domid of a domain that was just made. If whoever asked for it has gone when it is there, it is destroyed."""
 
 
 class ShutdownRequest(StrEnum):
@@ -244,6 +217,10 @@ class Client(ABC):
         """All domains by domid, dom0 first."""
 
     @abstractmethod
+    def departed(self) -> list[DomainInfo]:
+        """Domains that went a moment ago, the last one first; what they printed can still be read."""
+
+    @abstractmethod
     def vcpus(self, domid: int) -> list[VcpuInfo]:
         """The vCPUs of a domain, by number."""
 
@@ -260,7 +237,7 @@ class Client(ABC):
         """Change the configuration with which the domain would be built again."""
 
     @abstractmethod
-    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
+    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> NewDomid:
         """Make a domain and leave it paused; its domid.
 
         Paths in the configuration must be absolute.
@@ -278,7 +255,8 @@ class Client(ABC):
     def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
         """Ask the guest to shut down; returns when it has taken note.
 
-        Raises NotAcknowledged when it does not. For a domain that has shut down already there is nothing to do.
+        Raises NotAcknowledged when it does not. A domain that has shut down already has nothing to do to power off;
+        that it reboot is an InvalidRequest.
         """
 
     @abstractmethod
@@ -340,6 +318,10 @@ class Supervision(ABC):
     @abstractmethod
     def supervise(self, domid: int) -> None:
         """Apply the configured actions when the domain ends, and to what is built in its place."""
+
+    @abstractmethod
+    def abandon(self, name: str) -> bool:
+        """Do not build again what has ended and waits for its next life; whether there was such a domain."""
 
     @abstractmethod
     def watch(self, domid: int) -> EventStream:

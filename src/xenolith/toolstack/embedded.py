@@ -12,6 +12,8 @@ import copy
 import platform
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,11 +23,12 @@ from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
-from xenolith.hypervisor.control import DomainCreateError
+from xenolith.hypervisor.control import Control, DomainCreateError, NoSuchDomain
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack.client import (
     DOM0_UUID,
     Client,
+    Closed,
     ConsoleStream,
     DomainEvent,
     DomainInfo,
@@ -35,6 +38,7 @@ from xenolith.toolstack.client import (
     EventStream,
     HostInfo,
     InvalidRequest,
+    NewDomid,
     NotAcknowledged,
     NotSupported,
     OnProgress,
@@ -51,8 +55,30 @@ from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
+DEPARTED_SECONDS: Final = 30.0  # how long the console of a domain that went can still be read
 TYPING_SECONDS: Final = 1.0  # how long input waits for a guest that does not read
 DOM0_NAME: Final = "Domain-0"
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is known of a domain beside what dom0 knows."""
+
+    config: DomainConfig
+    start_time: float
+    lock: threading.RLock = field(default_factory=threading.RLock)  # what is done to it is done by one at a time
+    waiters: set[threading.Event] = field(default_factory=set)  # set when it has ended
+    leaving: threading.Event = field(default_factory=threading.Event)  # it is being destroyed
+    last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Departed:
+    """A domain that went."""
+
+    info: DomainInfo
+    console: Console
+    time: float  # of time.monotonic
 
 
 class EmbeddedToolstack(Client):
@@ -67,20 +93,38 @@ class EmbeddedToolstack(Client):
         """`xenstore_socket` is where xenstore is to listen for tools, if it is."""
         self.dom0 = dom0
         self._acknowledge_seconds = acknowledge_seconds
-        self._control = dom0.control
         self._store = dom0.xenstore
-        self._lock = threading.RLock()  # the tables below; taken before anything of dom0's
-        self._configs: dict[int, DomainConfig] = {}
-        self._start_times: dict[int, float] = {0: time.time()}
+        self._lock = threading.RLock()  # the tables below; taken before anything of dom0's, and after a record's
+        self._records: dict[int, _Record] = {}
+        self._power_on_time = time.time()
         self._creating: set[str] = set()
+        self._departed: list[_Departed] = []
+        self._closed = False
         self._hub = EventHub()
         self._xenstore_socket = xenstore_socket
         if xenstore_socket is not None:
-            dom0.xenstore.listen(xenstore_socket)
+            try:
+                dom0.xenstore.listen(xenstore_socket)
+            except OSError as error:
+                raise ToolstackError(f"xenstore cannot listen on {xenstore_socket}: {error.strerror}") from error
         dom0.shutdown_hooks.append(self._tell_shutdown)
+
+    @property
+    def _control(self) -> Control:
+        self._check_open()
+        return self.dom0.control
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("This machine was closed; its domains are gone.")
 
     def close(self) -> None:
         """End all domains and listeners."""
+        if self._closed:
+            return
+        self._closed = True
+        for record in list(self._records.values()):
+            self._wake_waiters(record)
         self._hub.close()
         self.dom0.close()
 
@@ -112,11 +156,23 @@ class EmbeddedToolstack(Client):
 
     def domains(self) -> list[DomainInfo]:
         with self._lock:
+            living = {info.domid: info for info in self._control.list()}
             found = [self._dom0_info()]
-            for info in self._control.list():
-                if info.domid in self._configs:
-                    found.append(self._info(info))
+            for domid, record in sorted(self._records.items()):
+                if record.last_seen is not None:
+                    found.append(record.last_seen)
+                elif domid in living:
+                    found.append(self._info(living[domid], record))
             return found
+
+    def departed(self) -> list[DomainInfo]:
+        return [each.info for each in reversed(self._recently_departed())]
+
+    def _recently_departed(self) -> list[_Departed]:
+        with self._lock:
+            since = time.monotonic() - DEPARTED_SECONDS
+            self._departed = [each for each in self._departed if each.time > since]
+            return list(self._departed)
 
     def _dom0_info(self) -> DomainInfo:
         return DomainInfo(
@@ -128,11 +184,11 @@ class EmbeddedToolstack(Client):
             max_memory_kib=0,
             vcpus_online=1,
             cpu_time_ns=time.process_time_ns(),
-            start_time=self._start_times[0],
+            start_time=self._power_on_time,
         )
 
-    def _info(self, info: XenDomainInfo) -> DomainInfo:
-        config = self._configs[info.domid]
+    def _info(self, info: XenDomainInfo, record: _Record) -> DomainInfo:
+        config = record.config
         return DomainInfo(
             domid=info.domid,
             name=config.name,
@@ -147,7 +203,7 @@ class EmbeddedToolstack(Client):
             max_memory_kib=info.max_pages * 4,
             vcpus_online=info.online_vcpus,
             cpu_time_ns=info.cpu_time,
-            start_time=self._start_times[info.domid],
+            start_time=record.start_time,
         )
 
     def vcpus(self, domid: int) -> list[VcpuInfo]:
@@ -164,7 +220,8 @@ class EmbeddedToolstack(Client):
                     soft_affinity=everywhere,
                 )
             ]
-        self._guest(domid)
+        with self._of_domain(domid):
+            vcpus = self._control.vcpus(domid)
         return [
             VcpuInfo(
                 vcpu=vcpu.vcpu_id,
@@ -176,41 +233,47 @@ class EmbeddedToolstack(Client):
                 hard_affinity=everywhere,
                 soft_affinity=everywhere,
             )
-            for vcpu in self._control.vcpus(domid)
+            for vcpu in vcpus
         ]
 
     def statistics(self) -> list[DomainStatistics]:
         found = []
         for info in self.domains():
-            counters = self._control.counters(info.domid)
-            domain = self.dom0.domains.get(info.domid)
-            disks = domain.disk_statistics() if domain else BlockStatistics()
-            found.append(
-                DomainStatistics(
-                    domid=info.domid,
-                    cpu_time_ns=info.cpu_time_ns,
-                    vcpu_times_ns=tuple(vcpu.cpu_time_ns for vcpu in self.vcpus(info.domid)),
-                    traps=counters.total_traps,
-                    hypercalls=sum(counters.hypercalls.values()),
-                    disk_read_bytes=disks.read_bytes,
-                    disk_written_bytes=disks.written_bytes,
-                    disk_reads=disks.reads,
-                    disk_writes=disks.writes,
-                )
-            )
+            with contextlib.suppress(DomainNotFound):  # it may have gone by now
+                found.append(self._statistics(info))
         return found
+
+    def _statistics(self, info: DomainInfo) -> DomainStatistics:
+        vcpu_times = tuple(vcpu.cpu_time_ns for vcpu in self.vcpus(info.domid))
+        try:
+            counters = self._control.counters(info.domid)
+        except NoSuchDomain:
+            raise DomainNotFound(info.domid) from None
+        domain = self.dom0.domains.get(info.domid)
+        disks = domain.disk_statistics() if domain else BlockStatistics()
+        return DomainStatistics(
+            domid=info.domid,
+            cpu_time_ns=info.cpu_time_ns,
+            vcpu_times_ns=vcpu_times,
+            traps=counters.total_traps,
+            hypercalls=sum(counters.hypercalls.values()),
+            disk_read_bytes=disks.read_bytes,
+            disk_written_bytes=disks.written_bytes,
+            disk_reads=disks.reads,
+            disk_writes=disks.writes,
+        )
 
     def config(self, domid: int) -> DomainConfig:
         with self._lock:
             if not domid:
                 return DomainConfig(DOM0_NAME, DOM0_UUID)
             self._guest(domid)
-            return copy.deepcopy(self._configs[domid])
+            return copy.deepcopy(self._records[domid].config)
 
     def set_config(self, domid: int, config: DomainConfig) -> None:
         with self._lock:
             self._guest(domid)
-            self._configs[domid] = copy.deepcopy(config)
+            self._records[domid].config = copy.deepcopy(config)
 
     def dmesg(self) -> str:
         return self._control.log_text()
@@ -220,7 +283,7 @@ class EmbeddedToolstack(Client):
 
     # --- life ------------------------------------------------------------------------------------------
 
-    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> int:
+    def create(self, config: DomainConfig, progress: OnProgress = no_progress) -> NewDomid:
         config = copy.deepcopy(config)
         self._claim_name(config.name)
         try:
@@ -228,13 +291,16 @@ class EmbeddedToolstack(Client):
             progress(Progress("building the domain", 1, 2))
             domain = self.dom0.create(spec)
             with self._lock:
-                self._configs[domain.domid] = config
-                self._start_times[domain.domid] = time.time()
+                self._records[domain.domid] = _Record(config, time.time())
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
             progress(Progress("building the domain", 2, 2))
-            return domain.domid
+            return NewDomid(domain.domid)
         except DomainCreateError as error:
             raise ToolstackError(str(error)) from error
+        except (OSError, MemoryError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or "the host has no memory left"
+            wanted = config.memory_kib >> 10
+            raise ToolstackError(f"a domain with {wanted} MiB of memory cannot be made: {why}") from error
         finally:
             with self._lock:
                 self._creating.discard(config.name)
@@ -242,111 +308,167 @@ class EmbeddedToolstack(Client):
     def _claim_name(self, name: str) -> None:
         """Names are unique, of domains that are being made too. The caller discards the claim."""
         with self._lock:
-            taken = {DOM0_NAME, *self._creating, *(config.name for config in self._configs.values())}
+            taken = {DOM0_NAME, *self._creating, *(record.config.name for record in self._records.values())}
             if name in taken:
                 raise InvalidRequest(f'Domain with name "{name}" already exists.')
             self._creating.add(name)
 
     def pause(self, domid: int) -> None:
-        self._control.pause(self._guest(domid).domid)
+        with self._of_domain(domid):
+            self._control.pause(domid)
 
     def unpause(self, domid: int) -> None:
-        self._control.unpause(self._guest(domid).domid)
+        with self._of_domain(domid):
+            try:
+                self._control.unpause(domid)
+            except RuntimeError as error:  # Python's, for a thread that the host does not give
+                raise ToolstackError(f"domain {domid} cannot be started: {error}") from error
 
     def destroy(self, domid: int) -> None:
         with self._lock:
-            domain = self._guest(domid)
-        self.dom0.destroy(domain)
-        with self._lock:
-            if self._configs.pop(domid, None) is None:
+            domain, record = self._guest(domid), self._records[domid]
+            record.last_seen = next(info for info in self.domains() if info.domid == domid)
+            record.leaving.set()  # who is busy with it gives up
+        with record.lock:
+            if domid not in self._records:
                 return  # somebody else was quicker
-            del self._start_times[domid]
+            self.dom0.destroy(domain)
+            with self._lock:
+                del self._records[domid]
+                self._departed = [
+                    *self._recently_departed(),
+                    _Departed(record.last_seen, domain.console, time.monotonic()),
+                ]
+        self._wake_waiters(record)
         self._hub.publish(DomainEvent(EventKind.DESTROYED, domid))
 
-    def rename(self, domid: int, name: str) -> None:
+    def _wake_waiters(self, record: _Record) -> None:
         with self._lock:
-            self._guest(domid)
-            config = self._configs[domid]
-            if name != config.name:
-                self._claim_name(name)
-                self._creating.discard(name)
-                config.name = name
-        for path in (f"{domain_tree.home(domid)}/name", f"/vm/{config.uuid}/name"):
-            self._store.write(path, name)
+            for waiter in record.waiters:
+                waiter.set()
+
+    def rename(self, domid: int, name: str) -> None:
+        with self._of_domain(domid):
+            with self._lock:
+                config = self._records[domid].config
+                if name != config.name:
+                    self._claim_name(name)
+                    self._creating.discard(name)
+                    config.name = name
+            for path in (f"{domain_tree.home(domid)}/name", f"/vm/{config.uuid}/name"):
+                self._store.write(path, name)
 
     def request_shutdown(self, domid: int, request: ShutdownRequest) -> None:
-        self._ask_guest(domid, "shutdown", str(request))
+        if self._guest(domid).end is None:
+            self._ask_guest(domid, "shutdown", str(request))
+        elif request is ShutdownRequest.REBOOT:
+            raise InvalidRequest(f"Domain {domid} has shut down already and cannot be asked to reboot.")
 
     def sysrq(self, domid: int, key: str) -> None:
-        self._guest(domid)
-        self._store.write(f"{domain_tree.home(domid)}/control/sysrq", key)
+        with self._of_domain(domid):
+            self._store.write(f"{domain_tree.home(domid)}/control/sysrq", key)
 
     def _ask_guest(self, domid: int, node: str, value: str) -> None:
         """Write a control node and wait until the guest has emptied it, or has ended."""
-        domain = self._guest(domid)
         path = f"{domain_tree.home(domid)}/control/{node}"
-        noted = threading.Event()
-        self._store.write(path, value)
+        done = threading.Event()
 
         def look(_: str) -> None:
             if not self._store.get(path):
-                noted.set()
+                done.set()
 
+        with self._of_domain(domid) as domain:
+            record = self._records[domid]
+            with self._lock:
+                record.waiters.add(done)
+            self._store.write(path, value)
         watch = self._store.watch(path, look)
         try:
-            if not noted.wait(self._acknowledge_seconds) and domain.end is None:
-                self._store.write(path, "")
+            if domain.end is None and not done.wait(self._acknowledge_seconds) and domain.end is None:
+                with self._of_domain(domid):
+                    self._store.write(path, "")
                 raise NotAcknowledged(f"Domain {domid} did not acknowledge control/{node} = {value}.")
         finally:
             watch.cancel()
+            with self._lock:
+                record.waiters.discard(done)
 
     def soft_reset(self, domid: int) -> None:
         self._guest(domid)
         raise NotSupported("Soft reset is not supported.")
 
     def trigger(self, domid: int, trigger: Trigger, vcpu: int = 0) -> None:
-        self._guest(domid)
-        if trigger is not Trigger.NMI:
-            raise InvalidRequest(f"Trigger {trigger} is for HVM domains; a PV domain can be sent nmi.")
-        try:
-            self._control.send_nmi(domid, vcpu)
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+        with self._of_domain(domid):
+            if trigger is not Trigger.NMI:
+                raise InvalidRequest(f"Trigger {trigger} is for HVM domains; a PV domain can be sent nmi.")
+            try:
+                self._control.send_nmi(domid, vcpu)
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from error
 
     def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
-        domain = self._guest(domid)
         if not path.is_absolute():
             raise InvalidRequest(f"The path of a core must be absolute: {path}.")
-        self._control.pause(domid)
-        try:
-            dump_domain(self._control, domid, domain.spec.name, path, progress)
-        finally:
-            self._control.unpause(domid)
+        with self._of_domain(domid) as domain:
+            leaving = self._records[domid].leaving
+
+            def report(done: Progress) -> None:
+                if leaving.is_set():
+                    raise ToolstackError(f"Domain {domid} is being destroyed.")
+                progress(done)
+
+            self._control.pause(domid)
+            try:
+                dump_domain(self._control, domid, domain.spec.name, path, report)
+            finally:
+                self._control.unpause(domid)
 
     # --- consoles and events -------------------------------------------------------------------------------
 
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
-        domain = self._guest(domid)
+        departed = {each.info.domid: each.console for each in self._recently_departed()}
+        console = departed[domid] if domid in departed else self._guest(domid).console
         if number:
             raise InvalidRequest(f"Domain {domid} has no console {number}.")
-        return _Attachment(domain.console)
+        return _Attachment(console)
 
     def subscribe(self) -> EventStream:
+        self._check_open()
         return self._hub.subscribe()
 
     def _tell_shutdown(self, domain: GuestDomain) -> None:
         """On dom0's event thread."""
         assert domain.end is not None
+        with self._lock:
+            record = self._records.get(domain.domid)
+        if record is not None:
+            self._wake_waiters(record)
         self._hub.publish(DomainEvent(EventKind.SHUTDOWN, domain.domid, reason=domain.end.shutdown_reason))
 
     def _guest(self, domid: int) -> GuestDomain:
         """A guest by domid. Raises DomainNotFound, and InvalidRequest for dom0."""
         if not domid:
             raise InvalidRequest("Domain-0 is this toolstack's own domain; that cannot be done to it.")
+        self._check_open()
         domain = self.dom0.domains.get(domid)
-        if domain is None or domid not in self._configs:
+        if domain is None or domid not in self._records:
             raise DomainNotFound(domid)
         return domain
+
+    @contextlib.contextmanager
+    def _of_domain(self, domid: int) -> Iterator[GuestDomain]:
+        """Do something to a guest, alone; raises as `_guest` does, also when the domain goes at that moment."""
+        self._guest(domid)
+        with self._lock:
+            record = self._records.get(domid)
+        if record is None:
+            raise DomainNotFound(domid)
+        with record.lock:
+            domain = self._guest(domid)
+            try:
+                yield domain
+            except NoSuchDomain:
+                raise DomainNotFound(domid) from None
 
 
 class _Attachment:

@@ -58,6 +58,20 @@ class Supervisor(Supervision):
             raise ToolstackError(f"Domain {domid} is not supervised.")
         return watch
 
+    def abandon(self, name: str) -> bool:
+        alive = {domain.domid for domain in self._client.domains()}
+        with self._lock:
+            found = [
+                life
+                for life in self._lives.values()
+                if life.config.name == name and (life.state is State.WAITING or life.domid not in alive)
+            ]
+            for life in found:
+                life.destroyed()
+        for life in found:
+            self._release(life, f"Domain {name} is not built again.")
+        return bool(found)
+
     def close(self) -> None:
         """Stop following; returns when no thread of the supervisor is left."""
         self._closing.set()
@@ -137,7 +151,7 @@ class Supervisor(Supervision):
                 self._say(domid, "Done. Rebooting now")
                 return not self.pause_between_lives(RESTART_PAUSE_S)
             elif step is Step.REBUILD:
-                self._rebuild(life)
+                return self._rebuild(life)
         except ToolstackError as error:
             self._say(domid, f"{step} failed: {error}")
             life.destroyed()
@@ -155,15 +169,25 @@ class Supervisor(Supervision):
         except (ToolstackError, OSError) as error:
             self._say(life.domid, f"core dump failed: {error}")
 
-    def _rebuild(self, life: Lifecycle) -> None:
+    def _rebuild(self, life: Lifecycle) -> bool:
+        """The next life, unless the domain was abandoned."""
         before = life.domid
+        with self._lock:
+            if life.state is not State.WAITING:
+                return False
         domid = self._client.create(life.config)
         with self._lock:
-            self._lives.pop(before, None)
-            life.rebuilt(domid)
-            self._lives[domid] = life
+            wanted = life.state is State.WAITING
+            if wanted:
+                self._lives.pop(before, None)
+                life.rebuilt(domid)
+                self._lives[domid] = life
+        if not wanted:
+            self._client.destroy(domid)
+            return False
         self._hub.publish(DomainEvent(EventKind.REBUILT, before, successor=domid))
         self._client.unpause(domid)
+        return True
 
     def _release(self, life: Lifecycle, message: str) -> None:
         with self._lock:

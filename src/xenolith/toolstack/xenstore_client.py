@@ -12,6 +12,7 @@ from typing import Final, Self
 from weakref import WeakSet
 
 from xenolith.abi.xs_wire import HEADER, PAYLOAD_MAX, Op
+from xenolith.dom0 import unix_socket
 from xenolith.toolstack.client import ConnectionLost, ToolstackError
 
 _SECONDS: Final = 30.0
@@ -35,14 +36,11 @@ class _Connection:
     def __init__(self, path: Path) -> None:
         """Raises ConnectionLost."""
         self.path: Final = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._received = bytearray()  # of a message that has not come to its end
         self._lock = threading.Lock()
-        self._socket.settimeout(_SECONDS)
         try:
-            self._socket.connect(str(path))
+            self._socket = unix_socket.connect(path, _SECONDS)
         except OSError as error:
-            self._socket.close()
             raise ConnectionLost(f"cannot connect to xenstore at {path}: {error.strerror or error}") from error
 
     def ask(self, operation: Op, transaction: int, payload: bytes, about: str) -> bytes:

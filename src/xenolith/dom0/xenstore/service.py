@@ -9,7 +9,6 @@ their own; a slow one delays other callbacks and no domain.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import selectors
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from xenolith.dom0.unix_socket import ListeningSocket
 from xenolith.dom0.xenstore.caller import Caller
 from xenolith.dom0.xenstore.connection import Connection
 from xenolith.dom0.xenstore.errors import XsError
@@ -56,8 +56,7 @@ class XenstoreService(HostStore):
         self._selector: Final = selectors.DefaultSelector()
         self._bell: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        self._listener: socket.socket | None = None
-        self._socket_path: Path | None = None
+        self._listener: ListeningSocket | None = None
         self._stopping = False
         self._serving_thread = 0
         self._threads: list[threading.Thread] = []
@@ -95,9 +94,8 @@ class XenstoreService(HostStore):
                 key.data.stream.close()
         self._selector.close()
         os.close(self._bell)
-        if self._listener is not None and self._socket_path is not None:
+        if self._listener is not None:
             self._listener.close()
-            self._socket_path.unlink(missing_ok=True)
 
     def listen(self, path: Path) -> None:
         """Serve tools on a UNIX socket at ``path`` (mode 0600; only our own user and root are let in).
@@ -105,20 +103,12 @@ class XenstoreService(HostStore):
         A socket that nobody serves any more is replaced; FileExistsError if somebody does, or if it is another file.
         """
         if self._listener is not None:
-            raise RuntimeError(f"xenstore already listens on {self._socket_path}")
-        _clear(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        os.fchmod(listener.fileno(), 0o600)  # on Linux the file that bind() makes takes its mode from here
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            listener.close()
-            raise OSError(error.errno, f"xenstore cannot listen on {path}: {error}") from None
-        listener.listen(64)
-        listener.setblocking(False)
+            raise RuntimeError(f"xenstore already listens on {self._listener.path}")
+        listener = ListeningSocket(path, backlog=64, serving="xenstore")
+        listener.socket.setblocking(False)
         with self._lock:
-            self._listener, self._socket_path = listener, path
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._listener = listener
+            self._selector.register(listener.socket, selectors.EVENT_READ)
 
     # --- domains
 
@@ -191,8 +181,8 @@ class XenstoreService(HostStore):
                 if key.fileobj == self._bell:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._bell)
-                elif key.fileobj is self._listener:
-                    self._accept(self._listener)
+                elif self._listener is not None and key.fileobj is self._listener.socket:
+                    self._accept(self._listener.socket)
                 else:
                     self._socket_ready(key.data, mask)
             for _ in range(len(self._ready)):
@@ -267,19 +257,3 @@ class XenstoreService(HostStore):
         if connection.interest != wanted:
             connection.interest = wanted
             self._selector.modify(connection.stream, wanted, connection)
-
-
-def _clear(path: Path) -> None:
-    """Remove the socket of a daemon that died."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise FileExistsError(
-            f"{path} is in the way of the xenstore socket and is no socket; remove it or name another"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        answer = probe.connect_ex(str(path))
-    if answer != errno.ECONNREFUSED:
-        raise FileExistsError(f"another daemon serves xenstore on {path}; stop it or name another socket")
-    path.unlink(missing_ok=True)

@@ -30,6 +30,8 @@ from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
+from xenolith.toolstack.errors import ToolstackError
+
 Value: TypeAlias = "str | list[Value]"
 
 # LEXICAL_ERROR and LEXICAL_ERROR_AT_EOL are never fed to the parser: the driver reports and drops them.
@@ -69,7 +71,7 @@ _ESCAPES |= {character: character for character in "\"'\\"}
 LONG_MIN, LONG_MAX = -(2**63), 2**63 - 1
 
 
-class ConfigError(Exception):
+class ConfigError(ToolstackError):
     """A configuration that cannot be used; `diagnostics` are the lines to print, `status` is xl's exit status."""
 
     def __init__(self, diagnostics: list[str], status: int = 1) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NewType, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
@@ -63,6 +63,8 @@ def decode(expected: type[T], value: Json) -> T:
 
 
 def _decode(expected: Any, value: Json, where: str) -> Any:
+    if isinstance(expected, NewType):
+        expected = expected.__supertype__
     origin = get_origin(expected)
     if origin in (Union, types.UnionType):
         return _decode_optional(expected, value, where)

@@ -9,7 +9,7 @@ import dataclasses
 import types
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final, Union, get_args, get_origin
+from typing import Any, Final, NewType, Union, get_args, get_origin
 from uuid import UUID
 
 from xenolith.toolstack.client import ConsoleStream, EventStream
@@ -50,6 +50,8 @@ def _argument(verb: Verb, name: str) -> str:
 
 def _in_words(kind: Any) -> str:
     """A type as people who write a client in another language know it."""
+    if isinstance(kind, NewType):
+        return _in_words(kind.__supertype__)
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(_in_words(alternative) for alternative in get_args(kind))

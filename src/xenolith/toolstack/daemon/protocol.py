@@ -28,6 +28,7 @@ from xenolith.toolstack.client import (
     ConnectionLost,
     DomainEvent,
     DomainNotFound,
+    EngineUnavailable,
     InvalidRequest,
     NotAcknowledged,
     NotSupported,
@@ -130,7 +131,8 @@ METHODS: Final = verbs_of(Client) | verbs_of(Supervision)
 """The requests by name."""
 
 _ERRORS: Final = {
-    kind.__name__: kind for kind in (ToolstackError, InvalidRequest, NotAcknowledged, NotSupported, ConnectionLost)
+    kind.__name__: kind
+    for kind in (ToolstackError, InvalidRequest, NotAcknowledged, NotSupported, ConnectionLost, EngineUnavailable)
 }
 
 

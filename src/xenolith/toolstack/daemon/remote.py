@@ -11,11 +11,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
+from xenolith.dom0 import unix_socket
 from xenolith.toolstack.client import (
     Client,
+    Closed,
     ConnectionLost,
     ConsoleStream,
     DomainEvent,
@@ -62,6 +66,7 @@ class RemoteClient(Client, Supervision):
     def __init__(self, socket_path: Path) -> None:
         """`RemoteClient.at` and `RemoteClient.connect` are for others to use."""
         self.socket_path = socket_path
+        self.is_new = False  # `connect` started the first daemon that ever was here
         self._lock = threading.Lock()  # the two below
         self._idle: list[Channel] = []
         self._closed = False
@@ -77,20 +82,26 @@ class RemoteClient(Client, Supervision):
         return client
 
     @classmethod
-    def connect(cls, socket_path: Path | None = None) -> Self:
-        """The daemon at `socket_path`, by default this user's; it is started if none runs."""
+    def connect(cls, socket_path: Path | None = None, say: Callable[[str], object] = lambda text: None) -> Self:
+        """The daemon at `socket_path`, by default this user's; it is started if none runs.
+
+        `say` gets what people should know, such as what a daemon that was killed has lost.
+        """
         path = (socket_path or default_socket()).absolute()
         try:
             return cls.at(path)
         except NoDaemon:
             pass
         directory = RunDirectory(path)
+        is_new = not directory.exists()
         with directory.starting():
             try:
                 return cls.at(path)  # somebody else may have started it meanwhile
             except NoDaemon:
-                start_daemon(directory)
-                return cls.at(path)
+                start_daemon(directory, say)
+            client = cls.at(path)
+            client.is_new = is_new
+            return client
 
     def close(self) -> None:
         with self._lock:
@@ -100,16 +111,14 @@ class RemoteClient(Client, Supervision):
     def _open(self) -> Channel:
         """A new connection, after the greeting."""
         if self._closed:
-            raise ConnectionLost(f"the connection to {self.socket_path} was closed")
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(_CONNECT_TIMEOUT_S)
+            raise Closed(f"the connection to {self.socket_path} was closed")
         try:
-            connection.connect(str(self.socket_path))
+            connection = unix_socket.connect(self.socket_path, _CONNECT_TIMEOUT_S)
         except (FileNotFoundError, ConnectionRefusedError):
-            connection.close()
             raise NoDaemon(f"no daemon listens at {self.socket_path}") from None
+        except unix_socket.InTheWay as error:
+            raise ToolstackError(str(error)) from error
         except OSError as error:
-            connection.close()
             raise ConnectionLost(f"cannot connect to {self.socket_path}: {error.strerror or error}") from error
         channel = Channel(connection)
         try:
@@ -299,13 +308,17 @@ _STREAMS: Final = {ConsoleStream: RemoteConsole, EventStream: RemoteEvents}
 """What a verb that returns one of these has at this end."""
 
 
-def start_daemon(directory: RunDirectory) -> None:
-    """Start a daemon that outlives this program; returns when it listens. Raises ToolstackError."""
+def start_daemon(directory: RunDirectory, say: Callable[[str], object]) -> None:
+    """Start a daemon that outlives this program; returns when it listens. Raises ToolstackError.
+
+    Whoever is interrupted meanwhile leaves none.
+    """
     woken, wake = os.pipe()
     command = [sys.executable, "-m", "xenolith.cli.daemon", "--socket", str(directory.socket_path)]
     command += ["--ready-fd", str(wake)]
     try:
         with open(directory.log_path, "ab") as log:
+            known = log.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -315,20 +328,31 @@ def start_daemon(directory: RunDirectory) -> None:
                 start_new_session=True,
                 cwd="/",
             )
+    except OSError as error:
+        os.close(woken)
+        raise ToolstackError(f"no daemon can be started: {error}") from error
     finally:
         os.close(wake)
-    with open(woken, "rb") as pipe:
-        words = pipe.read().decode(errors="replace")
-    _explain_start(process, words, directory)
-
-
-def _explain_start(process: subprocess.Popen[bytes], words: str, directory: RunDirectory) -> None:
-    """What the daemon said through its pipe: "ready", after anything else that people should know."""
-    *messages, last = words.splitlines() or [""]
-    for message in messages:
-        print(f"xenolith: {message}", file=sys.stderr)
-    if last != "ready":
-        process.wait(_START_TIMEOUT_S)
-        reason = last or f"it ended with status {process.returncode}"
-        raise ToolstackError(f"the daemon did not start: {reason} (its log: {directory.log_path})")
+    try:
+        with open(woken, "rb") as pipe:
+            *messages, last = pipe.read().decode(errors="replace").splitlines() or [""]
+        for message in messages:
+            say(message)
+        if last != "ready":
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_START_TIMEOUT_S)
+            reason = last or f"it ended with status {process.returncode}, {_last_words(directory.log_path, known)}"
+            raise ToolstackError(f"the daemon did not start: {reason} (its log: {directory.log_path})")
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     process.returncode = 0  # it lives on; nobody here shall wait for it
+
+
+def _last_words(log: Path, known: int) -> str:
+    """The last line that came to a log after its first `known` bytes."""
+    with open(log, "rb") as file:
+        file.seek(known)
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((f"its last words: {line.strip()}" for line in reversed(lines) if line.strip()), "without a word")

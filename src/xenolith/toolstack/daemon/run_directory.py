@@ -10,7 +10,8 @@ One directory per daemon, for its user only:
     dump/            core files of domains that crashed
 
 A daemon ended by SIGKILL or a power cut had no time to clean up: the next one finds a lock that nobody holds and a
-state.json with domains in it, says which they were, and removes what is left.
+state.json with domains in it, says which they were, and removes what is left. A directory by that name which is not
+empty and has no lock was made by somebody else for another purpose; nothing is put into it.
 """
 
 from __future__ import annotations
@@ -28,15 +29,25 @@ from typing import Final
 from xenolith.toolstack.client import ToolstackError
 
 SOCKET_VARIABLE: Final = "XENOLITH_SOCKET"
+_ELSEWHERE: Final = f"choose another socket with --socket or {SOCKET_VARIABLE}"
 
 
 def default_socket() -> Path:
-    """XENOLITH_SOCKET, or control.sock in this user's runtime directory."""
+    """XENOLITH_SOCKET, or control.sock in this user's runtime directory.
+
+    Root has one place whoever asks, since services have no XDG_RUNTIME_DIR and login shells do; other users have the
+    directory that their sessions share, if there is one.
+    """
     if chosen := os.environ.get(SOCKET_VARIABLE):
         return Path(chosen).absolute()
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime) / "xenolith" if runtime else Path(tempfile.gettempdir()) / f"xenolith-{os.getuid()}"
-    return base / "control.sock"
+    user = os.getuid()
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    if given and user:
+        return Path(given) / "xenolith" / "control.sock"
+    usual = Path(f"/run/user/{user}" if user else "/run")
+    if os.access(usual, os.W_OK | os.X_OK):
+        return usual / "xenolith" / "control.sock"
+    return Path(tempfile.gettempdir()) / f"xenolith-{user}" / "control.sock"
 
 
 class AlreadyRunning(ToolstackError):
@@ -45,6 +56,10 @@ class AlreadyRunning(ToolstackError):
 
 class UnsafeDirectory(ToolstackError):
     """The directory belongs to somebody else, who could put another socket in our place."""
+
+
+class UnusableDirectory(ToolstackError):
+    """The directory cannot be made or written to, or holds something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +108,32 @@ class RunDirectory:
     def _state_path(self) -> Path:
         return self.path / "state.json"
 
+    def exists(self) -> bool:
+        """Whether a daemon has been here before."""
+        return (self.path / "lock").exists()
+
     def prepare(self) -> None:
-        """Make the directories, for this user only. Raises UnsafeDirectory."""
-        self.socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
+        """Make the directories, for this user only. Raises UnsafeDirectory and UnusableDirectory."""
         for directory in (self.socket_path.parent, self.path):
-            status = directory.lstat()
+            try:
+                directory.mkdir(mode=0o700, exist_ok=True)
+                status = directory.lstat()
+                names = os.listdir(self.path) if directory == self.path else []
+            except OSError as error:
+                reason = error.strerror
+                raise UnusableDirectory(f"the directory {directory} cannot be used: {reason}; {_ELSEWHERE}") from error
             ours = status.st_uid in (os.getuid(), 0)
             sticky_or_closed = bool(status.st_mode & 0o1000) or not status.st_mode & 0o022
             if not ours or not sticky_or_closed:
-                raise UnsafeDirectory(
-                    f"{directory} can be changed by others: choose another socket with --socket or {SOCKET_VARIABLE}"
-                )
+                raise UnsafeDirectory(f"{directory} can be changed by others: {_ELSEWHERE}")
+            if names and not {"lock", "starting"} & set(names):
+                raise UnusableDirectory(f"{self.path} holds something else than a daemon's files: {_ELSEWHERE}")
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Held by a program that is about to start the daemon, so that only one does. Raises UnsafeDirectory."""
+        """Held by a program that is about to start the daemon, so that only one does. Raises as `prepare` does."""
         self.prepare()
-        lock = os.open(self.path / "starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = self._open("starting")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -120,7 +143,7 @@ class RunDirectory:
     def acquire(self) -> Leftovers | None:
         """Become the daemon of this directory; what a killed one left, cleaned away. Raises AlreadyRunning."""
         self.prepare()
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = self._open("lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,9 +151,14 @@ class RunDirectory:
             raise AlreadyRunning(f"a daemon serves {self.socket_path} already") from None
         self._lock = lock
         leftovers = self._leftovers()
-        self.socket_path.unlink(missing_ok=True)
         self.write_state([])
         return leftovers
+
+    def _open(self, name: str) -> int:
+        try:
+            return os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise UnusableDirectory(f"{self.path / name} cannot be written: {error.strerror}; {_ELSEWHERE}") from error
 
     def _leftovers(self) -> Leftovers | None:
         try:
@@ -146,13 +174,15 @@ class RunDirectory:
         """Note which domains exist. A reader sees the old state or the new one, nothing between."""
         state = {"pid": os.getpid(), "domains": [{"domid": lost.domid, "name": lost.name} for lost in domains]}
         fresh = self._state_path.with_suffix(".new")
-        fresh.write_text(json.dumps(state))
-        fresh.replace(self._state_path)
+        try:
+            fresh.write_text(json.dumps(state))
+            fresh.replace(self._state_path)
+        except OSError as error:
+            raise UnusableDirectory(f"{fresh} cannot be written: {error.strerror}") from error
 
     def release(self) -> None:
-        """Clean up after an orderly end."""
-        self.socket_path.unlink(missing_ok=True)
-        self._state_path.unlink(missing_ok=True)
+        """Clean up after an orderly end; whoever is not this directory's daemon changes nothing."""
         if self._lock is not None:
+            self._state_path.unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None

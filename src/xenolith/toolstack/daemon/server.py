@@ -22,15 +22,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
+from xenolith.dom0.unix_socket import ListeningSocket
 from xenolith.toolstack.client import (
     Client,
     ConnectionLost,
     ConsoleStream,
     EventKind,
     EventStream,
+    NewDomid,
     OnProgress,
     Progress,
     ShutdownRequest,
@@ -103,25 +104,18 @@ class Daemon:
         self._woken, self.wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._events = client.subscribe()
         self._scribe = threading.Thread(target=self._keep_state, name="state", daemon=True)
-        self._listener = self._listen(directory.socket_path)
-        self._scribe.start()
-
-    def _listen(self, path: Path) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        before = os.umask(0o177)  # nobody else may connect, not even for the moment before a chmod
         try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(MAX_CONNECTIONS)
-        return listener
+            self._listener = ListeningSocket(directory.socket_path, MAX_CONNECTIONS, serving="domains")
+        except OSError as error:
+            raise ToolstackError(f"cannot listen on {directory.socket_path}: {error.strerror}") from error
+        self._scribe.start()
 
     # --- serving -----------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Accept connections until `stop`."""
         note("serving", socket=self._directory.socket_path, pid=os.getpid())
-        listening = self._listener.fileno()
+        listening = self._listener.socket.fileno()
         while not self._stopping.is_set():
             ready, _, _ = select.select([listening, self._woken], [], [])
             if listening in ready and not self._stopping.is_set():
@@ -134,7 +128,11 @@ class Daemon:
             os.write(self.wake, b"x")
 
     def _accept(self) -> None:
-        peer_socket, _ = self._listener.accept()
+        try:
+            peer_socket, _ = self._listener.socket.accept()
+        except OSError as error:  # it has gone again, or there are too many open files
+            note("a connection was not accepted", logging.WARNING, error=str(error))
+            return
         pid, uid, _ = PEER_CREDENTIALS.unpack(
             peer_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
         )
@@ -173,7 +171,7 @@ class Daemon:
             with self._state_lock:
                 domains = [LostDomain(domain.domid, domain.name) for domain in self.client.domains() if domain.domid]
                 self._directory.write_state(domains)
-        except OSError as error:
+        except ToolstackError as error:
             note("the state file cannot be written", logging.ERROR, error=str(error))
 
     # --- ending ------------------------------------------------------------------------------------------------
@@ -195,8 +193,8 @@ class Daemon:
 
 def shut_guests_down(client: Client, seconds: float = GUEST_SHUTDOWN_S) -> None:
     """Ask all guests to power off, wait for them, and destroy those that have not done so in time."""
-    domids = {domain.domid for domain in client.domains() if domain.domid and not domain.shutdown}
     events = client.subscribe()
+    domids = {domain.domid for domain in client.domains() if domain.domid and not domain.shutdown}
     deadline = time.monotonic() + seconds
     askers = [threading.Thread(target=_ask_to_power_off, args=(client, domid), daemon=True) for domid in domids]
     for asker in askers:
@@ -305,7 +303,7 @@ class _Connection:
             elif verb.result is EventStream:
                 self._follow(value)
             else:
-                self._channel.send(Result(encode(value)))
+                self._deliver(verb, value)
         except ConnectionLost:
             raise
         except ToolstackError as error:
@@ -315,6 +313,17 @@ class _Connection:
             log.exception("request failed", extra={"fields": {"pid": self._pid, "method": request.method}})
             text = f"{request.method} failed inside the daemon, which is a bug: {error!r}; its log says more"
             self._channel.send(Error(ToolstackError.__name__, text, ToolstackError.rc))
+
+    def _deliver(self, verb: Verb, value: Any) -> None:
+        """Tell the peer the result; a new domain that nobody hears of is no use."""
+        try:
+            self._channel.send(Result(encode(value)))
+        except ConnectionLost:
+            if verb.result is NewDomid:
+                note("destroying a domain whose maker has gone", domid=value)
+                with suppress(ToolstackError):
+                    self._client.destroy(value)
+            raise
 
     def _call(self, verb: Verb, arguments: dict[str, Any]) -> Any:
         target = self._supervision if verb.interface is Supervision else self._client
