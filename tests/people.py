@@ -26,7 +26,7 @@ class Person:
         self.socket = directory / "run" / "control.sock"
         self.environment = os.environ | {"XENOLITH_SOCKET": str(self.socket)}
 
-    def configuration(self, name: str, guest: str, **settings: str | int) -> str:
+    def configuration(self, name: str, guest: str, **settings: str | int | list[str]) -> str:
         lines = [f'name="{name}"', f'kernel="{GUESTS / guest}"', "memory=32"]
         lines += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         (self.directory / f"{name}.cfg").write_text("\n".join(lines) + "\n")

@@ -15,6 +15,7 @@ import uuid as uuids
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final, Self
 
 from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
@@ -25,9 +26,10 @@ from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
 from xenolith.dom0.disks import DiskError, DiskSource
 from xenolith.dom0.disks.open import open_disk
+from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
-from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, Xenbus
+from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
 from xenolith.hypervisor.hypervisor import Hypervisor
@@ -225,14 +227,39 @@ class Dom0:
         """Put another medium into a drive, or none. Raises KeyError and DiskError."""
         device = domain.disks[number]
         disk = open_disk(source)
-        device.call(lambda: device.backend.insert(disk))
-        device.refresh()
+        try:
+            device.call(lambda: device.backend.insert(disk, source))
+            device.refresh()
+        except DeviceGone as error:
+            disk.close()
+            raise DiskError(str(error)) from error
+
+    def snapshot_disk(self, domain: GuestDomain, number: int, path: Path) -> None:
+        """Keep what an overlay holds now, see `overlay.OverlayDisk.snapshot`.
+
+        Raises KeyError, DiskError, and OSError where the flush failed.
+        """
+        device = domain.disks[number]
+
+        def snapshot() -> None:
+            disk = device.backend.disk
+            if not isinstance(disk, OverlayDisk):
+                raise DiskError(f"{device.backend.spec.name} is no overlay, of which alone there can be snapshots")
+            disk.snapshot(path)
+
+        try:
+            device.ask(snapshot)
+        except DeviceGone as error:
+            raise DiskError(str(error)) from error
 
     def measure_disk(self, domain: GuestDomain, number: int) -> None:
-        """A disk's storage has become larger: the guest sees it soon. Raises KeyError."""
+        """A disk's storage has become larger: the guest sees it soon. Raises KeyError and DiskError."""
         device = domain.disks[number]
-        device.call(lambda: device.backend.disk.measure())
-        device.refresh()
+        try:
+            device.call(lambda: device.backend.disk.measure())
+            device.refresh()
+        except DeviceGone as error:
+            raise DiskError(str(error)) from error
 
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""

@@ -26,6 +26,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import ClassVar, Final, Generic, TypeVar
 
 from xenolith.abi.xenbus import XenbusState
@@ -39,6 +40,10 @@ _NUMBER: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 class FrontendError(Exception):
     """The front-end does not keep to the protocol; the text says what it did."""
+
+
+class DeviceGone(Exception):
+    """The device has ended, and nothing can be asked of it."""
 
 
 class FrontendNodes:
@@ -122,6 +127,7 @@ class Device(Generic[Kind]):
         self._busy = False  # there is more to serve, of which no event will tell
         self._unplugging = False
         self._stopping = False
+        self._over = False  # nothing is called any more
         self._watch = self._store.watch(f"{self.frontend}/state", self._frontend_changed)
         self._thread: Final = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
@@ -137,9 +143,26 @@ class Device(Generic[Kind]):
         self._bell.ring()
 
     def call(self, work: Callable[[], None]) -> None:
-        """Have something done on the device's thread."""
-        self._calls.append(work)
+        """Have something done on the device's thread. Raises DeviceGone."""
+        with self._changed:
+            if self._over:
+                raise DeviceGone(f"{self.name} is no more: its domain has shut down, or it was unplugged")
+            self._calls.append(work)
         self._bell.ring()
+
+    def ask(self, work: Callable[[], None]) -> None:
+        """Have something done on the device's thread and wait for it; raises what that raises."""
+        done: Future[None] = Future()
+
+        def carry_out() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        self.call(carry_out)
+        done.result()
 
     def refresh(self) -> None:
         """Tell a connected front-end anew what the device is, because it changed (its size, its medium)."""
@@ -175,6 +198,8 @@ class Device(Generic[Kind]):
             self._guarded(self._work)
         self._watch.cancel()
         self._guarded(self._disconnect)
+        with self._changed:
+            self._over = True
         self._guarded(self._carry_out_calls)
         self._guarded(self.backend.close)
         self._bell.close()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NewType, Protocol, TypeAlias
 from uuid import UUID
 
+from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.errors import Closed as Closed
 from xenolith.toolstack.errors import ConnectionLost as ConnectionLost
@@ -146,6 +147,31 @@ class DomainStatistics:
     disk_written_bytes: int = 0
     disk_reads: int = 0
     disk_writes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskInfo:
+    """A virtual block device of a domain's, as `xl block-list` shows it, and what it did since it was plugged in."""
+
+    number: int  # as the guest knows it, see xen-vbd-interface(7)
+    vdev: str
+    backend_domid: int = 0
+    state: int  # the front-end's, of xenbus
+    event_channel: int  # -1: not connected, as ring_ref
+    ring_ref: int
+    backend_path: str
+    target: str  # empty: a drive without a medium
+    format: str
+    writable: bool
+    removable: bool
+    size_bytes: int
+    read_bytes: int = 0
+    written_bytes: int = 0
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    discards: int = 0
+    errors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +311,33 @@ class Client(ABC):
     @abstractmethod
     def dump_core(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
         """Write an ELF core of the domain to a file, whose path must be absolute."""
+
+    @abstractmethod
+    def disks(self, domid: int) -> list[DiskInfo]:
+        """The virtual block devices of a domain, by number."""
+
+    @abstractmethod
+    def attach_disk(self, domid: int, disk: Disk) -> None:
+        """Give a domain another disk.
+
+        Its path must be absolute.
+        """
+
+    @abstractmethod
+    def detach_disk(self, domid: int, vdev: str, force: bool = False) -> None:
+        """Take a disk from a domain, by its name or number; by force also where the guest does not let go of it."""
+
+    @abstractmethod
+    def change_medium(self, domid: int, vdev: str, target: str) -> None:
+        """Put a medium into a drive, an image by its absolute path; an empty one takes out what is there."""
+
+    @abstractmethod
+    def measure_disk(self, domid: int, vdev: str) -> None:
+        """Look again how large a disk's storage is, and tell the guest."""
+
+    @abstractmethod
+    def snapshot_disk(self, domid: int, vdev: str, path: Path) -> None:
+        """Keep what a disk of the format overlay holds now in a file, which can be the backing of other overlays."""
 
     @abstractmethod
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:

@@ -25,11 +25,13 @@ from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import Control, DomainCreateError, NoSuchDomain
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
+from xenolith.toolstack import devices
 from xenolith.toolstack.client import (
     DOM0_UUID,
     Client,
     Closed,
     ConsoleStream,
+    DiskInfo,
     DomainEvent,
     DomainInfo,
     DomainNotFound,
@@ -49,8 +51,8 @@ from xenolith.toolstack.client import (
     VcpuInfo,
     no_progress,
 )
+from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
-from xenolith.toolstack.devices import virtual_block_device
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
 
@@ -423,6 +425,34 @@ class EmbeddedToolstack(Client):
             finally:
                 self._control.unpause(domid)
 
+    # --- disks -------------------------------------------------------------------------------------------
+
+    def disks(self, domid: int) -> list[DiskInfo]:
+        if not domid:
+            return []
+        with self._of_domain(domid) as domain:
+            return devices.disk_infos(self.dom0, domain)
+
+    def attach_disk(self, domid: int, disk: Disk) -> None:
+        with self._of_domain(domid) as domain:
+            devices.attach_disk(self.dom0, domain, self._records[domid].config, copy.deepcopy(disk))
+
+    def detach_disk(self, domid: int, vdev: str, force: bool = False) -> None:
+        with self._of_domain(domid) as domain:
+            devices.detach_disk(self.dom0, domain, self._records[domid].config, vdev, force)
+
+    def change_medium(self, domid: int, vdev: str, target: str) -> None:
+        with self._of_domain(domid) as domain:
+            devices.change_medium(self.dom0, domain, self._records[domid].config, vdev, target)
+
+    def measure_disk(self, domid: int, vdev: str) -> None:
+        with self._of_domain(domid) as domain:
+            devices.measure_disk(self.dom0, domain, vdev)
+
+    def snapshot_disk(self, domid: int, vdev: str, path: Path) -> None:
+        with self._of_domain(domid) as domain:
+            devices.snapshot_disk(self.dom0, domain, vdev, path)
+
     # --- consoles and events -------------------------------------------------------------------------------
 
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
@@ -517,6 +547,6 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         max_memory_kib=config.memory_ceiling_kib,
         vcpus=config.vcpus_online,
         max_vcpus=config.vcpus_ceiling,
-        disks=tuple(virtual_block_device(disk) for disk in config.disks),
+        disks=tuple(devices.virtual_block_device(disk) for disk in config.disks),
         uuid=config.uuid,
     )

@@ -231,6 +231,7 @@ class BlockBackend(Backend):
         self.dom0: Final = dom0
         self.domid: Final = domid
         self.spec: Final = spec
+        self.source = spec.source
         self.disk: Disk = open_disk(spec.source)
         self.statistics: Final = BlockStatistics()
         self.ring: Callable[[], None] = _nothing
@@ -284,10 +285,10 @@ class BlockBackend(Backend):
     def close(self) -> None:
         self.disk.close()
 
-    def insert(self, disk: Disk) -> None:
+    def insert(self, disk: Disk, source: DiskSource | None) -> None:
         """Go on with another disk: the drive has a new medium. On the device's thread."""
         self.disk.close()
-        self.disk = disk
+        self.disk, self.source = disk, source
 
     def note_error(self, error: OSError) -> None:
         """The storage failed. Each kind of failure has one line in the log."""

@@ -27,6 +27,10 @@ class DiskFormat(StrEnum):
     QCOW2 = "qcow2"
     VHD = "vhd"
     QED = "qed"
+    VMDK = "vmdk"  # the rest is not Xen's
+    VHDX = "vhdx"
+    OVERLAY = "overlay"
+    EXTENTS = "extents"
     EMPTY = "empty"  # a drive without a medium
 
 
