@@ -559,6 +559,30 @@ def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
         assert [item.type for item in complete.get_completions(words, "x")] == ["file"]
 
 
+WITHOUT_EFFECT = {
+    "cpus": '"0"', "cpus_soft": '"0"', "cpu_weight": "512", "cap": "50", "pool": '"other"', "channel": '["name=a,connection=pty"]',
+    "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_frames": "8", "max_maptrack_frames": "8",
+    "max_grant_version": "1", "max_event_channels": "64", "seclabel": '"a:b:c"', "passthrough": '"enabled"',
+    "driver_domain": "1", "localtime": "1", "rtc_timeoffset": "3600", "e820_host": "1", "vpmu": "1", "period": "10",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
+def test_a_key_that_does_nothing_here_is_named_and_the_domain_made(xl: Xl, key: str) -> None:
+    answer = xl("create", "-q", "a.cfg", f"{key}={WITHOUT_EFFECT[key]}")
+    assert answer.status == 0
+    warnings = [line for line in answer.err.splitlines() if "has no effect" in line]
+    of_label = "init_seclabel" if key == "seclabel" else key  # which xl takes it for
+    assert len(warnings) == 1 and warnings[0].startswith(f"WARNING: a.cfg: {of_label} has no effect: ")
+    assert len(xl.machine.guests) == 1
+    assert "has no effect" not in xl("create", "-n", "-q", "a.cfg", f"{key}={WITHOUT_EFFECT[key]}").err
+
+
+def test_keys_that_ask_for_what_every_domain_gets_are_no_surprise(xl: Xl) -> None:
+    usual = ['cpus="all"', "cpu_weight=256", "cap=0", 'pool="Pool-0"', "max_event_channels=1023", 'tsc_mode="native"']
+    assert "has no effect" not in xl("create", "-q", "a.cfg", *usual, "localtime=0", 'passthrough="disabled"').err
+
+
 def test_a_domain_that_has_shut_down_already_is_not_waited_for(xl: Xl) -> None:
     xl.machine.end(xl.add("kept"), 3)
     assert xl("shutdown", "-w", "kept") == Answer(

@@ -91,6 +91,8 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
     if dry_run:
         return 0
     session.makes_domains = True
+    for sentence in config.without_effect(session.client.host().nr_cpus):
+        complain(f"WARNING: {path}: {sentence}")
     try:
         with progress_bar() as progress:
             domid = session.client.create(absolute_paths(config, Path.cwd()), progress)

@@ -183,6 +183,8 @@ class Machine:
         """Make a domain of a configuration, or of an xl.cfg file by its path; it is paused."""
         if not isinstance(config, DomainConfig):
             config = load_config(config)
+        for sentence in config.without_effect(self.host.nr_cpus):
+            log.warning("%s: %s", config.name, sentence)
         return Domain(self, self.client.create(absolute_paths(config, Path.cwd()), progress))
 
     def domains(self) -> list[Domain]:

@@ -1,7 +1,7 @@
 """The configuration of a domain, as typed data.
 
-One `DomainConfig` says everything that the toolstack was told about a domain; `configreader` makes it from xl.cfg text,
-`configjson` prints it, programs may fill it in themselves. A field that is None was not given: what stands for it is
+One `DomainConfig` says everything that the toolstack was told about a domain; `reader` makes it from xl.cfg text,
+`as_json` prints it, programs may fill it in themselves. A field that is None was not given: what stands for it is
 decided where it is used, and properties such as `memory_kib` give the decision that a PV domain gets here.
 
 Source: xl.cfg(5) for the keys and their meaning, libxl's domain configuration (as `xl create -n` prints it) for the
@@ -21,6 +21,9 @@ from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.vif import Nic
 
 DEFAULT_MEMORY_KIB = 32 * 1024  # libxl's, when neither memory nor maxmem is given
+DEFAULT_WEIGHT = 256  # what a domain weighs with Xen's schedulers
+DEFAULT_POOL = "Pool-0"
+DEFAULT_EVENT_CHANNELS = 1023  # libxl's limit
 
 
 class DomainType(StrEnum):
@@ -193,6 +196,49 @@ class DomainConfig:
             "vmtrace_buf_kb": bool(self.vmtrace_kib),
         }
         return [name for name, given in asked.items() if given] + self.ignored_keys
+
+    def without_effect(self, pcpus: int) -> list[str]:
+        """Settings that the domain lives without: which, and what is missing here, a sentence each for people.
+
+        A value that asks for what every domain gets anyway is not among them. `pcpus` is how many pCPUs there are.
+        Whoever makes one of these work takes it out of here.
+        """
+        everywhere = frozenset(range(pcpus))
+        scheduling = self.scheduler
+        limits = "the limit is the same for all domains"
+        asked = {
+            "cpus": (_pins(self.hard_affinity, everywhere), "a vCPU runs on any pCPU"),
+            "cpus_soft": (_pins(self.soft_affinity, everywhere), "a vCPU runs on any pCPU"),
+            "cpu_weight": (scheduling.weight not in (None, DEFAULT_WEIGHT), "all domains weigh the same"),
+            "cap": (bool(scheduling.cap), "no domain's processor time is capped"),
+            "period": (scheduling.period is not None, "the scheduler has no such parameter"),
+            "slice": (scheduling.slice is not None, "the scheduler has no such parameter"),
+            "latency": (scheduling.latency is not None, "the scheduler has no such parameter"),
+            "extratime": (scheduling.extratime is not None, "the scheduler has no such parameter"),
+            "pool": (self.pool not in (None, DEFAULT_POOL), f"there is one cpupool, {DEFAULT_POOL}"),
+            "max_grant_frames": (self.max_grant_frames is not None, limits),
+            "max_maptrack_frames": (self.max_maptrack_frames is not None, limits),
+            "max_grant_version": (self.max_grant_version is not None, limits),
+            "max_event_channels": (self.max_event_channels not in (0, DEFAULT_EVENT_CHANNELS), limits),
+            "tsc_mode": (self.tsc_mode not in (TscMode.DEFAULT, TscMode.NATIVE), "guests read the processor's counter"),
+            "localtime": (bool(self.localtime), "guests get UTC"),
+            "rtc_timeoffset": (bool(self.rtc_timeoffset), "guests get UTC"),
+            "e820_host": (bool(self.e820_host), "a domain's memory is one range"),
+            "cpuid": (bool(self.cpuid.leaves), "all domains see the same processor"),
+            "msr_relaxed": (bool(self.msr_relaxed), "MSRs that are not known fault"),
+            "vpmu": (bool(self.vpmu), "guests get no performance counters"),
+            "channel": (bool(self.channels), "a domain has one console"),
+            "passthrough": (self.passthrough in ("enabled", "sync_pt", "share_pt"), "there is no IOMMU to use"),
+            "driver_domain": (bool(self.driver_domain), "back-ends are in domain 0"),
+            "seclabel": (self.seclabel is not None, "there are no security labels"),
+            "init_seclabel": (self.init_seclabel is not None, "there are no security labels"),
+            "xend_suspend_evtchn_compat": (bool(self.suspend_evtchn_compat), "no old tool looks for that port"),
+        }
+        return [f"{key} has no effect: {reason}" for key, (given, reason) in asked.items() if given]
+
+
+def _pins(affinity: list[frozenset[int]] | None, everywhere: frozenset[int]) -> bool:
+    return any(not cpus >= everywhere for cpus in affinity or ())
 
 
 def absolute_paths(config: DomainConfig, directory: Path) -> DomainConfig:
