@@ -8,14 +8,21 @@ from __future__ import annotations
 TYPE_CHECKING = False  # typing's, whose import would take longer than all of this
 if TYPE_CHECKING:
     from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
-    from xenolith.toolstack.client import ToolstackError
+    from xenolith.toolstack.client import EventKind
     from xenolith.toolstack.config.domain import Action, DomainConfig
+    from xenolith.toolstack.config.grammar import ConfigError
+    from xenolith.toolstack.errors import Closed, DomainNotFound, EngineUnavailable, ToolstackError
     from xenolith.toolstack.xenstore_client import XenstoreConflict, XenstoreError
 
 __all__ = [
     "Action",
+    "Closed",
+    "ConfigError",
     "Domain",
     "DomainConfig",
+    "DomainNotFound",
+    "EngineUnavailable",
+    "EventKind",
     "Machine",
     "State",
     "Timeout",
@@ -29,8 +36,13 @@ __all__ = [
 
 _ELSEWHERE = {
     "Action": "config.domain",
+    "Closed": "errors",
+    "ConfigError": "config.grammar",
     "DomainConfig": "config.domain",
-    "ToolstackError": "client",
+    "DomainNotFound": "errors",
+    "EngineUnavailable": "errors",
+    "EventKind": "client",
+    "ToolstackError": "errors",
     "XenstoreConflict": "xenstore_client",
     "XenstoreError": "xenstore_client",
 }

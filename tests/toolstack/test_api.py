@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import xenolith
+import xenolith.aio
 from people import GUESTS, person_in
+from xenolith.toolstack.daemon.codec import decode, encode
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -55,3 +61,100 @@ def test_waiting_ends_when_the_time_is_up_and_when_the_domain_goes() -> None:
             domain.wait(timeout=0)
         domain.destroy()
         assert domain.wait(timeout=0) is xenolith.State.GONE
+
+
+def test_every_error_is_a_toolstack_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.cfg").write_text("name = [\n")
+    (tmp_path / "nameless.cfg").write_text('kernel = "x"\n')
+    for words, what in {
+        "cannot read": lambda: xenolith.load_config(tmp_path / "missing.cfg"),
+        "config parsing error": lambda: xenolith.load_config(tmp_path / "bad.cfg"),
+        "name must be specified": lambda: xenolith.load_config(tmp_path / "nameless.cfg"),
+        "no engine 'steam'": lambda: xenolith.power_on(64, engine="steam"),
+        "needs memory": lambda: xenolith.power_on(0),
+        "cannot be used": lambda: xenolith.connect("/proc/nowhere/x.sock"),
+        "cannot connect": lambda: xenolith.connect("nul\0byte"),
+        "no socket": lambda: xenolith.connect(tmp_path / "bad.cfg"),
+    }.items():
+        with pytest.raises(xenolith.ToolstackError, match=words):
+            what()
+
+
+def test_memory_may_be_given_in_mebibytes() -> None:
+    config = xenolith.DomainConfig("a", memory_mib=64)
+    assert config.memory_kib == 64 << 10
+    assert replace(config, name="b").memory_kib == 64 << 10
+    assert decode(xenolith.DomainConfig, encode(config)) == config
+
+
+@pytest.fixture
+def machine() -> Iterator[xenolith.Machine]:
+    with xenolith.power_on(64, engine="unicorn") as machine:
+        yield machine
+
+
+def hello(name: str = "hello") -> xenolith.DomainConfig:
+    return xenolith.DomainConfig(name, kernel=str(GUESTS / "hello.elf"), memory_mib=16)
+
+
+def test_a_console_is_read_until_words_come_and_loses_none(machine: xenolith.Machine) -> None:
+    domain = machine.create(hello())
+    with domain.console() as console:
+        with pytest.raises(xenolith.Timeout, match="did not come"):
+            console.expect("PV guest", timeout=0)
+        domain.unpause()
+        first = console.expect("PV", timeout=60)
+        assert first.endswith(b"PV") and console.expect(b"guest", timeout=60) == b" guest"
+        with pytest.raises(xenolith.ToolstackError, match="console ended before"):
+            console.expect("never said", timeout=60)
+        assert b"command line" in b"".join(console)
+
+
+def test_events_of_one_domain_end_with_it(machine: xenolith.Machine) -> None:
+    first, second = machine.create(hello("first")), machine.create(hello("second"))
+    events = first.events()
+    for domain in (second, first):
+        domain.unpause()
+        domain.wait(timeout=60)
+        domain.destroy()
+    assert [(event.kind, event.domid) for event in events] == [("shutdown", first.domid), ("destroyed", first.domid)]
+
+
+def test_a_domain_is_renamed_and_found_by_name_and_by_number(machine: xenolith.Machine) -> None:
+    domain = machine.create(hello())
+    domain.rename("other")
+    assert machine.domain("other").domid == machine.domain(domain.domid).domid == domain.domid
+    with pytest.raises(xenolith.DomainNotFound):
+        machine.domain(77)
+    domain.sysrq("h")
+
+
+def test_asyncio_waits_for_many_domains_and_may_be_cancelled() -> None:
+    async def life(machine: xenolith.aio.Machine, name: str) -> bytes:
+        domain = await machine.create(hello(name))
+        async with await domain.console() as console:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await console.read()  # it says nothing yet
+            with pytest.raises(xenolith.Timeout):
+                await domain.wait(timeout=0)
+            await domain.unpause()
+            said = await console.expect("PV guest", timeout=60)
+            assert await domain.wait(timeout=60) is xenolith.State.SHUTDOWN
+            said += b"".join([output async for output in console])
+        await domain.destroy()
+        assert await domain.wait() is xenolith.State.GONE
+        return said
+
+    async def main() -> None:
+        async with await xenolith.aio.power_on(64, engine="unicorn") as machine:
+            async with await machine.events() as events, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(life(machine, name)) for name in ("a", "b")]
+            assert all(task.result().startswith(b"hello from a PV guest") for task in tasks)
+            del events
+        with pytest.raises(xenolith.Closed):
+            await machine.domains()
+
+    before = threading.active_count()
+    asyncio.run(main())
+    assert threading.active_count() == before

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -21,10 +21,15 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from xenolith.toolstack.client import (
     Client,
     ConsoleStream,
+    DomainEvent,
     DomainInfo,
     DomainNotFound,
     DomainStatistics,
+    EngineUnavailable,
+    EventKind,
+    EventStream,
     HostInfo,
+    InvalidRequest,
     OnProgress,
     ShutdownRequest,
     Supervision,
@@ -53,8 +58,12 @@ class Timeout(ToolstackError):
 
 
 def load_config(path: str | Path) -> DomainConfig:
-    """Read an xl.cfg; relative paths in it are meant from the working directory. Raises xlcfg.ConfigError."""
-    config, _ = parse_domain_config(Path(path).read_text(), str(path), HostTopology.of_this_machine())
+    """Read an xl.cfg; relative paths in it are meant from the working directory. Raises ToolstackError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ToolstackError(f"cannot read {path}: {error.strerror}") from error
+    config, _ = parse_domain_config(text, str(path), HostTopology.of_this_machine())
     return config
 
 
@@ -143,9 +152,13 @@ class Domain:
         """Have its configured actions (on_poweroff, on_crash, ...) applied when it ends."""
         self._machine.supervision.supervise(self.domid)
 
-    def console(self) -> ConsoleStream:
+    def console(self) -> Console:
         """Attach to its console; what was printed recently comes first."""
-        return self.client.open_console(self.domid)
+        return Console(self.client.open_console(self.domid))
+
+    def events(self) -> Events:
+        """What happens to it from now on, up to its end."""
+        return Events(self.client.subscribe(), self.domid)
 
     def dump_core(self, path: str | Path, progress: OnProgress = no_progress) -> None:
         """Write an ELF core."""
@@ -153,6 +166,95 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"<domain {self.domid}>"
+
+
+class Console:
+    """An attachment to a domain's console. As a context manager it is closed in the end; iterating gives the output."""
+
+    def __init__(self, stream: ConsoleStream) -> None:
+        self._stream = stream
+        self._unread = b""  # came after what `expect` was waiting for
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        """The next output; b"" when the console has ended, None when `timeout` seconds passed without any."""
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        return self._stream.read(timeout)
+
+    def expect(self, wanted: str | bytes, timeout: float | None = None) -> bytes:
+        """Read on until `wanted` comes; all up to its end. Raises Timeout, and ToolstackError if the console ends.
+
+        What came in vain can be read again.
+        """
+        words = wanted.encode() if isinstance(wanted, str) else wanted
+        deadline = None if timeout is None else time.monotonic() + timeout
+        seen = b""
+        while words not in seen:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            data = self.read(left)
+            if not data:
+                self._unread = seen
+                if data is None:
+                    raise Timeout(f"{words!r} did not come in {timeout} seconds, but {_tail(seen)}.")
+                raise ToolstackError(f"The console ended before {words!r} came; it said {_tail(seen)}.")
+            seen += data
+        end = seen.index(words) + len(words)
+        self._unread = seen[end:] + self._unread
+        return seen[:end]
+
+    def write(self, data: str | bytes) -> None:
+        """Type on the console."""
+        self._stream.write(data.encode() if isinstance(data, str) else data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        while data := self.read():
+            yield data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _tail(output: bytes) -> str:
+    return repr(output[-200:]) if output else "nothing"
+
+
+class Events:
+    """What happens to domains, or to one up to its end: CREATED, SHUTDOWN, DESTROYED. To iterate over."""
+
+    def __init__(self, stream: EventStream, domid: int | None = None) -> None:
+        self._stream = stream
+        self._domid = domid
+
+    def get(self, timeout: float | None = None) -> DomainEvent | None:
+        """The next event; None when `timeout` seconds passed or there will be none."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            event = self._stream.get(None if deadline is None else max(deadline - time.monotonic(), 0.0))
+            if event is None or self._domid in (None, event.domid):
+                break
+        if event is not None and event.domid == self._domid and event.kind is EventKind.DESTROYED:
+            self.close()
+        return event
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[DomainEvent]:
+        while (event := self.get()) is not None:
+            yield event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Machine:
@@ -191,8 +293,14 @@ class Machine:
         """All guests, by domid."""
         return [Domain(self, info.domid) for info in self.client.domains() if info.domid]
 
-    def domain(self, name: str) -> Domain:
-        """The guest with this name. Raises ToolstackError."""
+    def events(self) -> Events:
+        """What happens to all domains from now on."""
+        return Events(self.client.subscribe())
+
+    def domain(self, name: str | int) -> Domain:
+        """The guest with this name, or this domid. Raises ToolstackError."""
+        if isinstance(name, int):
+            return Domain(self, find_domain(self.client, name).domid)
         domid = find_by_name(self.client, name)
         if not domid:
             raise ToolstackError(f"There is no guest with the name {name!r}.")
@@ -210,14 +318,22 @@ class Machine:
 
 
 def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Machine:
-    """Switch a machine on in this process. Raises EngineError where the engine cannot run here."""
+    """Switch a machine on in this process. Raises EngineUnavailable where the engine cannot run here."""
     from xenolith.dom0 import power
+    from xenolith.machine.engines.protocol import EngineError
     from xenolith.toolstack.embedded import EmbeddedToolstack
     from xenolith.toolstack.supervisor import Supervisor
 
+    if memory_mib < 1 or pcpus < 1:
+        raise InvalidRequest(f"A machine needs memory and a pCPU, not {memory_mib} MiB and {pcpus}.")
     with ExitStack() as resources:
-        directory = Path(resources.enter_context(TemporaryDirectory(prefix="xenolith-")))
-        dom0 = power.power_on([memory_mib], engine, pcpus)
+        try:
+            directory = Path(resources.enter_context(TemporaryDirectory(prefix="xenolith-")))
+            dom0 = power.power_on([memory_mib], engine, pcpus)
+        except (EngineError, ValueError) as error:
+            raise EngineUnavailable(str(error)) from error
+        except (OSError, MemoryError) as error:
+            raise ToolstackError(f"no machine of {memory_mib} MiB can be had: {error or 'no memory left'}") from error
         client = EmbeddedToolstack(dom0, xenstore_socket=directory / "xenstore.sock")
         resources.callback(client.close)
         supervisor = Supervisor(client, directory / "dump")
@@ -226,10 +342,13 @@ def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Ma
 
 
 def connect(socket: str | Path | None = None) -> Machine:
-    """The daemon's machine at `socket`, by default this user's; it is started if none runs."""
+    """The daemon's machine at `socket`, by default this user's; it is started if none runs. Raises ToolstackError."""
     from xenolith.toolstack.daemon.remote import RemoteClient
 
-    client = RemoteClient.connect(None if socket is None else Path(socket), say=log.warning)
+    try:
+        client = RemoteClient.connect(None if socket is None else Path(socket), say=log.warning)
+    except (OSError, ValueError) as error:
+        raise ToolstackError(f"cannot connect to {socket or 'the daemon'}: {error}") from error
     resources = ExitStack()
     resources.callback(client.close)
     return Machine(client, client, resources)

@@ -10,7 +10,7 @@ grouping.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -158,6 +158,12 @@ class DomainConfig:
     on_soft_reset: Action = Action.SOFT_RESET
 
     ignored_keys: list[str] = field(default_factory=list)  # given, meant for something that this toolstack lacks
+
+    memory_mib: InitVar[int | None] = None  # another way to give target_memory_kib; not kept
+
+    def __post_init__(self, memory_mib: int | None) -> None:
+        if memory_mib is not None:
+            self.target_memory_kib = memory_mib << 10
 
     @property
     def memory_kib(self) -> int:
