@@ -86,6 +86,33 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         native.load(written(tmp_path, ""))
 
 
+@needs_compiler
+def test_a_compiler_may_be_given_with_arguments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    monkeypatch.setenv("CC", f"{native._compiler()} -DANSWER=42")
+    assert native.load(written(tmp_path, "int answer(void) { return ANSWER; }")).answer() == 42
+
+
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        ("no-such-compiler -O2", "CC=no-such-compiler -O2 names no program"),
+        ("'cc", "is no command: No closing quotation"),
+        ("false", "false cannot compile example.c: it ends with status 1"),
+        ("true", "true cannot compile example.c: it ends with status 0 and makes nothing"),
+        ("sh -c 'exec sleep 1000'", "has not ended after 0.1 seconds"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, named: str, why: str
+) -> None:
+    monkeypatch.setenv("CC", named)
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 0.1 if "sleep" in named else 60)
+    with pytest.raises(native.Missing, match=re.escape(why)):
+        native.load(written(tmp_path, ""))
+
+
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XENOLITH_NATIVE", "off")
     with pytest.raises(native.Missing, match="XENOLITH_NATIVE=off"):

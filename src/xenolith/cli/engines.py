@@ -7,7 +7,6 @@ import logging
 import click
 
 from xenolith.hypervisor import ring0
-from xenolith.machine import native
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.engines.select import ENGINES, choose
 from xenolith.machine.memory import MachineMemory
@@ -29,10 +28,8 @@ def engines() -> None:
 
 def _native() -> str:
     """Whether the commonest traps are handled in native code, or what that lacks."""
-    reason = native.missing()
-    if reason is None and not ring0.handler_address():
-        reason = "its C does not compile here; `xenolith run -v` says why"
-    return f"traps are Python's: {reason}" if reason else "the commonest traps are handled in C"
+    reason = ring0.missing()
+    return f"traps are Python's: {reason.splitlines()[0]}" if reason else "the commonest traps are handled in C"
 
 
 def _found(name: str) -> str:

@@ -121,12 +121,21 @@ def declarations() -> str:
 
 
 @functools.cache
-def _library() -> ctypes.PyDLL | None:
+def _loaded() -> tuple[ctypes.PyDLL | None, str]:
     try:
-        return native.load(SOURCE, declarations(), HALVES)
+        return native.load(SOURCE, declarations(), HALVES), ""
     except native.Missing as missing:
         _log.info("no native trap handlers: %s", missing)
-        return None
+        return None, str(missing)
+
+
+def _library() -> ctypes.PyDLL | None:
+    return _loaded()[0]
+
+
+def missing() -> str | None:
+    """Why traps are handled by Python alone; None: the commonest are handled here."""
+    return native.missing() or _loaded()[1] or None
 
 
 def _address(name: str) -> int:

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ OPTIONS: Final = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-nostdlib", "-ffrees
 # The sanitizers' libraries have to be loaded before Python.
 SANITIZERS: Final = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 COMPILERS: Final = ("cc", "gcc", "clang")
+COMPILE_SECONDS: Final = 120.0
 PRELUDE: Final = """\
 #include <stdbool.h>
 #include <stddef.h>
@@ -113,10 +115,11 @@ def _load(path: Path) -> ctypes.PyDLL:
 
 @functools.cache
 def _build(text: str, name: str) -> Path:
-    compiler = _compiler()
-    assert compiler is not None
+    program = _compiler()
+    assert program is not None
+    compiler = (program, *_wanted()[1:])
     options = OPTIONS + SANITIZERS if os.environ.get("XENOLITH_NATIVE") == "sanitize" else OPTIONS
-    key = hashlib.sha256("\0".join((text, compiler, *options)).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join((text, *compiler, *options)).encode()).hexdigest()[:32]
     path = _cache() / f"{name}-{key}.so"
     if not path.exists():
         _compile(compiler, options, text, path)
@@ -133,24 +136,32 @@ def buffer_address(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def _compile(compiler: str, options: Sequence[str], text: str, path: Path) -> None:
+def _compile(compiler: Sequence[str], options: Sequence[str], text: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
             made = Path(place) / path.name
-            command = [compiler, *options, "-x", "c", "-", "-o", str(made)]
-            result = subprocess.run(command, input=text, capture_output=True, text=True)
-            if result.returncode:
-                raise Missing(f"{compiler} cannot compile {path.stem.rpartition('-')[0]}.c: {result.stderr.strip()}")
+            command = [*compiler, *options, "-x", "c", "-", "-o", str(made)]
+            result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            if result.returncode or not made.exists():
+                why = result.stderr.strip() or f"it ends with status {result.returncode} and makes nothing"
+                raise Missing(f"{shlex.join(compiler)} cannot compile {path.stem.rpartition('-')[0]}.c: {why}")
             made.rename(path)
+    except subprocess.TimeoutExpired as error:
+        raise Missing(f"{shlex.join(compiler)} has not ended after {COMPILE_SECONDS} seconds") from error
     except OSError as error:
         raise Missing(f"cannot compile into {path.parent}: {error}") from error
 
 
 @functools.cache
 def _compiler() -> str | None:
-    wanted = os.environ.get("CC")
-    return next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
+    """The program: the one that CC names, or the first of COMPILERS that there is."""
+    return next(filter(None, map(shutil.which, _wanted()[:1] or COMPILERS)), None)
+
+
+def _wanted() -> list[str]:
+    """What CC says: a program, and perhaps arguments."""
+    return shlex.split(os.environ.get("CC", ""))
 
 
 def _cache() -> Path:
@@ -163,6 +174,12 @@ def missing() -> str | None:
     """Why there is no native code here; None: there is."""
     if os.environ.get("XENOLITH_NATIVE") == "off":
         return "XENOLITH_NATIVE=off"
-    if _compiler() is None:
+    try:
+        compiler = _compiler()
+    except ValueError as error:
+        return f"CC={os.environ['CC']} is no command: {error}"
+    if compiler is None and os.environ.get("CC"):
+        return f"CC={os.environ['CC']} names no program that is here"
+    if compiler is None:
         return "there is no C compiler (Debian: apt install gcc)"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import grp
 import os
 from struct import Struct
 from typing import Final
@@ -171,6 +172,18 @@ def ioctl(fd: int, request: int, argument: bytearray | int = 0) -> int:
 DEVICE = "/dev/kvm"
 
 
+def _who_may_open(path: str) -> str:
+    """Advice for somebody who may not, by the device's owner and mode."""
+    status = os.stat(path)
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    if status.st_mode & 0o060 == 0o060 and status.st_gid:
+        return f"it is for the group {group}: add the user to it, and log in anew"
+    return f"it is for root alone (group {group}, mode {status.st_mode & 0o777:o}): change that with chgrp and chmod"
+
+
 def open_device() -> int:
     """A descriptor of the KVM device. Raises EngineError with the reason it cannot be had."""
     path = DEVICE
@@ -179,10 +192,10 @@ def open_device() -> int:
     except OSError as error:
         advice = {
             errno.ENOENT: "this kernel has no KVM, or its module is not loaded",
-            errno.EACCES: "no permission; add the user to the group that owns the device",
-            errno.EPERM: "no permission; add the user to the group that owns the device",
             errno.ENODEV: "the KVM module does not run on this processor",
         }.get(error.errno or 0, "")
+        if error.errno in (errno.EACCES, errno.EPERM):
+            advice = _who_may_open(path)
         raise EngineError(f"cannot open {path}: {error.strerror}" + (f" ({advice})" if advice else "")) from error
     try:
         version = ioctl(fd, KVM_GET_API_VERSION)
