@@ -73,4 +73,6 @@ class Machine:
         for domain in self.dom0.domains.values():
             self.dom0.control.pause(domain.domid)
         problems = audit.check(self.dom0.hypervisor)
+        for domain in self.dom0.domains.values():
+            self.dom0.control.unpause(domain.domid)
         assert not problems, "the frame table is inconsistent:\n" + "\n".join(problems[:20])

@@ -146,9 +146,9 @@ class BareMachine:
         self.dom0 = boot_dom0(self.hypervisor)
         self._started: list[Domain] = []
 
-    def domain(self, vcpus: int = 1) -> Domain:
+    def domain(self, vcpus: int = 1, max_pages: int = 64) -> Domain:
         """A built domain that has not started: page tables, PAGES pages at DATA, an event callback."""
-        domid = self.control.create_domain(bytes(16), vcpus, 64)
+        domid = self.control.create_domain(bytes(16), vcpus, max_pages)
         domain = self.hypervisor.domains[domid]
         mfns = [int(mfn) for mfn in self.control.populate(domid, PAGES + 4)]
         l4, l3, l2, l1 = mfns[:4]

@@ -435,7 +435,7 @@ def test_a_mapper_that_dies_gives_up_what_it_had_mapped(machine: BareMachine) ->
     status, _ = map_grant(mapper.vcpus[0], DATA + 2 * PAGE_SIZE, REF, granter.domid)
     assert status == GNTST_okay
     with granter.lock:
-        assert memory_op.remove_page(granter, mfn), "the granter gives it back, but for the mapper's reference"
+        assert memory_op.remove_pages(granter, mfn), "the granter gives it back, but for the mapper's reference"
         paging.modify_l1(granter, l1_entry_index(granter.vcpus[0], DATA + 3 * PAGE_SIZE), 0)
     assert granter.frames.owner[mfn] == granter.domid
     epoch = granter.flush_epoch

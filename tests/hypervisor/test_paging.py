@@ -6,6 +6,7 @@ operation the invariant checker recounts every reference from the tables.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xenolith.abi.errno import EBUSY, EINVAL
+from xenolith.abi.errno import EBUSY, EINVAL, ERESTART
 from xenolith.abi.x86 import PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, paging
-from xenolith.hypervisor.domain import Domain
+from xenolith.hypervisor.domain import WORK, Domain
 from xenolith.hypervisor.frames import (
+    MOST_REFERENCES,
+    PARTIAL,
     TYPE_COUNT,
     TYPE_L1,
     TYPE_L2,
@@ -163,13 +166,126 @@ def test_a_frame_given_back_while_mapped_stays_until_it_is_unmapped(machine: Mac
     table, page = machine.own[:2]
     assert paging.pin(machine.domain, table, TYPE_L1) == 0
     assert paging.modify_l1(machine.domain, table << 9, entry(page)) == 0
-    assert memory_op.remove_page(machine.domain, page)
-    assert memory_op.remove_page(machine.domain, page), "as on Xen: a second time takes nothing more"
+    assert memory_op.remove_pages(machine.domain, page)
+    assert memory_op.remove_pages(machine.domain, page), "as on Xen: a second time takes nothing more"
     assert machine.domain.frames.owner[page] == 1
     assert paging.modify_l1(machine.domain, table << 9, 0) == 0
     assert machine.domain.frames.owner[page] != 1
     assert machine.domain.total_pages == FRAMES_EACH - 1
     assert machine.problems() == []
+
+
+# --- bounded work ----------------------------------------------------------------------------------
+
+
+def grow_tree(machine: Machine) -> tuple[list[int], int]:
+    """Frames for an L4, L3 and two L2 tables, each of which links two L1 tables; and a frame that those map."""
+    l4, l3, *l2s, page = machine.own[:5]
+    l1s = machine.own[5:9]
+    machine.write_raw(l4, 7, entry(l3))
+    for slot, l2 in enumerate(l2s):
+        machine.write_raw(l3, 500 * slot, entry(l2))
+        for number in range(2):
+            machine.write_raw(l2, number + 9, entry(l1s[2 * slot + number]))
+            machine.write_raw(l1s[2 * slot + number], number, entry(page))
+    return [l4, l3, *l2s, *l1s], page
+
+
+def steps(machine: Machine, operation: Callable[[], int]) -> int:
+    """How often a guest makes an operation until it is done, with work for an entry of each level each time."""
+    for count in range(1, 100):
+        machine.domain.work_left = 4
+        if paging.undo(machine.domain) and operation() != -ERESTART:
+            return count
+        assert machine.problems() == []
+    raise AssertionError("it makes no progress")
+
+
+def test_a_pin_is_done_in_steps_each_of_which_is_kept(machine: Machine) -> None:
+    (l4, *_), page = grow_tree(machine)
+    assert steps(machine, lambda: paging.pin(machine.domain, l4, TYPE_L4)) == 4  # an L1 table each
+    assert machine.domain.frames.type_info[page] & TYPE_COUNT == 4
+    assert machine.problems() == []
+
+
+def test_an_unpin_drops_a_tree_in_steps_before_anything_else_is_done(machine: Machine) -> None:
+    (l4, *tables), page = grow_tree(machine)
+    info = machine.domain.frames.type_info
+    machine.domain.work_left = WORK
+    assert paging.pin(machine.domain, l4, TYPE_L4) == 0
+    machine.domain.work_left = 1
+    assert paging.unpin(machine.domain, l4) == 0
+    assert info[page] & TYPE_COUNT
+    assert machine.problems() == []
+    assert steps(machine, lambda: 0) > len(tables) // 2
+    assert not any(info[mfn] & TYPE_COUNT for mfn in (*tables, page))
+    assert machine.problems() == []
+
+
+def test_what_was_validated_of_a_tree_that_is_refused_is_dropped(machine: Machine) -> None:
+    (l4, *tables), page = grow_tree(machine)
+    machine.write_raw(tables[-1], 511, entry(machine.foreign[0]))
+    result = []
+    steps(machine, lambda: result.append(paging.pin(machine.domain, l4, TYPE_L4)) or result[-1])
+    assert result[-1] == -EBUSY
+    steps(machine, lambda: 0)
+    assert not any(machine.domain.frames.type_info[mfn] & TYPE_COUNT for mfn in (l4, *tables, page))
+    assert machine.problems() == []
+
+
+def test_a_table_validated_in_part_cannot_be_written(machine: Machine) -> None:
+    """Neither through a mapping nor as a page table that it is not yet."""
+    (l4, l3, *_), _ = grow_tree(machine)
+    mapper = machine.own[9]
+    assert paging.pin(machine.domain, mapper, TYPE_L1) == 0
+    machine.domain.work_left = 100
+    assert paging.pin(machine.domain, l4, TYPE_L4) == -ERESTART
+    assert machine.domain.frames.type_info[l3] & PARTIAL
+    assert paging.modify_l1(machine.domain, mapper << 9, entry(l3)) == -EBUSY
+    assert paging.modify_entry(machine.domain, l3 << 12, 0, False) == -EINVAL
+    assert machine.problems() == []
+
+
+def test_a_domain_that_dies_with_tables_half_done_gives_back_every_frame(machine: Machine) -> None:
+    (l4, *_), _ = grow_tree(machine)
+    machine.domain.work_left = 100
+    assert paging.pin(machine.domain, l4, TYPE_L4) == -ERESTART
+    paging.relinquish(machine.domain)
+    assert (machine.domain.frames.owners != 1).all()
+    assert machine.problems() == []
+
+
+# --- counts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["existence", "type"])
+def test_references_beyond_what_a_count_holds_are_refused(machine: Machine, kind: str) -> None:
+    table, page, fresh, l2 = machine.own[:4]
+    frames, domain = machine.domain.frames, machine.domain
+    assert paging.pin(domain, table, TYPE_L1) == 0
+    assert paging.modify_l1(domain, table << 9, entry(page)) == 0
+    infos = frames.type_info if kind == "type" else frames.count_info
+    infos[page] += MOST_REFERENCES - (infos[page] & TYPE_COUNT) - 1
+    assert paging.modify_l1(domain, table << 9 | 1, entry(page)) == 0
+    before = infos[page]
+    assert before & TYPE_COUNT == MOST_REFERENCES
+    assert paging.modify_l1(domain, table << 9 | 2, entry(page)) == -EBUSY
+    machine.write_raw(fresh, 0, entry(page))
+    assert paging.pin(domain, fresh, TYPE_L1) == -EBUSY
+    assert paging.get_page_and_type(domain, page, TYPE_WRITABLE) == -EINVAL
+    assert infos[page] == before
+    infos[table] += MOST_REFERENCES - (infos[table] & TYPE_COUNT)
+    machine.write_raw(l2, 0, entry(table))
+    assert paging.pin(domain, l2, TYPE_L2) == -EINVAL
+
+
+def test_a_reference_that_nothing_holds_cannot_be_dropped(machine: Machine) -> None:
+    page = machine.own[0]
+    with pytest.raises(AssertionError):
+        paging.put_page_type(machine.domain, page)
+    assert machine.domain.frames.put_page(page)
+    with pytest.raises(AssertionError):
+        machine.domain.frames.put_page(page)
 
 
 operations = st.one_of(
@@ -201,8 +317,9 @@ operations = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(operations, max_size=40))
-def test_no_sequence_of_operations_breaks_an_invariant(sequence: list[tuple[str, int, Any]]) -> None:
+@given(st.lists(operations, max_size=40), st.sampled_from((1, 2, 3, 60, WORK)))
+def test_no_sequence_of_operations_breaks_an_invariant(sequence: list[tuple[str, int, Any]], work: int) -> None:
+    """However little of it is done at a time, and whether or not the guest goes on with what it began."""
     machine = Machine()
     domain = machine.domain
     frames = machine.own
@@ -212,6 +329,10 @@ def test_no_sequence_of_operations_breaks_an_invariant(sequence: list[tuple[str,
 
     other_before = bytes(machine.memory.b[machine.foreign[0] << 12 : (machine.foreign[-1] + 1) << 12])
     for name, number, detail in sequence:
+        domain.work_left = work
+        if not paging.undo(domain):  # as ring 0 before each hypercall
+            assert machine.problems() == []
+            continue
         mfn = frames[number]
         if name == "pin":
             paging.pin(domain, mfn, LEVELS[detail])
@@ -232,7 +353,7 @@ def test_no_sequence_of_operations_breaks_an_invariant(sequence: list[tuple[str,
                 paging.drop_base(domain, vcpu.kernel_l4)
                 vcpu.kernel_l4 = new
         else:
-            memory_op.remove_page(domain, mfn)
+            memory_op.remove_pages(domain, mfn)
         assert machine.problems() == []
     assert bytes(machine.memory.b[machine.foreign[0] << 12 : (machine.foreign[-1] + 1) << 12]) == other_before
     paging.relinquish(domain)

@@ -12,12 +12,15 @@ import numpy as np
 
 from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_XEN
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
-from xenolith.abi.x86 import PTE_P, PTE_RW
+from xenolith.abi.x86 import ENTRIES, PTE_P, PTE_RW
 from xenolith.hypervisor.frames import (
     ALLOCATED,
     EXISTENCE_COUNT,
     FOREIGN,
+    PARTIAL,
     PINNED,
+    PROGRESS_MASK,
+    PROGRESS_SHIFT,
     TYPE_COUNT,
     TYPE_L1,
     TYPE_L4,
@@ -25,6 +28,7 @@ from xenolith.hypervisor.frames import (
     TYPE_NAMES,
     TYPE_SHIFT,
     TYPE_WRITABLE,
+    UNDOING,
     VALIDATED,
 )
 
@@ -73,10 +77,17 @@ def check_domain(domain: Domain) -> list[str]:
     in_use = (infos & _U64(TYPE_COUNT)) != 0
     recount.counts[(frames.count_infos & _U64(ALLOCATED)) != 0] += 1
     pinned = (infos & _U64(PINNED)) != 0
+    listed = sorted(domain.undo_list[: domain.undo_count])
+    if listed != np.flatnonzero((infos & _U64(UNDOING)) != 0).tolist():
+        recount.report(f"frames {listed} are to be undone, and others are marked")
     recount.counts[pinned] += 1
     recount.types[pinned] += 1
     for mfn in np.flatnonzero(in_use & (kinds >= _U64(TYPE_L1)) & (kinds <= _U64(TYPE_L4))).tolist():
-        if not frames.type_info[mfn] & VALIDATED:
+        info = frames.type_info[mfn]
+        if info & (PARTIAL | UNDOING):
+            recount.refer(mfn, int(kinds[mfn]))
+            _check_upper(recount, mfn, int(kinds[mfn]), (info & PROGRESS_MASK) >> PROGRESS_SHIFT)
+        elif not info & VALIDATED:
             recount.report("in use but never validated", mfn)
         elif int(kinds[mfn]) == TYPE_L1:
             _check_l1(recount, mfn)
@@ -105,10 +116,10 @@ def _check_l1(recount: _Recount, mfn: int) -> None:
     np.add.at(recount.types, writable, 1)
 
 
-def _check_upper(recount: _Recount, mfn: int, kind: int) -> None:
+def _check_upper(recount: _Recount, mfn: int, kind: int, entries: int = ENTRIES) -> None:
     """Every link: to a table of the level below of the domain's own (or a read-only one of the same level)."""
     domain, frames = recount.domain, recount.frames
-    table = domain.memory.table(mfn)
+    table = domain.memory.table(mfn)[:entries]
     for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
         entry = int(table[slot])
         target = (entry & FRAME) >> 12

@@ -1,4 +1,4 @@
-/* Entering the guest kernel: traps.py. */
+/* Entering the guest kernel: bounce.py. */
 
 static void set_mode(struct vcpu *v, bool kernel)
 {

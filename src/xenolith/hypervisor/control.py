@@ -31,7 +31,7 @@ from xenolith.abi.x86 import (
     SS,
 )
 from xenolith.hypervisor import domain_record, inspection, lifecycle, paging, time, view
-from xenolith.hypervisor.domain import Domain
+from xenolith.hypervisor.domain import UNLIMITED_WORK, Domain
 from xenolith.hypervisor.domain_record import FrameRecord, Plain, RecordError
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
@@ -378,14 +378,11 @@ def set_initial_cr3(domain: Domain, vcpu_id: int, kernel_mfn: int, user_mfn: int
     vcpu = domain.vcpus[vcpu_id]
     if vcpu.kernel_l4 or not kernel_mfn:
         return -EINVAL
-    result = paging.get_page_and_type(domain, kernel_mfn, paging.TYPE_L4)
+    domain.work_left = UNLIMITED_WORK
+    paging.undo(domain)
+    result = paging.get_bases(domain, kernel_mfn, user_mfn)
     if result:
         return result
-    if user_mfn:
-        result = paging.get_page_and_type(domain, user_mfn, paging.TYPE_L4)
-        if result:
-            paging.put_page_and_type(domain, kernel_mfn)
-            return result
     paging.set_bases(vcpu, kernel_mfn, user_mfn)
     vcpu.state.l4_mfn, vcpu.state.user = kernel_mfn, False
     return 0

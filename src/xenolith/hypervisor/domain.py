@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.view import View
 
 MAX_VCPUS: Final = 32
+MOST_UNDONE: Final = 32
 COUNTERS: Final = 64
 CPUID_ANSWERS: Final = 128  # kept for each vCPU; a guest may ask for any number of leaves
+# What a guest may ask for in one trap: some milliseconds, for which whoever wants its lock or its vCPU waits.
+WORK: Final = 2048
+UNLIMITED_WORK: Final = 1 << 62  # for what dom0 does
 LOG_BYTES: Final = 64 << 10  # kept of each domain's emergency console
 
 # Indices into Domain.trap_counts beyond the exception vectors and TRAP_* values.
@@ -253,22 +257,37 @@ class DomainLock:
 
     Native code never waits: where it finds the word taken it leaves the trap to Python, which does wait, here.
     `python` is the RLock alone, for handlers of a domain whose traps are all handled on one thread.
+
+    A guest that traps again and again lets go of the lock for microseconds, in which a thread that waits is not even
+    woken.  So who waits says so (`lock_wanted`), and a trap gives way first (Xen's spin locks hand out tickets).
     """
 
     def __init__(self, domain: Domain) -> None:
         self.python = threading.RLock()
+        self._turn = threading.Lock()  # held by the one thread that is next
+        self._domain = domain
         self._depth = 0
         self._word = ctypes.addressof(domain) + DomainFields.lock_word.offset
         self.take_word: Callable[[int], None] | None = None  # with native code: takes the word at this address
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take it, or answer False if that would mean to wait and `blocking` is False."""
-        if not self.python.acquire(blocking):
-            return False
+        if not self.python.acquire(False):
+            if not blocking:
+                return False
+            with self._turn:
+                self._domain.lock_wanted = True
+                self.python.acquire()
+                self._domain.lock_wanted = False
         self._depth += 1
         if self._depth == 1 and self.take_word is not None:
             self.take_word(self._word)
         return True
+
+    def give_way(self) -> None:
+        """Let a thread that waits for the lock have it first. Not for one that holds it."""
+        with self._turn:
+            pass
 
     def release(self) -> None:
         """Undo one `acquire`."""
@@ -288,6 +307,10 @@ class DomainFields(ctypes.Structure):
     """What of a domain native code shares."""
 
     domid: int
+    reference_lost: bool  # native code was to drop one that there was not
+    lock_wanted: bool  # see DomainLock
+    work_limit: int  # WORK, in units of paging's; native code counts requests and tables
+    undo_count: int  # page tables in `undo_list`, MFNs that are to drop what their entries hold, see paging
     flush_epoch: int  # complete TLB flushes so far, modulo 2**32, see frames.py
     vm_assist: int
     shared_info: int  # machine address in bytes
@@ -317,7 +340,12 @@ class DomainFields(ctypes.Structure):
         ("vcpu_count", c_uint32),
         ("contexts", c_uint32),  # threads that run its vCPUs
         ("lock_word", c_uint32),  # see DomainLock
+        ("lock_wanted", c_bool),
         ("vcpu_addresses", c_uint64 * MAX_VCPUS),  # of each vCPU's VcpuFields
+        ("undo_list", c_uint64 * MOST_UNDONE),
+        ("undo_count", c_uint32),
+        ("work_limit", c_uint32),
+        ("reference_lost", c_bool),
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
         ("odd_references", c_bool),
@@ -359,6 +387,8 @@ class Domain(DomainFields):
         self.engine_views: tuple[dict[int, int], dict[int, int]] = {}, {}
         self.window_l1: list[int] = []  # MFNs of the L1 tables that map the descriptor window
         self.flush_epoch = 1
+        self.work_limit = WORK
+        self.work_left = UNLIMITED_WORK  # of it, in the trap at hand
         self.linear: dict[int, int] = {}  # page tables with (positive) or under (negative) linear entries
         self.foreign_mapped: Counter[int] = Counter()  # MFNs that dom0 has mapped, each time it did
         self.memory_map: list[tuple[int, int, int]] = []  # e820: (address, size, type)

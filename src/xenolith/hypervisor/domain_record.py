@@ -59,7 +59,7 @@ from xenolith.hypervisor.frames import (
 from xenolith.hypervisor.grants import GrantTable
 from xenolith.hypervisor.guest_memory import address_ok
 from xenolith.hypervisor.hypercalls import misc
-from xenolith.hypervisor.hypercalls.memory_op import remove_page
+from xenolith.hypervisor.hypercalls.memory_op import remove_pages
 from xenolith.hypervisor.time import Timer, VcpuTimers, set_wall_clock
 from xenolith.hypervisor.view import View
 from xenolith.machine import segments
@@ -376,6 +376,12 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "vcpu_count": REBUILT,
         "contexts": HOST,
         "lock_word": HOST,
+        "lock_wanted": HOST,
+        "work_limit": HOST,
+        "reference_lost": HOST,
+        # Tables that are validated or undone in part are none where it goes: the guest repeats what began it.
+        "undo_list": REBUILT,
+        "undo_count": REBUILT,
         "vcpu_addresses": HOST,
         "ldt_in_use": REBUILT,
         "caches_tables": HOST,
@@ -399,6 +405,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "engine_views": HOST,
         "window_l1": REBUILT,
         "linear": REBUILT,
+        "work_left": REBUILT,
         "foreign_mapped": REBUILT,  # by dom0's services
         "memory_map": BY_HAND,
         "executable_mapped": HOST,
@@ -730,7 +737,7 @@ def load(domain: Domain, plain: Plain, frames: FrameRecord) -> None:
         _take_references(vcpu, its)
         _load_cpu(vcpu, its.record("cpu"))
     for mfn in frames.given_up.tolist():
-        remove_page(domain, mfn)
+        remove_pages(domain, mfn)
     _load_ports(domain, record)
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _load_timers(vcpu, its)

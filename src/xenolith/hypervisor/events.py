@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PORT: Final = 1023  # as xl.cfg's max_event_channels
 PORTS_PER_BUCKET: Final = 64  # the port table grows by buckets; a port is valid once its bucket exists
+CLOSE_WORK: Final = 2  # of Domain.work_left, for a port
 
 # Port states (Xen: ECS_*).
 FREE: Final = 0
@@ -195,11 +196,15 @@ class EventChannels:
         """The vCPU whose VIRQ this port is (a global one may notify another)."""
         return self.vcpu_id[port] if self.virq[port] in PER_VCPU_VIRQS else 0
 
-    def close_all(self) -> None:
-        """Free every port: EVTCHNOP_reset, and the end of the domain."""
+    def close_all(self) -> bool:
+        """Free every port: EVTCHNOP_reset, and the end of the domain. False: some are left, as no work was."""
         for port in range(1, self.valid_ports):
-            if self.state[port] != FREE:
+            if self.state[port] not in (FREE, RESERVED):
+                if self.domain.work_left <= 0:
+                    return False
+                self.domain.work_left -= CLOSE_WORK
                 self.close(port)
+        return True
 
     # --- notification ---
 

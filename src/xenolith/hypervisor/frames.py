@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 TYPE_COUNT: Final = (1 << 32) - 1
 VALIDATED: Final = 1 << 32  # every entry or descriptor of the frame was checked
 PINNED: Final = 1 << 33  # the guest holds one type and one existence reference by a pin operation
+# Validating or undoing a table may take more than one trap, see paging: entries below the progress noted hold their
+# references, and the state itself holds one type and one existence reference.
+PARTIAL: Final = 1 << 34  # validated in part (Xen: PGT_partial)
+UNDOING: Final = 1 << 35  # in Domain.undo_list: its entries are to give up what they hold
+PROGRESS_SHIFT: Final = 48
+PROGRESS_MASK: Final = 0x3FF << PROGRESS_SHIFT
 TYPE_SHIFT: Final = 40
 TYPE_MASK: Final = 7 << TYPE_SHIFT
 TYPE_NONE: Final = 0
@@ -44,6 +50,8 @@ TYPE_NAMES: Final = ("none", "L1", "L2", "L3", "L4", "segment descriptors", "wri
 
 # count_info: the existence count in the low 32 bits.
 EXISTENCE_COUNT: Final = (1 << 32) - 1
+# Of either kind; beyond that they are refused. A whole table takes 512 at once.
+MOST_REFERENCES: Final = EXISTENCE_COUNT - 1024
 ALLOCATED: Final = 1 << 32  # one of the references is the allocation itself
 
 
@@ -108,11 +116,13 @@ class FrameTable:
         self.owners[run] = domid
         self.count_infos[run] = ALLOCATED | 1
 
-    def release(self, mfn: int) -> None:
-        """The last reference is gone: the frame returns to the free pool, cleared."""
-        self.owner[mfn] = DOMID_INVALID
-        self.type_info[mfn] = self.count_info[mfn] = self.stamp[mfn] = 0
-        self.memory.free(mfn)
+    def release(self, mfns: npt.NDArray[np.uint64]) -> None:
+        """The last references are gone: these frames return to the free pool, cleared."""
+        self.owners[mfns] = DOMID_INVALID
+        self.type_infos[mfns] = 0
+        self.count_infos[mfns] = 0
+        self.stamps[mfns] = 0
+        self.memory.free_many(mfns)
 
     def map_foreign(self, other: MachineMemory, mfn: int, writable: bool) -> int:
         """Let a frame of another domain's memory appear; its alias MFN, with one reference. Raises OutOfMemory.
@@ -136,12 +146,24 @@ class FrameTable:
         """Whether this machine has such a frame (Xen: mfn_valid)."""
         return 0 < mfn < self.frames
 
+    # --- references: nothing else counts them, but paging's pairs for types and for whole tables --------
+
     def get_page(self, mfn: int, domid: int) -> bool:
-        """Take an existence reference if the frame is this domain's."""
-        if not 0 < mfn < self.frames or self.owner[mfn] != domid or not self.count_info[mfn]:
+        """Take an existence reference if the frame is this domain's, and has not too many."""
+        if not 0 < mfn < self.frames or self.owner[mfn] != domid:
             return False
-        self.count_info[mfn] += 1
+        count = self.count_info[mfn]
+        if not count or count & EXISTENCE_COUNT >= MOST_REFERENCES:
+            return False
+        self.count_info[mfn] = count + 1
         return True
+
+    def put_page(self, mfn: int) -> bool:
+        """Drop an existence reference. True: it was the last, and the frame is to be freed."""
+        count = self.count_info[mfn]
+        assert count & EXISTENCE_COUNT, self.describe(mfn)
+        self.count_info[mfn] = count - 1
+        return not (count - 1) & EXISTENCE_COUNT
 
     def describe(self, mfn: int) -> str:
         """A frame for the log."""
@@ -151,4 +173,6 @@ class FrameTable:
             f"type {TYPE_NAMES[(info & TYPE_MASK) >> TYPE_SHIFT]} type count {info & TYPE_COUNT}"
             + " validated" * bool(info & VALIDATED)
             + " pinned" * bool(info & PINNED)
+            + " partial" * bool(info & PARTIAL)
+            + " being undone" * bool(info & UNDOING)
         )

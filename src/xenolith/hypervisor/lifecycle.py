@@ -15,7 +15,7 @@ from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, descriptors, domain_record, paging, ring0
-from xenolith.hypervisor.domain import MAX_VCPUS, Domain
+from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
 from xenolith.hypervisor.domain_record import FrameRecord, Plain, Record, RecordError
 from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.grants import GrantTable
@@ -188,6 +188,7 @@ def destroy(domain: Domain) -> None:
             return
         domain.dying = True
     hypervisor.scheduler.stop(domain)
+    domain.work_left = UNLIMITED_WORK
     domain.events.close_all()
     with domain.lock:
         for vcpu in domain.vcpus:

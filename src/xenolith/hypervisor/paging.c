@@ -1,9 +1,7 @@
 /* Direct paging with validation: paging.py. */
 
-static bool validate(struct vcpu *v, u64 mfn, u64 kind);
-static void devalidate(struct vcpu *v, u64 mfn, u64 kind);
-
-/* --- frame types ------------------------------------------------------------------------------------- */
+static u64 validate(struct vcpu *v, u64 mfn, u64 kind, u64 first);
+static void devalidate_l1(struct vcpu *v, u64 mfn);
 
 static void entry_changed(struct vcpu *v, u64 index, u64 old, u64 new)
 {
@@ -17,73 +15,121 @@ static void executable_mapped(struct vcpu *v, u64 mfn)
         v->calls->executable_mapped(mfn, v->calls->context);
 }
 
-static bool owned(struct domain *d, u64 mfn)
+/* --- references -------------------------------------------------------------------------------------- */
+
+static bool get_page(struct domain *d, u64 mfn)
 {
-    return mfn && mfn < d->machine_frames && d->owner_address[mfn] == d->domid && d->count_info_address[mfn];
+    u64 count;
+    if (!mfn || mfn >= d->machine_frames || d->owner_address[mfn] != d->domid)
+        return false;
+    count = d->count_info_address[mfn];
+    if (!count || (count & EXISTENCE_COUNT) >= MOST_REFERENCES)
+        return false;
+    d->count_info_address[mfn] = count + 1;
+    return true;
 }
 
+/* For frames whose last existence reference this is not (`odd_references` is clear). */
+static void put_page(struct domain *d, u64 mfn)
+{
+    if (d->count_info_address[mfn] & EXISTENCE_COUNT)
+        d->count_info_address[mfn]--;
+    else
+        d->reference_lost = true;
+}
+
+static u64 progress_of(u64 info)
+{
+    return (info & PROGRESS_MASK) >> PROGRESS_SHIFT;
+}
+
+/* False leaves a table whose validation was begun as it is: Python goes on from there. */
 static bool get_page_type(struct vcpu *v, u64 mfn, u64 wanted)
 {
     struct domain *d = v->domain_address;
     u64 *type_info = d->type_info_address, info = type_info[mfn], before = info;
     if (info & TYPE_COUNT) {
-        if ((info & TYPE_MASK) != wanted || !(info & VALIDATED))
+        if ((info & TYPE_MASK) != wanted)
             return false;
-        type_info[mfn] = info + 1;
-        return true;
+        if (!(info & PARTIAL)) {
+            if (!(info & VALIDATED) || (info & TYPE_COUNT) >= MOST_REFERENCES)
+                return false;
+            type_info[mfn] = info + 1;
+            return true;
+        }
+    } else {
+        if ((info & TYPE_MASK) != wanted) {
+            if (d->stamp_address[mfn] == d->flush_epoch
+                && ((info & TYPE_MASK) == TYPE_WRITABLE || d->caches_tables) && !flush_domain(v))
+                return false;
+            info = wanted | (wanted == TYPE_WRITABLE ? VALIDATED : 0);
+        }
+        if (info & VALIDATED) {
+            type_info[mfn] = info + 1;
+            return true;
+        }
     }
-    if ((info & TYPE_MASK) != wanted) {
-        if (d->stamp_address[mfn] == d->flush_epoch
-            && ((info & TYPE_MASK) == TYPE_WRITABLE || d->caches_tables) && !flush_domain(v))
-            return false;
-        info = wanted | (wanted == TYPE_WRITABLE ? VALIDATED : 0);
-    }
-    if (info & VALIDATED) {
-        type_info[mfn] = info + 1;
-        return true;
-    }
-    if (wanted == TYPE_SEGDESC)
+    if (wanted == TYPE_SEGDESC || !may_go_on(v))
         return false;
     type_info[mfn] = wanted | 1;
-    if (!validate(v, mfn, wanted)) {
+    u64 progress = validate(v, mfn, wanted, progress_of(info));
+    if (progress == ENTRIES)
+        type_info[mfn] = wanted | VALIDATED | 1;
+    else if (progress)
+        type_info[mfn] = wanted | PARTIAL | progress << PROGRESS_SHIFT | 1;
+    else
         type_info[mfn] = before;
-        return false;
-    }
-    type_info[mfn] = wanted | VALIDATED | 1;
-    return true;
+    if (info & PARTIAL && progress == ENTRIES)
+        put_page(d, mfn); /* the caller has one, too */
+    if (!(info & PARTIAL) && progress && progress != ENTRIES)
+        d->count_info_address[mfn]++;
+    return progress == ENTRIES;
 }
 
-/* For frames whose last existence reference this is not (`odd_references` is clear). */
+/* Have an L2..L4 table whose last type reference is gone drop what its entries hold: see `undo`. */
+static void begin_undo(struct domain *d, u64 mfn, u64 kind)
+{
+    d->type_info_address[mfn] = kind | UNDOING | ENTRIES << PROGRESS_SHIFT | 1;
+    d->count_info_address[mfn]++;
+    d->undo_list[d->undo_count++] = mfn; /* one that an operation puts, and two below */
+}
+
 static void put_page_type(struct vcpu *v, u64 mfn)
 {
     struct domain *d = v->domain_address;
-    u64 info = --d->type_info_address[mfn], kind = info & TYPE_MASK;
-    if (info & TYPE_COUNT)
+    u64 *info = &d->type_info_address[mfn], kind = *info & TYPE_MASK;
+    if (!(*info & TYPE_COUNT)) {
+        d->reference_lost = true;
+        return;
+    }
+    if (--*info & TYPE_COUNT)
         return;
     d->stamp_address[mfn] = d->flush_epoch;
-    if (kind >= TYPE_L1 && kind <= TYPE_L4 && info & VALIDATED) {
-        devalidate(v, mfn, kind);
-        d->type_info_address[mfn] = kind;
-    }
+    if (!(*info & VALIDATED) || kind < TYPE_L1 || kind > TYPE_L4)
+        return;
+    may_go_on(v); /* what was begun is finished, and counts */
+    if (kind == TYPE_L1) {
+        devalidate_l1(v, mfn);
+        *info = kind;
+    } else
+        begin_undo(d, mfn, kind);
 }
 
 static bool get_page_and_type(struct vcpu *v, u64 mfn, u64 wanted)
 {
     struct domain *d = v->domain_address;
-    if (!owned(d, mfn))
+    if (!get_page(d, mfn))
         return false;
-    d->count_info_address[mfn]++;
     if (get_page_type(v, mfn, wanted))
         return true;
-    d->count_info_address[mfn]--;
+    put_page(d, mfn);
     return false;
 }
 
 static void put_page_and_type(struct vcpu *v, u64 mfn)
 {
-    struct domain *d = v->domain_address;
     put_page_type(v, mfn);
-    d->count_info_address[mfn]--;
+    put_page(v->domain_address, mfn);
 }
 
 /* --- whole tables ------------------------------------------------------------------------------------ */
@@ -97,7 +143,9 @@ static bool validate_l1(struct vcpu *v, u64 mfn)
         u64 entry = table[slot], target = (entry & PTE_ADDRESS) >> 12;
         if (!(entry & PTE_P))
             continue;
-        if (entry & L1_DISALLOWED || target >= d->machine_frames || d->owner_address[target] != d->domid)
+        if (entry & L1_DISALLOWED || target >= d->machine_frames || d->owner_address[target] != d->domid
+            || (d->count_info_address[target] & EXISTENCE_COUNT) >= MOST_REFERENCES
+            || (type_info[target] & TYPE_COUNT) >= MOST_REFERENCES)
             return false;
         if (entry & PTE_RW && (type_info[target] & TYPE_MASK) != TYPE_WRITABLE) {
             if (type_info[target] & TYPE_COUNT)
@@ -128,9 +176,27 @@ static bool validate_l1(struct vcpu *v, u64 mfn)
     return true;
 }
 
-static bool xens(u64 kind, int slot)
+static void devalidate_l1(struct vcpu *v, u64 mfn)
 {
-    return kind == TYPE_L4 && slot >= (int)XEN_FIRST_SLOT && slot <= (int)XEN_LAST_SLOT;
+    struct domain *d = v->domain_address;
+    u64 *table = words(d) + (mfn << 9);
+    bool any = false;
+    for (int slot = 0; slot < 512; slot++) {
+        u64 entry = table[slot], target = (entry & PTE_ADDRESS) >> 12;
+        if (!(entry & PTE_P))
+            continue;
+        any = true;
+        if (entry & PTE_RW)
+            put_page_type(v, target);
+        put_page(d, target);
+    }
+    if (any)
+        entry_changed(v, mfn << 9, PTE_P, 0);
+}
+
+static bool xens(u64 kind, u64 slot)
+{
+    return kind == TYPE_L4 && slot >= XEN_FIRST_SLOT && slot <= XEN_LAST_SLOT;
 }
 
 /* Take the references of a present entry in a table of `kind`, which is not a linear one. */
@@ -146,55 +212,54 @@ static void put_table(struct vcpu *v, u64 entry, u64 holder)
         put_page_and_type(v, mfn);
 }
 
-static bool validate(struct vcpu *v, u64 mfn, u64 kind)
+/* Check entries from `first` on and take their references: below which entry they are held now. ENTRIES: all are. */
+static u64 validate(struct vcpu *v, u64 mfn, u64 kind, u64 first)
 {
     struct domain *d = v->domain_address;
     u64 *table = words(d) + (mfn << 9);
-    may_go_on(v); /* what was begun is finished, and counts */
     if (kind == TYPE_L1)
-        return validate_l1(v, mfn);
-    if (d->odd_references)
-        return false; /* what is taken may have to be put again */
-    if (kind == TYPE_L4)
+        return validate_l1(v, mfn) ? ENTRIES : 0;
+    if (kind == TYPE_L4 && !first)
         for (u64 slot = XEN_FIRST_SLOT; slot <= XEN_LAST_SLOT; slot++)
             table[slot] = d->xen_l4_entries[slot - XEN_FIRST_SLOT];
-    for (int slot = 0; slot < 512; slot++) {
+    for (u64 slot = first; slot < ENTRIES; slot++) {
         if (!(table[slot] & PTE_P) || xens(kind, slot))
             continue;
-        if (!get_table(v, table[slot], kind)) {
-            while (slot--)
-                if (table[slot] & PTE_P && !xens(kind, slot))
-                    put_table(v, table[slot], mfn);
-            return false;
-        }
+        if (!get_table(v, table[slot], kind))
+            return slot;
         table[slot] |= PTE_US;
     }
-    return true;
+    return ENTRIES;
 }
 
-static void devalidate(struct vcpu *v, u64 mfn, u64 kind)
+/* Let the tables in `undo_list` drop what their entries hold. False: some is left, as no work was. */
+static bool undo(struct vcpu *v)
 {
     struct domain *d = v->domain_address;
-    u64 *table = words(d) + (mfn << 9);
-    bool any = kind != TYPE_L1;
-    may_go_on(v); /* what was begun is finished, and counts */
-    for (int slot = 0; slot < 512; slot++) {
-        u64 entry = table[slot], target = (entry & PTE_ADDRESS) >> 12;
-        if (!(entry & PTE_P) || xens(kind, slot))
-            continue;
-        any = true;
-        if (kind != TYPE_L1) {
-            put_table(v, entry, mfn);
+    while (d->undo_count) {
+        u32 depth = d->undo_count;
+        u64 mfn = d->undo_list[depth - 1], *info = &d->type_info_address[mfn], kind = *info & TYPE_MASK;
+        u64 slot = progress_of(*info), *table = words(d) + (mfn << 9);
+        while (slot && d->undo_count == depth) {
+            if (!v->work_left || d->odd_references) {
+                *info = (*info & ~PROGRESS_MASK) | slot << PROGRESS_SHIFT;
+                return false;
+            }
+            slot--;
+            if (table[slot] & PTE_P && !xens(kind, slot))
+                put_table(v, table[slot], mfn);
+        }
+        if (d->undo_count != depth) { /* that was its last use: first the table below */
+            *info = (*info & ~PROGRESS_MASK) | slot << PROGRESS_SHIFT;
             continue;
         }
-        if (entry & PTE_RW) {
-            d->type_info_address[target]--;
-            d->stamp_address[target] = d->flush_epoch;
-        }
-        d->count_info_address[target]--;
-    }
-    if (any)
+        d->undo_count--;
+        *info = kind | ((*info & TYPE_COUNT) - 1);
+        d->stamp_address[mfn] = d->flush_epoch;
         entry_changed(v, mfn << 9, PTE_P, 0);
+        put_page(d, mfn);
+    }
+    return true;
 }
 
 /* --- single entries ---------------------------------------------------------------------------------- */
@@ -226,11 +291,8 @@ static bool modify_l1(struct vcpu *v, u64 index, u64 new)
             return false;
     }
     if (new & PTE_P) {
-        if (target >= d->machine_frames || d->owner_address[target] != d->domid)
+        if (new & PTE_RW ? !get_page_and_type(v, target, TYPE_WRITABLE) : !get_page(d, target))
             return false;
-        if (new & PTE_RW && !get_page_type(v, target, TYPE_WRITABLE))
-            return false;
-        d->count_info_address[target]++;
         q[index] = new;
         if (!(new & PTE_NX))
             executable_mapped(v, target);
@@ -238,9 +300,9 @@ static bool modify_l1(struct vcpu *v, u64 index, u64 new)
         q[index] = new;
     if (old & PTE_P) {
         entry_changed(v, index, old, new);
-        if (old & PTE_RW && !(--type_info[former] & TYPE_COUNT))
-            d->stamp_address[former] = d->flush_epoch;
-        d->count_info_address[former]--;
+        if (old & PTE_RW)
+            put_page_type(v, former);
+        put_page(d, former);
     }
     return true;
 }
@@ -276,7 +338,8 @@ static bool modify_upper(struct vcpu *v, u64 index, u64 new, u64 kind)
 static bool pin(struct vcpu *v, u64 mfn, u64 kind)
 {
     struct domain *d = v->domain_address;
-    if (d->odd_references || (owned(d, mfn) && d->type_info_address[mfn] & PINNED) || !get_page_and_type(v, mfn, kind))
+    if (d->odd_references || mfn >= d->machine_frames || d->type_info_address[mfn] & PINNED
+        || !get_page_and_type(v, mfn, kind))
         return false;
     d->type_info_address[mfn] |= PINNED;
     v->new_space |= kind == TYPE_L4;
@@ -286,7 +349,8 @@ static bool pin(struct vcpu *v, u64 mfn, u64 kind)
 static bool unpin(struct vcpu *v, u64 mfn)
 {
     struct domain *d = v->domain_address;
-    if (d->odd_references || !owned(d, mfn) || !(d->type_info_address[mfn] & PINNED))
+    if (d->odd_references || mfn >= d->machine_frames || d->owner_address[mfn] != d->domid
+        || !(d->type_info_address[mfn] & PINNED))
         return false;
     d->type_info_address[mfn] &= ~PINNED;
     put_page_and_type(v, mfn);

@@ -8,6 +8,13 @@ change through `modify_entry`.  When the last such use is gone all references ar
 References an entry holds: an L1 entry one existence reference on the frame it maps, and one type reference
 (writable) if it maps it writable; an L2..L4 entry one existence and one type reference on the table below.
 
+Bounded work.  A guest chooses how many tables hang below one entry, so neither validating them nor dropping what they
+hold is done at a stretch: each takes from `Domain.work_left`.  When that is used up, `validate` leaves each table on
+its way as PARTIAL, with what its first entries hold, and -ERESTART is returned: the guest makes the hypercall again,
+and validation goes on where it was (Xen: PGT_partial).  Tables that are to drop their references stand in `undo_list`
+as UNDOING; `undo` takes them from the last entry to the first, so that both states are the same: entries below the
+progress noted hold their references.  Ring 0 empties that list before it does anything else for the domain.
+
 Functions here need the lock of the domain concerned.  They return 0 or a negative Xen errno.
 """
 
@@ -17,10 +24,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from xenolith.abi.errno import EBUSY, EINVAL, EPERM
+from xenolith.abi.errno import EBUSY, EINVAL, EPERM, ERESTART
 from xenolith.abi.hypercalls import DOMID_INVALID
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
+    ENTRIES,
     PTE_A,
     PTE_AVAIL,
     PTE_AVAIL_HIGH,
@@ -32,12 +40,17 @@ from xenolith.abi.x86 import (
     PTE_US,
 )
 from xenolith.hypervisor import descriptors, tlb
+from xenolith.hypervisor.domain import UNLIMITED_WORK
 from xenolith.hypervisor.frames import (
     ALLOCATED,
     EXISTENCE_COUNT,
     FOREIGN,
     INVALID_M2P_ENTRY,
+    MOST_REFERENCES,
+    PARTIAL,
     PINNED,
+    PROGRESS_MASK,
+    PROGRESS_SHIFT,
     TYPE_COUNT,
     TYPE_L1,
     TYPE_L2,
@@ -47,6 +60,7 @@ from xenolith.hypervisor.frames import (
     TYPE_SEGDESC,
     TYPE_SHIFT,
     TYPE_WRITABLE,
+    UNDOING,
     VALIDATED,
 )
 
@@ -62,6 +76,10 @@ L1_DISALLOWED: Final = DISALLOWED & ~PTE_G
 UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A | PTE_US
 COUNTED: Final = ~UNCOUNTED & (1 << 64) - 1
 GUEST_KERNEL: Final = 1 << 52  # Xen's mark on an L1 entry that the guest gave without the user bit
+# What of Domain.work_left things cost. An entry of an upper table, the cheapest, takes Python a microsecond or two.
+L1_WORK: Final = 48
+PAGE_WORK: Final = 128  # all descriptors of a page
+FREE_WORK: Final = 16  # with a TLB flush
 PHYSICAL_BITS: Final = 46  # width of a machine address
 
 _U64 = np.uint64
@@ -101,27 +119,57 @@ def get_page_type(domain: Domain, mfn: int, wanted: int) -> int:
         if info & VALIDATED:
             frames.type_info[mfn] = info + 1
             return 0
-        frames.type_info[mfn] = wanted | 1
-        result = validate(domain, mfn, wanted)
-        frames.type_info[mfn] = 0 if result else wanted | VALIDATED | 1
-        return result
-    if info & TYPE_MASK != wanted or not info & VALIDATED:  # in other use, or being (de)validated
+        return _validate_from(domain, mfn, wanted, 0)
+    if info & TYPE_MASK != wanted:
+        return -EINVAL
+    if info & PARTIAL:
+        frames.put_page(mfn)  # the caller has one, too
+        return _validate_from(domain, mfn, wanted, (info & PROGRESS_MASK) >> PROGRESS_SHIFT)
+    if not info & VALIDATED or info & TYPE_COUNT >= MOST_REFERENCES:  # being (de)validated, or used too often
         return -EINVAL
     frames.type_info[mfn] = info + 1
     return 0
 
 
-def put_page_type(domain: Domain, mfn: int) -> None:
-    """Drop a type reference; the last one of a page table drops all that its entries hold."""
+def _validate_from(domain: Domain, mfn: int, wanted: int, progress: int) -> int:
+    """Validate the rest of a frame for its first type reference."""
     frames = domain.frames
-    info = frames.type_info[mfn] - 1
+    frames.type_info[mfn] = wanted | 1
+    result, progress = validate(domain, mfn, wanted, progress)
+    if not result:
+        frames.type_info[mfn] = wanted | VALIDATED | 1
+    elif not progress:
+        frames.type_info[mfn] = 0
+    elif result == -ERESTART:
+        frames.type_info[mfn] = wanted | PARTIAL | progress << PROGRESS_SHIFT | 1
+        frames.count_info[mfn] += 1
+    else:
+        _begin_undo(domain, mfn, wanted, progress)
+        undo(domain)
+    return result
+
+
+def put_page_type(domain: Domain, mfn: int) -> None:
+    """Drop a type reference; the last one of a page table drops all that its entries hold, as far as work is left."""
+    _put_type(domain, mfn)
+    undo(domain)
+
+
+def _put_type(domain: Domain, mfn: int) -> None:
+    frames = domain.frames
+    info = frames.type_info[mfn]
+    assert info & TYPE_COUNT, frames.describe(mfn)
+    info -= 1
     frames.type_info[mfn] = info
     if not info & TYPE_COUNT:
         frames.stamp[mfn] = domain.flush_epoch
         kind = info & TYPE_MASK
-        if TYPE_L1 <= kind <= TYPE_L4 and info & VALIDATED:
-            devalidate(domain, mfn, kind)
-            frames.type_info[mfn] = kind
+        if info & VALIDATED and TYPE_L1 <= kind <= TYPE_L4:
+            if kind == TYPE_L1:
+                _devalidate_l1(domain, mfn)
+                frames.type_info[mfn] = kind
+            else:
+                _begin_undo(domain, mfn, kind, ENTRIES)
 
 
 def get_page_and_type(domain: Domain, mfn: int, wanted: int) -> int:
@@ -136,9 +184,7 @@ def get_page_and_type(domain: Domain, mfn: int, wanted: int) -> int:
 
 def put_page(domain: Domain, mfn: int) -> None:
     """Drop an existence reference; with the last one the frame is freed."""
-    count_info = domain.frames.count_info
-    count_info[mfn] -= 1
-    if not count_info[mfn] & EXISTENCE_COUNT:
+    if domain.frames.put_page(mfn):
         free_frames(domain, [mfn])
 
 
@@ -150,39 +196,75 @@ def put_page_and_type(domain: Domain, mfn: int) -> None:
 def free_frames(domain: Domain, mfns: list[int]) -> None:
     """Frames without references left return to the machine; no TLB may know them any more."""
     tlb.flush_domain(domain)
+    domain.work_left -= FREE_WORK + len(mfns)
+    freed = np.array(mfns, dtype=np.uint64)
+    assert (domain.frames.owners[freed] == domain.domid).all(), f"{domain!r} frees {mfns[:8]}"
+    domain.view.m2p_words[freed] = _U64(INVALID_M2P_ENTRY)
+    domain.frames.release(freed)
+    domain.total_pages -= len(mfns)
+
+
+def validate(domain: Domain, mfn: int, kind: int, first: int = 0) -> tuple[int, int]:
+    """Check every entry of a frame that is to become a page table or descriptor page, and take its references.
+
+    Begins with entry `first`.  Gives a result, and below which entry references are held.
+    """
+    if kind == TYPE_L1:
+        domain.work_left -= L1_WORK
+        return _validate_l1(domain, mfn), 0
+    if kind == TYPE_SEGDESC:
+        domain.work_left -= PAGE_WORK
+        return descriptors.validate_descriptor_page(domain, mfn), 0
+    return _validate_upper(domain, mfn, kind, first)
+
+
+# --- undoing tables --------------------------------------------------------------------------------
+
+
+def _begin_undo(domain: Domain, mfn: int, kind: int, progress: int, others: int = 0) -> None:
+    """Have an L2..L4 table drop what its entries below `progress` hold. It has `others` type references."""
     frames = domain.frames
-    m2p = domain.view.m2p
-    for mfn in mfns:
-        assert frames.owner[mfn] == domain.domid, frames.describe(mfn)
-        m2p[mfn] = INVALID_M2P_ENTRY
-        frames.release(mfn)
-        domain.total_pages -= 1
+    frames.type_info[mfn] = kind | UNDOING | progress << PROGRESS_SHIFT | others + 1
+    frames.count_info[mfn] += 1
+    domain.undo_list[domain.undo_count] = mfn  # never more than roots of one operation, and a table or two a level
+    domain.undo_count += 1
+
+
+def undo(domain: Domain) -> bool:
+    """Let the tables in `undo_list` drop what their entries hold. False: some is left, as no work was.
+
+    The entries themselves stay.
+    """
+    frames = domain.frames
+    while domain.undo_count:
+        depth = domain.undo_count
+        mfn = domain.undo_list[depth - 1]
+        info = frames.type_info[mfn]
+        kind = info & TYPE_MASK
+        table = domain.memory.table(mfn)
+        for slot in np.flatnonzero(table[: (info & PROGRESS_MASK) >> PROGRESS_SHIFT] & _U64(PTE_P))[::-1].tolist():
+            if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
+                continue
+            if domain.work_left <= 0:
+                frames.type_info[mfn] = info & ~PROGRESS_MASK | slot + 1 << PROGRESS_SHIFT
+                return False
+            domain.work_left -= 1
+            _put_table(domain, int(table[slot]), mfn, kind - (1 << TYPE_SHIFT))
+            if domain.undo_count > depth:  # that was its last use: first the table below
+                info = frames.type_info[mfn]
+                frames.type_info[mfn] = info & ~PROGRESS_MASK | slot << PROGRESS_SHIFT
+                break
+        else:
+            domain.undo_count = depth - 1
+            frames.type_info[mfn] = kind | (frames.type_info[mfn] & TYPE_COUNT) - 1
+            frames.stamp[mfn] = domain.flush_epoch
+            if domain.entry_changed is not None:
+                domain.entry_changed(mfn << 9, PTE_P, 0)
+            put_page(domain, mfn)
+    return True
 
 
 # --- whole tables ----------------------------------------------------------------------------------
-
-
-def validate(domain: Domain, mfn: int, kind: int) -> int:
-    """Check every entry of a frame that is to become a page table or descriptor page, and take its references."""
-    if kind == TYPE_L1:
-        return _validate_l1(domain, mfn)
-    if kind == TYPE_SEGDESC:
-        return descriptors.validate_descriptor_page(domain, mfn)
-    return _validate_upper(domain, mfn, kind)
-
-
-def devalidate(domain: Domain, mfn: int, kind: int) -> None:
-    """Drop all references that the entries of a former page table hold. The entries themselves stay."""
-    if kind == TYPE_L1:
-        _devalidate_l1(domain, mfn)
-        return
-    below = kind - (1 << TYPE_SHIFT)
-    table = domain.memory.table(mfn)
-    for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
-        if kind != TYPE_L4 or not XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
-            _put_table(domain, int(table[slot]), mfn, below)
-    if domain.entry_changed is not None:
-        domain.entry_changed(mfn << 9, PTE_P, 0)
 
 
 def _validate_l1(domain: Domain, mfn: int) -> int:
@@ -200,8 +282,12 @@ def _validate_l1(domain: Domain, mfn: int) -> int:
     if (frames.owners[targets] != domain.domid).any():
         return -EBUSY
     writable = targets[(entries & _U64(PTE_RW)) != 0]
+    if ((frames.count_infos[targets] & _U64(EXISTENCE_COUNT)) >= _U64(MOST_REFERENCES)).any():
+        return -EBUSY
     if len(writable):
         infos = frames.type_infos[writable]
+        if ((infos & _TYPE_COUNT) >= _U64(MOST_REFERENCES)).any():
+            return -EBUSY
         changes = (infos & _TYPE_MASK) != _TYPE_WRITABLE
         if changes.any():
             if (infos[changes] & _TYPE_COUNT).any():
@@ -225,6 +311,7 @@ def _validate_l1(domain: Domain, mfn: int) -> int:
 
 
 def _devalidate_l1(domain: Domain, mfn: int) -> None:
+    domain.work_left -= L1_WORK
     frames = domain.frames
     table = domain.memory.table(mfn)
     entries = table[np.flatnonzero(table & _U64(PTE_P))]
@@ -235,6 +322,9 @@ def _devalidate_l1(domain: Domain, mfn: int) -> None:
     np.subtract.at(frames.type_infos, writable, _U64(1))
     frames.stamps[writable] = domain.flush_epoch
     np.subtract.at(frames.count_infos, targets, _U64(1))
+    # What went below zero has borrowed from the flags.
+    assert not ((frames.type_infos[writable] & _TYPE_COUNT) > _U64(MOST_REFERENCES)).any(), f"table {mfn:#x}"
+    assert not ((frames.count_infos[targets] & _U64(EXISTENCE_COUNT)) > _U64(MOST_REFERENCES)).any(), f"table {mfn:#x}"
     unused = targets[(frames.count_infos[targets] & _U64(EXISTENCE_COUNT)) == 0]
     if len(unused):
         free_frames(domain, np.unique(unused).tolist())
@@ -254,27 +344,24 @@ def choose_view(domain: Domain, l4_mfn: int, kernel_mode: bool) -> None:
                 domain.entry_changed(index, old, entry)
 
 
-def _validate_upper(domain: Domain, mfn: int, kind: int) -> int:
+def _validate_upper(domain: Domain, mfn: int, kind: int, first: int) -> tuple[int, int]:
     """L2, L3 and L4 tables: take the tables below, and Xen's slots into an L4."""
     below = kind - (1 << TYPE_SHIFT)
     table = domain.memory.table(mfn)
-    if kind == TYPE_L4:
+    if kind == TYPE_L4 and not first:
         table[XEN_FIRST_SLOT : XEN_LAST_SLOT + 1] = domain.xen_l4_entries
-    taken: list[int] = []
-    result = 0
-    for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
+    for slot in (np.flatnonzero(table[first:] & _U64(PTE_P)) + first).tolist():
         if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
             continue
+        if domain.work_left <= 0:
+            return -ERESTART, slot
+        domain.work_left -= 1
         entry = int(table[slot])
         result = _get_table(domain, entry, mfn, below)
         if result:
-            break
-        taken.append(slot)
+            return result, slot
         table[slot] = entry | PTE_US
-    if result:
-        for slot in taken:
-            _put_table(domain, int(table[slot]), mfn, below)
-    return result
+    return 0, ENTRIES
 
 
 def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
@@ -289,13 +376,15 @@ def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
 
 
 def _put_table(domain: Domain, entry: int, holder: int, below: int) -> None:
+    """Drop them; what a table below then has to drop is left to `undo`."""
     mfn = (entry & FRAME) >> 12
     if mfn == holder:
         return  # a linear map of the table itself holds nothing
     if domain.frames.type_info[mfn] & TYPE_MASK == below + (1 << TYPE_SHIFT):
         _put_linear(domain, mfn, holder)
     else:
-        put_page_and_type(domain, mfn)
+        _put_type(domain, mfn)
+        put_page(domain, mfn)
 
 
 # --- linear page tables ----------------------------------------------------------------------------
@@ -312,7 +401,7 @@ def _get_linear(domain: Domain, entry: int, holder: int, level: int) -> int:
         return 0
     frames, linear = domain.frames, domain.linear
     info = frames.type_info[mfn]
-    if info & TYPE_MASK != level or not info & VALIDATED or not info & TYPE_COUNT:
+    if info & TYPE_MASK != level or not info & VALIDATED or not 0 < info & TYPE_COUNT < MOST_REFERENCES:
         return -EINVAL
     if linear.get(holder, 0) < 0 or linear.get(mfn, 0) > 0 or not frames.get_page(mfn, domain.domid):
         return -EINVAL
@@ -330,7 +419,8 @@ def _put_linear(domain: Domain, mfn: int, holder: int) -> None:
     for table in (holder, mfn):
         if not linear[table]:
             del linear[table]
-    put_page_and_type(domain, mfn)
+    _put_type(domain, mfn)
+    put_page(domain, mfn)
 
 
 # --- single entries --------------------------------------------------------------------------------
@@ -359,15 +449,11 @@ def modify_l1(domain: Domain, index: int, new: int, owner: int | None = None) ->
             return 0
         if target >= frames.frames:
             return absent_frame(target)
-        if frames.owner[target] != (domain.domid if owner is None else owner):
+        if not frames.get_page(target, domain.domid if owner is None else owner):
             return -EBUSY
-        if new & PTE_RW:
-            info = frames.type_info[target]
-            if info & TYPE_MASK == TYPE_WRITABLE:
-                frames.type_info[target] = info + 1
-            elif get_page_type(domain, target, TYPE_WRITABLE):
-                return -EBUSY
-        frames.count_info[target] += 1
+        if new & PTE_RW and get_page_type(domain, target, TYPE_WRITABLE):
+            put_page(domain, target)
+            return -EBUSY
         q[index] = new
         if not new & PTE_NX and domain.executable_mapped is not None:
             domain.executable_mapped(target)
@@ -385,16 +471,10 @@ def put_l1_target(domain: Domain, old: int) -> None:
     frames = domain.frames
     target = (old & FRAME) >> 12
     if old & PTE_RW:
-        info = frames.type_info[target] - 1
-        frames.type_info[target] = info
-        if not info & TYPE_COUNT:
-            frames.stamp[target] = domain.flush_epoch
+        _put_type(domain, target)
     elif frames.type_info[target] & TYPE_MASK == TYPE_SEGDESC and domain.ldt_in_use:
         descriptors.drop_ldt(domain)
-    count = frames.count_info[target] - 1
-    frames.count_info[target] = count
-    if not count & EXISTENCE_COUNT:
-        free_frames(domain, [target])
+    put_page(domain, target)
 
 
 def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
@@ -422,6 +502,7 @@ def modify_upper(domain: Domain, index: int, new: int, kind: int) -> int:
         if domain.entry_changed is not None:
             domain.entry_changed(index, old, new)
         _put_table(domain, old, holder, below)
+        undo(domain)
     return 0
 
 
@@ -435,7 +516,7 @@ def modify_entry(domain: Domain, address: int, new: int, preserve_ad: bool) -> i
     mfn = address >> 12
     info = domain.frames.type_info[mfn]
     kind = info & TYPE_MASK
-    if TYPE_L1 <= kind <= TYPE_L4 and info & TYPE_COUNT:
+    if TYPE_L1 <= kind <= TYPE_L4 and info & TYPE_COUNT and info & VALIDATED:
         if preserve_ad:
             new |= domain.memory.q[index] & (PTE_A | PTE_D)
         if kind == TYPE_L1:
@@ -480,6 +561,19 @@ def unpin(domain: Domain, mfn: int) -> int:
     return 0 if pinned else -EINVAL
 
 
+def get_bases(domain: Domain, kernel_l4: int, user_l4: int) -> int:
+    """Take the references of a vCPU's base pointers (user_l4 0: none), of both or of neither."""
+    result = get_page_and_type(domain, kernel_l4, TYPE_L4)
+    if result or not user_l4:
+        return result
+    result = get_page_and_type(domain, user_l4, TYPE_L4)
+    if result == -ERESTART and domain.frames.type_info[kernel_l4] & (TYPE_COUNT | PINNED) == 1:
+        domain.frames.type_info[kernel_l4] = TYPE_L4 | PARTIAL | ENTRIES << PROGRESS_SHIFT | 1  # not to be done again
+    elif result:
+        put_page_and_type(domain, kernel_l4)
+    return result
+
+
 def set_bases(vcpu: Vcpu, kernel_l4: int, user_l4: int) -> None:
     """Make these, of which the references are held, the tables of a vCPU that has none (0: no user table)."""
     choose_view(vcpu.domain, kernel_l4, True)
@@ -500,20 +594,32 @@ def relinquish(domain: Domain) -> None:
     No vCPU of it may run any more.  Frames that others still map stay until they are unmapped.
     """
     frames = domain.frames
+    domain.work_left = UNLIMITED_WORK
+    undo(domain)
+    typed = np.flatnonzero((frames.type_infos != 0) & (frames.owners == domain.domid))
+    for mfn in typed[(frames.type_infos[typed] & _U64(PARTIAL)) != 0].tolist():
+        info = frames.type_info[mfn]
+        frames.put_page(mfn)
+        _begin_undo(domain, mfn, info & TYPE_MASK, (info & PROGRESS_MASK) >> PROGRESS_SHIFT)
+        undo(domain)
     for vcpu in domain.vcpus:
         drop_base(domain, vcpu.kernel_l4)
         drop_base(domain, vcpu.user_l4)
         vcpu.kernel_l4 = vcpu.user_l4 = 0
-    typed = np.flatnonzero((frames.type_infos != 0) & (frames.owners == domain.domid))
     for mfn in typed[(frames.type_infos[typed] & _U64(PINNED)) != 0].tolist():
         unpin(domain, mfn)
     # Read-only linear maps and rings of tables can keep each other alive: break them level by level.
     for kind in (TYPE_L4, TYPE_L3, TYPE_L2, TYPE_L1):
         for mfn in typed[(frames.type_infos[typed] & _TYPE_MASK) == _U64(kind)].tolist():
             info = frames.type_info[mfn]
-            if info & TYPE_COUNT and info & VALIDATED:
+            if not info & TYPE_COUNT or not info & VALIDATED:
+                continue
+            if kind == TYPE_L1:
                 frames.type_info[mfn] = info & ~VALIDATED
-                devalidate(domain, mfn, kind)
+                _devalidate_l1(domain, mfn)
+            else:
+                _begin_undo(domain, mfn, kind, ENTRIES, info & TYPE_COUNT)
+                undo(domain)
     # What nothing holds but its allocation is free at once; the rest loses that and stays as long as it is held.
     owned = frames.owners == domain.domid
     held = np.flatnonzero(owned & (frames.count_infos != _U64(ALLOCATED | 1)))

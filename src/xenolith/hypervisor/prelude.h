@@ -2,7 +2,7 @@
 
    Python is the reference: paging.c is the C half of paging.py, and its functions do what those of the same names there
    do.  Here is only what succeeds and needs nothing but flat state.  Whatever else comes up, every error included, is
-   NOT_HANDLED, found out before anything is changed (or undone), and then Python does all of it.
+   NOT_HANDLED, found out before anything is changed (or left where Python goes on), and then Python does the rest.
 
    ring0.py joins the halves, this first and ring0.c, the way in, last.  What Python states, it declares to them.
 
@@ -16,7 +16,6 @@
 #define ONE_TYPE (1ull << TYPE_SHIFT)
 #define NOWHERE (~0ull)
 #define ALL_VCPUS (~0ull)
-#define WORK 4096 /* requests and page tables that one trap may take, a few milliseconds; what is left is Python's */
 #define SLOW INT64_MIN /* in place of a hypercall's result: nothing was done that its arguments do not tell of */
 
 static inline void store(u8 *at, u64 value)

@@ -57,12 +57,14 @@ int handle_trap(struct vcpu *v, u32 vector, u64 error_code, u64 address)
     __atomic_store_n(&v->in_guest, false, __ATOMIC_RELEASE); /* as Python's handler, which gets what is not handled */
     if (!try_lock(&d->lock_word))
         return NOT_HANDLED;
-    v->work_left = WORK;
+    v->work_left = d->work_limit;
     int answer = NOT_HANDLED;
-    if (handle(v, vector, error_code, address)) {
+    if (undo(v) && handle(v, vector, error_code, address)) {
         v->native_budget -= v->native_budget != UNLIMITED;
         answer = finish(v);
     }
+    if (d->reference_lost)
+        answer = answer == NOT_HANDLED ? NOT_HANDLED : LOOK; /* Python ends the domain */
     unlock(d);
     return answer;
 }

@@ -50,6 +50,7 @@ _DOMAIN_POINTERS = {
     "count_info_address": "u64 *{}",
     "stamp_address": "u32 *{}",
     "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
+    "undo_list": "u64 {}[MOST_UNDONE]",
 }
 _VCPU_POINTERS = {**native_state.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
@@ -75,7 +76,7 @@ def declarations() -> str:
             native.define(
                 x86,
                 "RAX RCX RDX RBX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D "
-                "PTE_G PTE_NX PTE_ADDRESS EFLAGS_CF EFLAGS_TF EFLAGS_IF EFLAGS_STATUS VECTOR_GP VECTOR_PF "
+                "PTE_G PTE_NX PTE_ADDRESS ENTRIES EFLAGS_CF EFLAGS_TF EFLAGS_IF EFLAGS_STATUS VECTOR_GP VECTOR_PF "
                 "PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN OPCODE_TWO_BYTES OPCODE_CPUID OPCODE_CLI "
                 "OPCODE_STI",
             ),
@@ -97,7 +98,8 @@ def declarations() -> str:
             ),
             native.define(
                 frames,
-                "TYPE_COUNT VALIDATED PINNED TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
+                "TYPE_COUNT EXISTENCE_COUNT MOST_REFERENCES VALIDATED PINNED PARTIAL UNDOING PROGRESS_SHIFT "
+                "PROGRESS_MASK TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
             ),
             native.define(guest_memory, "READ WRITE"),
             native.define(paging, "DISALLOWED L1_DISALLOWED COUNTED GUEST_KERNEL"),
@@ -111,7 +113,7 @@ def declarations() -> str:
             native.define(protocol, "TRAP_SYSCALL TRAP_CPUID"),
             native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
             native.define(errno, "EFAULT"),
-            native.define(domain, "MAX_VCPUS"),
+            native.define(domain, "MAX_VCPUS MOST_UNDONE"),
             "struct vcpu;\n",
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
             native.declare("engine_calls", native_state.EngineCalls, native_state.CALLS_IN_C),

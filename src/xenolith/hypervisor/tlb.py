@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import time
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+KICK_WORK: Final = 32  # of Domain.work_left
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,5 +68,6 @@ def flush_page(vcpus: Iterable[Vcpu], va: int) -> None:
 def _wait_until_out(vcpus: list[Vcpu]) -> None:
     """A kick takes microseconds to arrive; until then there is nothing better to do."""
     for vcpu in vcpus:
+        vcpu.domain.work_left -= KICK_WORK
         while vcpu.in_guest:
             time.sleep(0)

@@ -36,7 +36,7 @@ from xenolith.abi.x86 import (
     VECTORS_WITH_ERROR_CODE,
     advanced,
 )
-from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, writable_pagetables
+from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, paging, writable_pagetables
 from xenolith.hypervisor.bounce import (
     GUEST_CS,
     GUEST_SS,
@@ -73,6 +73,8 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
 
     def on_trap(vector: int, error_code: int, address: int) -> bool:
         vcpu.in_guest = False
+        if domain.lock_wanted:
+            domain.lock.give_way()
         with lock:
             if vector == TRAP_SYSCALL:
                 if vcpu.kernel_mode:
@@ -80,7 +82,10 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                         leave_compatibility_mode(vcpu, cpu)
                     regs[CS], regs[SS] = GUEST_CS, GUEST_SS  # which SYSCALL loads
                     number = regs[RAX]
-                    if number < 64:
+                    domain.work_left = domain.work_limit
+                    if domain.undo_count and not vcpu.begun and not paging.undo(domain):
+                        regs[RIP] = advanced(regs[RIP], -2)  # the guest makes the hypercall again
+                    elif number < 64:
                         hypercall_counts[number] += 1
                         function, arguments = table[number]
                         vcpu.restarted = False
@@ -120,6 +125,8 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
                     page_fault(vcpu, cpu, error_code, address)
                 else:
                     exception(vcpu, cpu, vector, error_code, address)
+            elif domain.reference_lost:
+                raise AssertionError(f"{domain!r}: native code was to drop a reference that nothing holds")
             if posted:
                 events.drain(domain)
             info = vcpu.info

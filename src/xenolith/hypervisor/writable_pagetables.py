@@ -56,6 +56,9 @@ def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
     info = domain.frames.type_info[mfn]
     if info & TYPE_MASK != TYPE_L1 or not info & VALIDATED or not info & TYPE_COUNT:
         return False
+    domain.work_left = domain.work_limit
+    if not paging.undo(domain):
+        return True  # the guest tries it again
     return _carry_out(vcpu, cpu, va, mfn << 9 | va >> 3 & 511)
 
 

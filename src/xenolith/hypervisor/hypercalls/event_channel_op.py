@@ -25,6 +25,7 @@ from xenolith.abi.hypercalls import (
     EVTCHNSTAT_ipi,
     EVTCHNSTAT_unbound,
     EVTCHNSTAT_virq,
+    HYPERVISOR_event_channel_op,
 )
 from xenolith.abi.layout import U16, U32
 from xenolith.hypervisor.events import FREE, INTERDOMAIN, IPI, RESERVED, UNBOUND, VIRQ, binding_lock
@@ -154,8 +155,11 @@ def _op_reset(vcpu: Vcpu, data: bytes, va: int) -> int:
         return domain
     if domain is not vcpu.domain and not domain.paused_by_control:
         return -EINVAL
-    domain.events.close_all()
-    return 0
+    if domain is not vcpu.domain:
+        domain.work_left = vcpu.domain.work_left
+    if domain.events.close_all():
+        return 0
+    return vcpu.restart_hypercall(HYPERVISOR_event_channel_op, EVTCHNOP_reset, va)
 
 
 _OPERATIONS: Final[dict[int, tuple[int, Callable[[Vcpu, bytes, int], int]]]] = {

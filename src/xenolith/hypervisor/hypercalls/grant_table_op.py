@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 OPERATION_BITS: Final = 12  # of the command; Xen keeps the state of its own continuations above
 INT_MAX: Final = (1 << 31) - 1
+ELEMENT_WORK: Final = 8  # see paging
 AVAIL_SHIFT: Final = 9  # of PTE_AVAIL
 FRAME: Final = 0x000F_FFFF_FFFF_F000
 MASK64: Final = (1 << 64) - 1
@@ -176,7 +177,8 @@ def _cache_flush(vcpu: Vcpu, uop: int, count: int) -> int:
             return -EINVAL
         if length and operation:
             return -EOPNOTSUPP
-        if vcpu.kicked or not vcpu.may_run:
+        vcpu.domain.work_left -= ELEMENT_WORK
+        if vcpu.kicked or not vcpu.may_run or vcpu.domain.work_left <= 0:
             done = index + 1
             return vcpu.restart_hypercall(
                 HYPERVISOR_grant_table_op, GNTTABOP_cache_flush, uop + done * abi.CACHE_FLUSH.size, count - done
@@ -446,8 +448,9 @@ def do_grant_table_op(vcpu: Vcpu, cmd: int, uop: int, count: int) -> int:
         return -EFAULT
     for index in range(count):
         va = uop + size * index
-        if index and (vcpu.kicked or not vcpu.may_run):
+        if index and (vcpu.kicked or not vcpu.may_run or vcpu.domain.work_left <= 0):
             return vcpu.restart_hypercall(HYPERVISOR_grant_table_op, cmd, va, count - index)
+        vcpu.domain.work_left -= ELEMENT_WORK
         data = copy_from_guest(vcpu, va, size)
         if data is None:
             return -EFAULT

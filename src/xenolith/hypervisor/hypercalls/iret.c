@@ -1,4 +1,4 @@
-/* iret. */
+/* iret: hypercalls/iret.py. */
 
 static bool is_flat(struct vcpu *v, u64 cs, u64 ss)
 {

@@ -1,7 +1,8 @@
 """memory_op: a domain's reservation of frames (public/memory.h; Xen: common/memory.c).
 
 The number of extents done is the result of the extent operations, also when a later one fails; the guest goes on
-from there.  The command carries the extent to start with in its upper bits.
+from there.  The command carries the extent to start with in its upper bits.  Between two extents, or two exchanges, a
+hypercall that has used up its trap's work is restarted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from xenolith.abi.hypercalls import (
     XENMEM_set_memory_map,
 )
 from xenolith.hypervisor import paging
-from xenolith.hypervisor.frames import ALLOCATED, EXISTENCE_COUNT, INVALID_M2P_ENTRY, PINNED, TYPE_COUNT
+from xenolith.hypervisor.frames import ALLOCATED, INVALID_M2P_ENTRY, PINNED, TYPE_COUNT
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
 from xenolith.hypervisor.view import M2P_ALIAS_VA
 from xenolith.machine.memory import OutOfMemory
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 OPERATION_MASK: Final = 63
 EXTENT_SHIFT: Final = 6
 MAX_ORDER: Final = 9  # of an extent that an unprivileged domain may ask for
-CHUNK: Final = 4096  # frames handled before the hypercall is restarted
+EXTENT_WORK: Final = 8  # see paging; a frame is 1
 MACHPHYS_MAPPING: Final = Struct("<QQQ")  # v_start, v_end, max_mfn
 MFN_LIST: Final = Struct("<IIQI4x")  # max_extents, pad, extent_start, nr_extents
 MEMORY_MAP: Final = Struct("<I4xQ")  # nr_entries, buffer
@@ -76,19 +77,17 @@ def _extents(vcpu: Vcpu, operation: int, start: int, argument: int) -> int:
     domain = vcpu.domain
     if count >> 32 - EXTENT_SHIFT or start >= count or domid not in (DOMID_SELF, domain.domid):
         return start
-    if (order > MAX_ORDER and operation != XENMEM_decrease_reservation) or order > 18:
+    if order > MAX_ORDER:
         return start
     if not extents_va and operation != XENMEM_increase_reservation:
         return start
-    stop = min(count, start + max(1, CHUNK >> order))
-    handled = start
-    for handled in range(start, stop):
+    for handled in range(start, count):
+        if domain.work_left <= 0 and handled > start:
+            return vcpu.restart_hypercall(HYPERVISOR_memory_op, operation | handled << EXTENT_SHIFT, argument)
+        domain.work_left -= EXTENT_WORK + (1 << order)
         if not _EXTENT[operation](vcpu, extents_va + 8 * handled if extents_va else 0, order):
             return handled
-    if stop < count:
-        return vcpu.restart_hypercall(HYPERVISOR_memory_op, operation | stop << EXTENT_SHIFT, argument)
-    return stop
-
+    return count
 
 
 def _populate(vcpu: Vcpu, extent_va: int, order: int) -> bool:
@@ -101,9 +100,7 @@ def _populate(vcpu: Vcpu, extent_va: int, order: int) -> bool:
     first = allocate_extent(domain, order)
     if first is None:
         return False
-    m2p = domain.view.m2p
-    for offset in range(1 << order):
-        m2p[first + offset] = pfn + offset & (1 << 64) - 1
+    _set_pfns(domain, first, pfn, order)
     return copy_to_guest(vcpu, extent_va, layout.U64.pack(first))
 
 
@@ -121,7 +118,7 @@ def _decrease(vcpu: Vcpu, extent_va: int, order: int) -> bool:
     if data is None:
         return False
     first = layout.U64.unpack(data)[0]
-    return all(remove_page(vcpu.domain, first + offset) for offset in range(1 << order))
+    return remove_pages(vcpu.domain, first, 1 << order)
 
 
 _EXTENT: Final = {
@@ -146,22 +143,34 @@ def allocate_extent(domain: Domain, order: int) -> int | None:
     return first
 
 
-def remove_page(domain: Domain, mfn: int) -> bool:
-    """Drop the allocation's reference; the frame is freed when nothing else holds it (Xen: guest_remove_page).
+def _set_pfns(domain: Domain, first: int, pfn: int, order: int) -> None:
+    """The frames from `first` on are the guest's pages from `pfn` on; what a guest names may wrap."""
+    m2p = domain.view.m2p_words
+    m2p[first : first + (1 << order)] = np.arange(1 << order, dtype=np.uint64) + np.uint64(pfn)
 
-    False where the frame is not the domain's.  A second time, while something still holds it, nothing happens.
-   """
+
+def remove_pages(domain: Domain, first: int, count: int = 1) -> bool:
+    """Drop the allocation's references; frames are freed that nothing else holds (Xen: guest_remove_page).
+
+    Stops where a frame is not the domain's: False.  A second time, while something still holds it, nothing happens.
+    """
     frames = domain.frames
-    if not frames.get_page(mfn, domain.domid):
-        return False
-    allocated = frames.count_info[mfn] & ALLOCATED
-    if allocated:
-        frames.count_info[mfn] &= ~ALLOCATED
-        paging.put_page(domain, mfn)
-        if frames.count_info[mfn] & EXISTENCE_COUNT > 1:
+    unused = []
+    for mfn in range(first, first + count):
+        if not frames.get_page(mfn, domain.domid):
+            break
+        if frames.count_info[mfn] & ALLOCATED:
+            frames.count_info[mfn] &= ~ALLOCATED
+            frames.put_page(mfn)
+        if frames.put_page(mfn):
+            unused.append(mfn)
+        else:
             domain.odd_references = True
-    paging.put_page(domain, mfn)
-    return True
+    else:
+        mfn = first + count
+    if unused:
+        paging.free_frames(domain, unused)
+    return mfn == first + count
 
 
 # --- questions -------------------------------------------------------------------------------------
@@ -270,6 +279,9 @@ def _exchange(vcpu: Vcpu, argument: int) -> int:
     done = exchanged
     result = 0
     while done < in_count and not result:
+        if domain.work_left <= 0 and done > exchanged:
+            return vcpu.restart_hypercall(HYPERVISOR_memory_op, XENMEM_exchange, argument)
+        domain.work_left -= EXTENT_WORK * (in_step + out_step) + (in_step << in_order)
         result = _exchange_chunk(
             vcpu,
             [in_va + 8 * (done + number) for number in range(in_step)],
@@ -317,12 +329,10 @@ def _exchange_chunk(
     for mfn in old:
         frames.count_info[mfn] = 0
     paging.free_frames(domain, old)
-    m2p = domain.view.m2p
     for first, pfn, va in zip(new, pfns, out_vas, strict=True):
         frames.assign(np.arange(first, first + (1 << out_order), dtype=np.uint64), domain.domid)
         domain.total_pages += 1 << out_order
-        for offset in range(1 << out_order):
-            m2p[first + offset] = pfn + offset & (1 << 64) - 1
+        _set_pfns(domain, first, pfn, out_order)
         copy_to_guest(vcpu, va, layout.U64.pack(first))
     return 0
 

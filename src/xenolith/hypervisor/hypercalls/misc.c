@@ -1,4 +1,4 @@
-/* set_segment_base. */
+/* set_segment_base: hypercalls/misc.py. */
 
 static i64 do_set_segment_base(struct vcpu *v, u64 *a)
 {

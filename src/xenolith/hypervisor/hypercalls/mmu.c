@@ -20,7 +20,8 @@ static bool update(struct vcpu *v, u64 pointer, u64 value)
 {
     struct domain *d = v->domain_address;
     u64 command = pointer & 7, mfn = pointer >> 12, info, kind;
-    if (command > MMU_PT_UPDATE_NO_TRANSLATE || !owned(d, mfn))
+    if (command > MMU_PT_UPDATE_NO_TRANSLATE || !mfn || mfn >= d->machine_frames || d->owner_address[mfn] != d->domid
+        || !d->count_info_address[mfn])
         return false;
     if (command == MMU_MACHPHYS_UPDATE) {
         d->m2p_address[mfn] = value;
@@ -28,7 +29,7 @@ static bool update(struct vcpu *v, u64 pointer, u64 value)
     }
     info = d->type_info_address[mfn];
     kind = info & TYPE_MASK;
-    if (!(info & TYPE_COUNT) || kind < TYPE_L1 || kind > TYPE_L4) { /* plain memory, such as a table not yet pinned */
+    if (!(info & TYPE_COUNT) || !(info & VALIDATED) || kind < TYPE_L1 || kind > TYPE_L4) { /* plain memory, such as a table not yet pinned */
         if (!get_page_type(v, mfn, TYPE_WRITABLE))
             return false;
         words(d)[pointer >> 3] = value;
@@ -81,7 +82,7 @@ static i64 do_mmu_update(struct vcpu *v, u64 *a)
         return SLOW;
     for (i = 0; i < count; i++) {
         u64 va = a[0] + MMU_UPDATE_SIZE * i, at = va & 7 ? NOWHERE : translate(v, va, MMU_UPDATE_SIZE, READ), request[2];
-        if (at == NOWHERE || !may_go_on(v))
+        if (at == NOWHERE || !undo(v) || !may_go_on(v))
             break;
         fetch(request, memory + at, sizeof request);
         if (!update(v, request[0], request[1]))
@@ -192,7 +193,7 @@ static i64 do_mmuext_op(struct vcpu *v, u64 *a)
         return SLOW;
     for (i = 0; i < count; i++) {
         u64 at = translate(v, a[0] + MMUEXT_OP_SIZE * i, MMUEXT_OP_SIZE, READ), operation[3];
-        if (at == NOWHERE || !may_go_on(v))
+        if (at == NOWHERE || !undo(v) || !may_go_on(v))
             break;
         fetch(operation, memory + at, sizeof operation);
         if (!extended_operation(v, (u32)operation[0], operation[1], operation[2], &base_changed))

@@ -1,8 +1,9 @@
 """The paging hypercalls: mmu_update, mmuext_op, update_va_mapping (public/xen.h; Xen: arch/x86/mm.c).
 
 Each takes a batch, stops at the first failure, and says through the done pointer how many operations
-succeeded.  A long batch is not allowed to keep its domain out of reach: after `BATCH` operations the
-hypercall is restarted by the guest itself with its arguments advanced (Xen: hypercall_create_continuation).
+succeeded.  A long batch is not allowed to keep its domain out of reach: after `BATCH` operations, or when the trap's
+work is used up (see paging), the hypercall is restarted by the guest itself with its arguments advanced
+(Xen: hypercall_create_continuation).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
-from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
+from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, ERESTART, ESRCH
 from xenolith.abi.hypercalls import (
     DOMID_IO,
     DOMID_SELF,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 FRAME: Final = paging.FRAME
 BATCH: Final = 512  # operations before a batch is restarted
+REQUEST_WORK: Final = 2  # see paging
 _done = layout.U32.pack
 _unpack_mmuext = layout.MMUEXT_OP.unpack
 
@@ -86,13 +88,15 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
     """Update page-table entries or machine-to-physical entries by machine address."""
     domain = vcpu.domain
     count &= 0xFFFFFFFF
-    if count == 1 and foreign == DOMID_SELF and not done_va and not requests & 7 and requests & 0xFFF <= 0xFF0:
+    alone = count == 1 and foreign == DOMID_SELF and not done_va and not domain.undo_count
+    if alone and not requests & 7 and requests & 0xFFF <= 0xFF0:
         # set_pte outside of a batch, the commonest hypercall of all: one walk, one update
         address = translate(vcpu, requests, READ)
         if address < 0:
             return -EFAULT
         q = domain.memory.q
-        return _update(domain, q[address >> 3], q[(address >> 3) + 1])
+        result = _update(domain, q[address >> 3], q[(address >> 3) + 1])
+        return _continue(vcpu, HYPERVISOR_mmu_update, requests, 1, 0, foreign) if result == -ERESTART else result
     done = _done_before(vcpu, count, done_va)
     if done is None:
         return -EFAULT
@@ -107,7 +111,8 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
             return owner
     q = domain.memory.q
     result = processed = 0
-    for processed in range(min(count, BATCH)):
+    while processed < min(count, BATCH) and paging.undo(domain) and domain.work_left > 0:
+        domain.work_left -= REQUEST_WORK
         va = requests + 16 * processed
         if va & 7 or va & 0xFFF > 0xFF0:
             data = copy_from_guest(vcpu, va, 16)
@@ -126,8 +131,9 @@ def do_mmu_update(vcpu: Vcpu, requests: int, count: int, done_va: int, foreign: 
         result = _update(domain, pointer, value)
         if result:
             break
-    else:
-        processed = min(count, BATCH)
+        processed += 1
+    if result == -ERESTART:
+        result = 0  # begun, and to be made again
     if done_va:
         copy_to_guest(vcpu, done_va, _done(done + processed & 0xFFFFFFFF))
     if not result and processed < count:
@@ -223,6 +229,7 @@ def vcpus_of_mask(vcpu: Vcpu, va: int) -> list[Vcpu] | None:
 
 def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign: int) -> int:
     """Pin and unpin tables, load base pointers, flush TLBs, set the LDT, clear and copy frames."""
+    domain = vcpu.domain
     count &= 0xFFFFFFFF
     done = _done_before(vcpu, count, done_va)
     if done is None:
@@ -235,7 +242,8 @@ def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign:
             return owner
     result = processed = 0
     vcpu.base_changed = False
-    for processed in range(min(count, BATCH)):
+    while processed < min(count, BATCH) and paging.undo(domain) and domain.work_left > 0:
+        domain.work_left -= REQUEST_WORK
         data = copy_from_guest(vcpu, operations + 24 * processed, 24)
         if data is None:
             result = -EFAULT
@@ -245,8 +253,9 @@ def do_mmuext_op(vcpu: Vcpu, operations: int, count: int, done_va: int, foreign:
         result = -ENOSYS if operation is None else operation(vcpu, command, argument1, argument2)
         if result:
             break
-    else:
-        processed = min(count, BATCH)
+        processed += 1
+    if result == -ERESTART:
+        result = 0  # begun, and to be made again
     if vcpu.base_changed and vcpu.cpu is not None:
         vcpu.cpu.switch_mode(vcpu.kernel_l4, False)
         vcpu.cpu.flush_tlb()

@@ -40,7 +40,7 @@ static i64 do_multicall(struct vcpu *v, u64 *a)
         return SLOW;
     for (done = 0; done < calls; done++) {
         u64 va = a[0] + MULTICALL_SIZE * done, at = va & 7 ? NOWHERE : translate(v, va, MULTICALL_SIZE, WRITE), entry[7], begun[7];
-        if (at == NOWHERE || !may_go_on(v))
+        if (at == NOWHERE || !undo(v) || !may_go_on(v))
             break;
         fetch(entry, memory + at, 8);
         fetch(entry + 1, memory + at + MULTICALL_ARGUMENTS, sizeof entry - 8);

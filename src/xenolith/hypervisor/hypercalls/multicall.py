@@ -1,8 +1,9 @@
 """multicall: a batch of hypercalls in one trap (paper 3.2; public/xen.h, multicall_entry).
 
 Each entry's result is written into it.  The batch stops where an entry cannot be read or its result not be written.
-It is restarted, with the entries done taken off, when somebody wants the vCPU to leave: nothing has to wait for a long
-batch.  A hypercall inside it that restarts itself gets its new arguments into its entry.
+It is restarted, with the entries done taken off, when somebody wants the vCPU to leave or the trap's work is used up
+(see paging): nothing has to wait for a long batch.  A hypercall inside it that restarts itself gets its new arguments
+into its entry.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS
 from xenolith.abi.hypercalls import HYPERCALLS, HYPERVISOR_iret, HYPERVISOR_multicall
 from xenolith.abi.layout import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START, MULTICALL_ENTRY, U64
+from xenolith.hypervisor import paging
 from xenolith.hypervisor.guest_memory import READ, WRITE, copy_from_guest, copy_to_guest, translate
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 ENTRY: Final = MULTICALL_ENTRY.size
 RESULT: Final = 8  # offset in an entry
 ARGUMENTS: Final = 16
+CALL_WORK: Final = 2  # see paging
 MASK64: Final = (1 << 64) - 1
 _unpack = MULTICALL_ENTRY.unpack
 _unpack_from = MULTICALL_ENTRY.unpack_from
@@ -41,11 +44,14 @@ def do_multicall(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
 
 
 def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
-    memory = vcpu.domain.memory
-    table, counts = vcpu.domain.hypercalls, vcpu.domain.hypercall_counts
+    domain = vcpu.domain
+    memory = domain.memory
+    table, counts = domain.hypercalls, domain.hypercall_counts
     for index in range(nr_calls):
         va = call_list + index * ENTRY
-        if index and (vcpu.kicked or not vcpu.may_run):
+        if index and (vcpu.kicked or not vcpu.may_run or domain.work_left <= 0):
+            return _restart(vcpu, va, nr_calls - index)
+        if domain.undo_count and not vcpu.call_begun and not paging.undo(domain):
             return _restart(vcpu, va, nr_calls - index)
         address = -1
         if vcpu.call_begun:  # by native code
@@ -64,6 +70,7 @@ def _run(vcpu: Vcpu, call_list: int, nr_calls: int) -> int:
             number, _, *arguments = _unpack_from(memory.b, address)
         if number < HYPERCALLS:
             counts[number] += 1
+            domain.work_left -= CALL_WORK
             function, count = table[number]
             vcpu.restarted = False
             result: int = function(vcpu, *arguments[:count])

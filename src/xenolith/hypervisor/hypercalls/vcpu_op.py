@@ -7,13 +7,14 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, vcpu_context
-from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, ENXIO
+from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSYS, ENXIO, ERESTART
 from xenolith.abi.extensions import (
     VCPUOP_XENOLITH_get_virtual_time,
     VCPUOP_XENOLITH_set_virtual_timer,
     VCPUOP_XENOLITH_stop_virtual_timer,
 )
 from xenolith.abi.hypercalls import (
+    HYPERVISOR_vcpu_op,
     RUNSTATE_offline,
     SHUTDOWN_poweroff,
     VCPUOP_down,
@@ -68,7 +69,7 @@ from xenolith.abi.x86 import (
     is_canonical,
 )
 from xenolith.hypervisor import descriptors, paging
-from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
+from xenolith.hypervisor.frames import TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, address_ok, copy_from_guest, copy_to_guest, translate
 from xenolith.hypervisor.runstate import runstate_info, set_runstate, write_runstate_area
 from xenolith.hypervisor.shutdown import domain_shutdown
@@ -96,7 +97,10 @@ def _initialise(caller: Vcpu, vcpu: Vcpu, arg: int) -> int:
         return -EFAULT
     if vcpu.initialised:
         return -EEXIST
-    return set_context(vcpu, vcpu_context.parse(data))
+    result = set_context(vcpu, vcpu_context.parse(data))
+    if result == -ERESTART:
+        return caller.restart_hypercall(HYPERVISOR_vcpu_op, VCPUOP_initialise, vcpu.vcpu_id, arg)
+    return result
 
 
 def set_context(vcpu: Vcpu, context: VcpuContext) -> int:
@@ -152,14 +156,10 @@ def _check_context(context: VcpuContext) -> int:
 
 
 def _load_base_pointers(vcpu: Vcpu, kernel_mfn: int, user_mfn: int) -> int:
-    domain = vcpu.domain
-    if paging.get_page_and_type(domain, kernel_mfn, TYPE_L4):
-        return -EINVAL
-    if user_mfn and paging.get_page_and_type(domain, user_mfn, TYPE_L4):
-        paging.drop_base(domain, kernel_mfn)
-        return -EINVAL
-    paging.set_bases(vcpu, kernel_mfn, user_mfn)
-    return 0
+    result = paging.get_bases(vcpu.domain, kernel_mfn, user_mfn)
+    if not result:
+        paging.set_bases(vcpu, kernel_mfn, user_mfn)
+    return -ERESTART if result == -ERESTART else -EINVAL if result else 0
 
 
 def _load_registers(vcpu: Vcpu, context: VcpuContext) -> None:
