@@ -100,11 +100,15 @@ class Option:
     long: str = ""
     value: str = ""
 
+    @property
+    def flags(self) -> str:
+        """How it is given."""
+        flags = f"-{self.letter}" + (f" {self.value}" if self.value else "")
+        return flags + (f", --{self.long}" + (f"={self.value}" if self.value else "")) * bool(self.long)
+
     def describe(self) -> str:
         """One line of the usage."""
-        flags = f"-{self.letter}" + (f" {self.value}" if self.value else "")
-        if self.long:
-            flags += f", --{self.long}" + (f"={self.value}" if self.value else "")
+        flags = self.flags
         return f"{flags:<24}{self.text}\n" if len(flags) < 24 else f"{flags}\n{'':24}{self.text}\n"
 
 
