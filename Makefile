@@ -1,4 +1,4 @@
-# make demo | test | quick | sanitize | lint | docs | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
+# make demo | test | quick | test-kvm | sanitize | lint | docs | bench: each prepares .venv by itself, as an ordinary user, in a fresh clone.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto --dist worksteal
@@ -8,12 +8,13 @@ READY := $(VENV)/.ready
 SANITIZED := tests/machine/test_native.py tests/machine/test_extended.py tests/machine/kvm/test_run.py \
     tests/hypervisor/test_ring0.py tests/guests
 
-.PHONY: help demo test quick sanitize lint docs bench clean
+.PHONY: help demo test quick test-kvm sanitize lint docs bench clean
 
 help:
 	@echo "make demo      boot several domains side by side and show that they are isolated"
 	@echo "make test      all tests, booting the stock Debian kernels among them (apt fetches those once)"
 	@echo "make quick     the tests that take seconds"
+	@echo "make test-kvm  what concerns the KVM engine, on this host's KVM"
 	@echo "make sanitize  the native code's tests, with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint      ruff, mypy and the import directions"
 	@echo "make docs      what docs/ has from the definitions of commands and requests, anew"
@@ -28,6 +29,12 @@ test: $(READY)
 
 quick: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+# On whatever host this is: docs/engine-kvm.md says how to have it run on an ordinary one.
+test-kvm: $(READY)
+	@$(VENV)/bin/xenolith engines
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/machine/kvm
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/guests -k "kvm and not prebuilt"
 
 # A sanitizer's report ends the process, and goes to standard error: pytest leaves that alone.
 sanitize: $(READY)

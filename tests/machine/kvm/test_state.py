@@ -8,7 +8,9 @@ import pytest
 
 from xenolith.abi.x86 import CS, DS, FS, FS_BASE, GS_BASE, PAGE_SHIFT, R15, RAX, RDI, RFLAGS, RIP, VECTOR_NM, VECTOR_UD
 from xenolith.machine.cpuid import native_cpuid
+from xenolith.machine.engines.kvm.traits import Counter
 from xenolith.machine.engines.protocol import CpuState, EngineError
+from xenolith.machine.tsc import read_tsc
 
 from .bare import CODE, DATA, GDT, Machine
 
@@ -149,3 +151,19 @@ def test_a_state_that_no_processor_has_is_made_one(machine: Machine) -> None:
 def test_an_xcr0_that_no_processor_has_is_refused(machine: Machine, xcr0: int) -> None:
     with pytest.raises(EngineError, match="XCR0"):
         machine.cpu().set_xcr0(xcr0)
+
+
+@pytest.mark.parametrize("how", Counter)
+def test_guest_code_counts_as_the_host_does(machine: Machine, how: Counter) -> None:
+    """Exactly, where the host can have that; else what differs is known."""
+    counter = machine.engine.traits.counter
+    if how is not counter and (counter is Counter.NATIVE or how is Counter.NATIVE):
+        pytest.skip(f"on this host guest code reads {counter.value}")
+    cpu = machine.cpu()
+    assert cpu.try_counter(how)
+    assert how is Counter.WRITTEN or cpu.tsc_offset == 0
+    before = read_tsc()
+    machine.execute(cpu, "0f 31 0f 0b")
+    after = read_tsc()
+    seen = (cpu.regs[2] << 32 | cpu.regs[RAX] & 0xFFFF_FFFF) - cpu.tsc_offset
+    assert before <= seen <= after + 10_000_000

@@ -57,7 +57,11 @@ def choose(name: str = "auto") -> Choice:
     if name == "adaptive" or (name == "auto" and traits.exit_cost_ns > DEAR_EXIT_NS and traits.counts_as_host):
         kind = f"{traits.kind}, {traits.exit_cost_ns / 1000:.0f} us a trap"
         return _chosen(Choice("adaptive", _adaptive, "KVM and Unicorn in turns", why, kind), logging.INFO)
-    return _chosen(Choice("kvm", _kvm, "KVM", why, traits.kind), logging.INFO)
+    kind = traits.kind
+    if traits.shortcomings:
+        instead = "which Unicorn makes up for" if traits.counts_as_host else "which guests may notice"
+        kind += f"; {', '.join(traits.shortcomings)}, {instead}"
+    return _chosen(Choice("kvm", _kvm, "KVM", why, kind), logging.INFO)
 
 
 def _chosen(choice: Choice, level: int) -> Choice:

@@ -173,6 +173,7 @@ def host_traits() -> HostTraits:
             null_clears_base=_null_clears_base(machine),
             writes_bases=_writes_bases(machine),
             ticks=False,
+            smap=_far_returns(machine),
             counter=_counter(machine),
             exit_cost_ns=_exit_cost_ns(machine),
             smep=not machine.cpu.runs_pages_of_cpl3(),  # the last, after which the vCPU is not used
@@ -310,6 +311,13 @@ def _writes_bases(machine: ProbeMachine) -> bool:
     written = trap.vector == VECTOR_UD and (regs[FS_BASE], regs[GS_BASE]) == (_DATA, _DATA + 1)
     regs[FS_BASE] = regs[GS_BASE] = 0
     return written
+
+
+def _far_returns(machine: ProbeMachine) -> bool:
+    """Whether RETF at CPL 3 reads the stack with the rights of CPL 3: QEMU's emulated processor does not."""
+    target = (_CODE + 9).to_bytes(4, "little").hex()
+    trap = machine.execute(f"6a {area.USER_CODE64:02x} 68 {target} 48 cb 0f 0b")  # push cs; push target; retfq; ud2
+    return trap.vector == VECTOR_UD and machine.cpu.regs[RIP] == _CODE + 9
 
 
 def _counts_as_host(machine: ProbeMachine) -> bool:

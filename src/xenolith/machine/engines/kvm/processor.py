@@ -92,7 +92,8 @@ def set_up(fd: int, vm: VirtualMachine, tss_va: int, syscall_page: int, fast_pat
     except OSError as error:
         raise EngineError(f"KVM refuses the processor state of a 64-bit guest: {error.strerror}") from error
     # The gates of the fast path read the guest kernel's data at CPL 0, which SMAP forbids.
-    for bit in (CR4_FSGSBASE, CR4_SMEP) if fast_path else (CR4_FSGSBASE, CR4_SMEP, CR4_SMAP):
+    smap = (CR4_SMAP,) if vm.traits.smap and not fast_path else ()
+    for bit in (CR4_FSGSBASE, CR4_SMEP, *smap):
         pack_into("<Q", sregs, api.SREGS_CR4, cr4 | bit)
         with suppress(OSError):
             ioctl(fd, api.KVM_SET_SREGS, sregs)

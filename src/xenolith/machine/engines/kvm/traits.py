@@ -30,16 +30,26 @@ class HostTraits:
     null_clears_base: bool  # loading a null selector into FS or GS clears its base
     writes_bases: bool  # guest code can write its segment bases (FSGSBASE)
     smep: bool  # CPL 0 cannot execute a page that CPL 3 can
+    smap: bool  # CPL 0 can be kept from touching one, and CPL 3 does not suffer from that
     ticks: bool  # KVM's local timer interrupts guest code, again and again without an end of interrupt
     counter: Counter  # what RDTSC reads
     exit_cost_ns: int  # of a trap, from guest code to Python and back
 
     @property
+    def shortcomings(self) -> list[str]:
+        """For people: what guest code meets here that no processor would do."""
+        lacking = {
+            "CR0.TS has no effect": not self.traps_task_switched,
+            "breakpoints have no effect": not self.has_breakpoints,
+            "selectors cannot be read back": not self.keeps_selectors,
+            "32-bit code runs in KVM's emulator": not self.runs_compatibility_code,
+        }
+        return [what for what, lacks in lacking.items() if lacks]
+
+    @property
     def is_exact(self) -> bool:
         """Whether guest code meets nothing here that a processor would not do."""
-        return (
-            self.traps_task_switched and self.has_breakpoints and self.keeps_selectors and self.runs_compatibility_code
-        )
+        return not self.shortcomings
 
     @property
     def counts_as_host(self) -> bool:
@@ -80,6 +90,7 @@ CAUTIOUS = HostTraits(
     null_clears_base=False,
     writes_bases=False,
     smep=False,
+    smap=True,
     ticks=False,
     counter=Counter.NATIVE,
     exit_cost_ns=0,
