@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import threading
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
@@ -22,6 +23,7 @@ from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XE
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockBackend, BlockStatistics, VbdSpec
+from xenolith.dom0.backends.net import NetBackend, VifSpec
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.console import Console
 from xenolith.dom0.disks import DiskError, DiskSource
@@ -29,6 +31,10 @@ from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
+from xenolith.dom0.network.network import Network
+from xenolith.dom0.network.port import PortStatistics
+from xenolith.dom0.network.router import AddressError
+from xenolith.dom0.network.rules import RuleError
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
@@ -57,6 +63,7 @@ class DomainSpec:
     vcpus: int = 1
     max_vcpus: int | None = None
     disks: tuple[VbdSpec, ...] = ()
+    nets: tuple[VifSpec, ...] = ()
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
@@ -69,6 +76,7 @@ class GuestDomain:
         built: BuiltDomain,
         console: Console,
         disks: dict[int, Device[BlockBackend]],
+        nets: dict[int, Device[NetBackend]],
         undo: ExitStack,
     ) -> None:
         self.spec = replace(spec, image=spec.image.without_contents(), ramdisk=b"")  # they are in the domain now
@@ -76,6 +84,7 @@ class GuestDomain:
         self.built = built
         self.console = console
         self.disks = disks  # by virtual device number
+        self.nets = nets  # by handle
         self.undo = undo  # takes the domain apart, in the reverse order of its making
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
@@ -83,6 +92,15 @@ class GuestDomain:
     def disk_statistics(self) -> BlockStatistics:
         """What its disks did, all together."""
         return BlockStatistics.total(device.backend.statistics for device in self.disks.values())
+
+    def net_statistics(self) -> PortStatistics:
+        """What its interfaces did, all together."""
+        return PortStatistics.total(device.backend.vif.statistics for device in self.nets.values())
+
+    @property
+    def devices(self) -> list[Device[BlockBackend] | Device[NetBackend]]:
+        """All its split devices."""
+        return [*self.disks.values(), *self.nets.values()]
 
     @property
     def end(self) -> DomainInfo | None:
@@ -122,6 +140,7 @@ class Dom0:
         self.xenstore = XenstoreService()
         self.xenstore.start()
         self.xenbus = Xenbus(self.xenstore, self.domain.log)
+        self.network = Network(self.domain.log)
         self.xenstore.write("/local/domain/0/name", "Domain-0", ["n0"])
         self.xenstore.write("/local/domain/0/domid", "0", ["n0"])
         port = self.domain.bind_virq(VIRQ_DOM_EXC)
@@ -146,7 +165,11 @@ class Dom0:
             undo.callback(_stop_all, disks)
             for vbd in spec.disks:
                 disks[vbd.number] = self._plug(domid, vbd)
-            domain = GuestDomain(spec, built, console, disks, undo.pop_all())
+            nets: dict[int, Device[NetBackend]] = {}
+            undo.callback(_stop_all, nets)
+            for vif in spec.nets:
+                nets[vif.number] = self._plug_net(domid, spec.name, vif)
+            domain = GuestDomain(spec, built, console, disks, nets, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -261,6 +284,30 @@ class Dom0:
         except DeviceGone as error:
             raise DiskError(str(error)) from error
 
+    def plug_net(self, domain: GuestDomain, vif: VifSpec) -> None:
+        """Give a domain another network interface, also while it runs. Raises DomainCreateError."""
+        domain.nets[vif.number] = self._plug_net(domain.domid, domain.spec.name, vif)
+
+    def _plug_net(self, domid: int, name: str, vif: VifSpec) -> Device[NetBackend]:
+        try:
+            backend = NetBackend(self.domain, domid, vif, self.network.router, partial(self.network.attach, name))
+            try:
+                return self.xenbus.plug(domid, vif.number, backend, *backend.nodes())
+            except ValueError:
+                backend.close()
+                raise
+        except (RuleError, AddressError, ValueError) as error:
+            raise DomainCreateError(str(error)) from error
+
+    def unplug_net(
+        self, domain: GuestDomain, number: int, timeout: float = UNPLUG_SECONDS, force: bool = False
+    ) -> bool:
+        """Take an interface from a domain, as `unplug_disk`. Raises KeyError where it has no such interface."""
+        if not self.xenbus.unplug(domain.nets[number], timeout, force):
+            return False
+        del domain.nets[number]
+        return True
+
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
         self.control.unpause(domain.domid)
@@ -280,6 +327,7 @@ class Dom0:
         """Destroy all domains, stop dom0's services and switch the machine off. Once."""
         for domain in list(self.domains.values()):
             self.destroy(domain)
+        self.network.close()
         self.xenstore.stop()
         self._thread.stop()
         self.domain.power_off()
@@ -302,7 +350,7 @@ class Dom0:
                 domain.console.service()
             else:
                 domain.console.close()
-                for device in domain.disks.values():
+                for device in domain.devices:
                     device.stop_soon()
             domain.set_end(info)
             self.xenstore.domain_event("@releaseDomain")
@@ -310,7 +358,7 @@ class Dom0:
                 hook(domain)
 
 
-def _stop_all(devices: dict[int, Device[BlockBackend]]) -> None:
+def _stop_all(devices: Mapping[int, Device[BlockBackend] | Device[NetBackend]]) -> None:
     for device in devices.values():
         device.stop_soon()
     for device in devices.values():

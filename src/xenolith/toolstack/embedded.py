@@ -25,7 +25,7 @@ from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import Control, DomainCreateError, NoSuchDomain
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
-from xenolith.toolstack import devices
+from xenolith.toolstack import devices, networks
 from xenolith.toolstack.client import (
     DOM0_UUID,
     Client,
@@ -289,6 +289,8 @@ class EmbeddedToolstack(Client):
         config = copy.deepcopy(config)
         self._claim_name(config.name)
         try:
+            for nic in config.nics:
+                nic.mac = nic.mac or networks.random_mac()  # the domain's as long as it is built again
             spec = _spec(config, progress)
             progress(Progress("building the domain", 1, 2))
             domain = self.dom0.create(spec)
@@ -522,7 +524,7 @@ class _Attachment:
 def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
     """What dom0 is to make. Raises NotSupported and ToolstackError."""
     lacking = config.unsupported()
-    lacking += [key for key, given in {"vif": config.nics, "p9": config.p9_shares}.items() if given]
+    lacking += [key for key, given in {"p9": config.p9_shares}.items() if given]
     if config.bootloader:
         lacking.append("bootloader")
     if lacking:
@@ -548,5 +550,6 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         vcpus=config.vcpus_online,
         max_vcpus=config.vcpus_ceiling,
         disks=tuple(devices.virtual_block_device(disk) for disk in config.disks),
+        nets=tuple(networks.virtual_interface(nic) for nic in config.nics),
         uuid=config.uuid,
     )

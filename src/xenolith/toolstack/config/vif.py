@@ -2,13 +2,13 @@
 
 Comma separated `key=value` pairs; the empty string is an interface with every default. xl is lenient here: a key that
 it does not know, or a mac that it cannot read, is reported and the interface is made without it. Only a rate or a
-number that cannot be read stops the whole configuration.
+number that cannot be read stops the whole configuration. The keys `rules` and `publish` are ours.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 
@@ -36,6 +36,8 @@ class Nic:
     trusted: bool | None = None
     rate_bytes_per_interval: int = 0  # 0: no limit
     rate_interval_us: int = 0
+    rules: str | None = None  # ours: of the firewall-router, see docs/network.md
+    publish: list[str] = field(default_factory=list)  # ours: [ADDRESS:]HOST:GUEST[/udp]
 
     @property
     def mac_text(self) -> str | None:
@@ -50,6 +52,7 @@ _TEXT_KEYS = {
     "backend": "backend_domain",
     "vifname": "ifname",
     "model": "model",
+    "rules": "rules",
 }
 
 _TYPES = {"vif": "vif", "ioemu": "vif_ioemu"}
@@ -73,6 +76,8 @@ def _parameter(file: ConfigFile, nic: Nic, token: str) -> None:
         setattr(nic, _TEXT_KEYS[key], value)
     elif key == "mac":
         _mac(file, nic, value)
+    elif key == "publish":
+        nic.publish.append(value)
     elif key == "type":
         if value not in _TYPES:
             file.warn("Invalid parameter `type'.")
