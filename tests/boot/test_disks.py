@@ -21,6 +21,8 @@ from xenolith.dom0.console import Overflow
 from xenolith.dom0.disks import DiskSource
 from xenolith.dom0.image import load_image
 
+from .conftest import Run
+
 if TYPE_CHECKING:
     from machines import Machine
     from xenolith.dom0.services import GuestDomain
@@ -303,3 +305,22 @@ def test_a_drive_gets_a_medium_and_gives_it_back(boot: Boot, tmp_path: Path) -> 
     assert "a medium" in guest.text
     guest.machine.dom0.change_medium(guest.domain, XVDA, None)
     guest.finish()
+
+
+@pytest.mark.parametrize("access", ["rw", "ro", "cow"])
+def test_run_gives_a_command_a_disk(xenolith_run: Run, ext4: Path, access: str) -> None:
+    before = ext4.read_bytes()
+    script = "mount /dev/xvda /mnt && touch /mnt/new; sync; ls -1 /mnt; umount /mnt"
+    done = xenolith_run("--disk", f"{ext4},{access}", "--", "sh", "-c", script)
+    if access == "ro":
+        assert b"Read-only file system" in done.stdout
+        assert ext4.read_bytes() == before
+    else:
+        assert done.stdout == b"lost+found\nnew\n"
+        assert (ext4.read_bytes() == before) == (access == "cow")
+
+
+def test_run_says_which_disk_it_cannot_open(xenolith_run: Run, tmp_path: Path) -> None:
+    done = xenolith_run("--disk", str(tmp_path / "none"), "--", "true")
+    assert done.returncode == 125
+    assert f"{tmp_path}/none: No such file".encode() in done.stderr

@@ -32,10 +32,12 @@ from typing import Final
 import click
 
 from xenolith.abi import hypercalls
+from xenolith.cli import run_disks
 from xenolith.debian.framing import CommandOutput, new_nonce
 from xenolith.debian.initramfs import HostFile, InitramfsError, build_initramfs, kernel_arguments, needed_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
+from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, KernelImage, load_image
 from xenolith.dom0.power import power_on
@@ -129,6 +131,7 @@ class CannotRun(click.ClickException):
     metavar="NAME",
     help="Put a module of the Debian kernel into the initramfs, with those it needs, for modprobe; may be repeated.",
 )
+@click.option("--disk", "disks", multiple=True, metavar="FILE[,ro|cow]", help=run_disks.HELP)
 @click.option("-v", "--verbose", is_flag=True, help="Say on standard error which engine was chosen, and why.")
 @click.option("--stats", is_flag=True, help="Print trap counts, CPU time and boot time as JSON on standard error.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -141,6 +144,7 @@ def run(
     cmdline: str,
     files: Sequence[str],
     modules: Sequence[str],
+    disks: Sequence[str],
     verbose: bool,
     stats: bool,
     command: Sequence[str],
@@ -154,7 +158,8 @@ def run(
     for name in ("xenolith.machine.engines.select", "xenolith.debian"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
     nonce = new_nonce()
-    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, modules, command, nonce, memory_mib, vcpus)
+    vbds = run_disks.parse_disks(disks)
+    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, modules, vbds, command, nonce, memory_mib, vcpus)
     sys.exit(_run(make_spec, memory_mib, vcpus, engine, CommandOutput(nonce) if command else None, stats))
 
 
@@ -167,6 +172,7 @@ def _spec(
     cmdline: str,
     files: Sequence[str],
     modules: Sequence[str],
+    disks: tuple[VbdSpec, ...],
     command: Sequence[str],
     nonce: str,
     memory_mib: int,
@@ -189,6 +195,8 @@ def _spec(
             raise click.UsageError("--module needs one of Debian's kernels, whose package has the modules")
         guest = obtain(DEFAULT_KERNEL if _is_file(kernel) else kernel)
         host_files = [HostFile.parse(argument) for argument in files]
+        if disks and not _is_file(kernel):
+            modules = [*modules, *run_disks.DISK_MODULES]
         nodes = kernel_modules(guest, modules) if modules else []
         archive = build_initramfs(guest.busybox, command=command or None, nonce=nonce, files=host_files, modules=nodes)
         cmdline = f"{kernel_arguments(vcpus, command=bool(command))} {cmdline}"
@@ -200,6 +208,7 @@ def _spec(
         cmdline=f"{needed_arguments(image)} {cmdline}".strip(),
         memory_kib=memory_mib << 10,
         vcpus=vcpus,
+        disks=disks,
     )
 
 

@@ -166,6 +166,12 @@ read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
 ifconfig lo up
 if [ -d /lib/modules ]; then
     for alias in $(cat /sys/bus/xen/devices/*/modalias 2>/dev/null); do modprobe -q "$alias"; done
+    for device in /sys/bus/xen/devices/vbd-*; do  # a disk is there a moment after its driver
+        [ -e "$device" ] && for fiftieth in $(seq 500); do
+            for disk in "$device"/block/*; do [ -e "/dev/${disk##*/}" ] && break 2; done
+            sleep 0.02
+        done
+    done
 fi
 for interface in /sys/class/net/eth*; do
     [ -e "$interface" ] && udhcpc -q -n -t 5 -T 1 -S -s /etc/udhcpc.script -i "${interface##*/}"
@@ -280,6 +286,8 @@ def _base() -> Iterator[Node]:
     yield Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode())
     yield Node("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost xenolith\n::1 localhost\n")
     yield Node("etc/udhcpc.script", stat.S_IFREG | 0o755, _DHCP.encode())
+    # What mount tries where no type is given: a file system that is asked for by name has its module loaded.
+    yield Node("etc/filesystems", stat.S_IFREG | 0o644, b"ext4\nsquashfs\niso9660\n")
     yield Node("etc/mtab", stat.S_IFLNK | 0o777, b"/proc/mounts")
     yield Node("etc/profile", stat.S_IFREG | 0o644, _PROFILE.encode())
     yield Node("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\n")

@@ -1,0 +1,45 @@
+"""Disks of `xenolith run`: FILE[,ro|cow][,FORMAT]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+
+from xenolith.dom0.backends.block import VbdSpec
+from xenolith.dom0.disks import DiskFormat, DiskSource
+
+DISK_MODULES: Final = ("xen-blkfront", "ext4")
+HELP: Final = (
+    "Give the guest a disk, /dev/xvda being the first: read-only with ro; with cow what it writes is gone in the end "
+    f"and FILE stays as it is. FORMAT: {', '.join(DiskFormat)}; raw if not given. May be repeated."
+)
+_XVDA: Final = 202 << 8
+_MOST: Final = 16  # numbered in the way that every guest knows
+_ACCESS: Final = ("rw", "ro", "cow")
+
+
+def parse_disks(arguments: Sequence[str]) -> tuple[VbdSpec, ...]:
+    """Raises click.UsageError."""
+    if len(arguments) > _MOST:
+        raise click.UsageError(f"{len(arguments)} disks are more than {_MOST}")
+    return tuple(_vbd(argument, index) for index, argument in enumerate(arguments))
+
+
+def _vbd(argument: str, index: int) -> VbdSpec:
+    path, access, format = argument, "rw", DiskFormat.RAW
+    while "," in path:
+        rest, _, word = path.rpartition(",")
+        if word in _ACCESS:
+            access = word
+        elif word in list(DiskFormat):
+            format = DiskFormat(word)
+        else:
+            break  # a part of the file's name
+        path = rest
+    if not path:
+        raise click.UsageError(f"--disk {argument!r} names no file; it is FILE[,ro|cow][,FORMAT]")
+    source = DiskSource(path=Path(path).absolute(), format=format, writable=access == "rw", throw_away=access == "cow")
+    return VbdSpec(number=_XVDA + 16 * index, name=f"xvd{chr(ord('a') + index)}", source=source)
