@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -143,6 +145,24 @@ def test_output_that_cannot_be_written_is_a_failure(person: Person, output: str,
     assert done.stderr.count("\n") == 1
 
 
+def test_output_into_a_pipe_that_does_not_block_is_all_there(person: Person) -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writing, b"x" * 4096)  # it is full before the command begins
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from xenolith.cli.entry import xl; xl()", "help"],
+        env=person.environment,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    os.set_blocking(reading, True)
+    with open(reading, "rb") as pipe:
+        printed = pipe.read()
+    assert printed == b"x" * 4096 + person.xl("help").stdout.encode()
+    assert (process.communicate()[1], process.returncode) == (b"", 0)
+
+
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(person: Person) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -159,6 +179,40 @@ def test_what_the_host_does_not_give_is_a_sentence(person: Person, limit: str) -
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_the_command_is_loaded_ends_it_without_a_word(person: Person) -> None:
+    """A library of ours is replaced by one in whose place somebody types Ctrl-C."""
+    typing = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport nonsense\n"
+    (person.directory / "lark.py").write_text(typing)
+    done = subprocess.run(
+        ["env", "--default-signal=INT", *XL, "list"],
+        env=person.environment | {"PYTHONPATH": str(person.directory)},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_ctrl_c_while_a_daemon_is_started_leaves_none(person: Person) -> None:
+    started = person.directory / "started"
+    os.mkfifo(started)
+    (person.directory / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if '--ready-fd' in sys.orig_argv:\n"
+        f"    open({str(started)!r}, 'w').write(str(os.getpid()))\n"
+        "    signal.pause()\n"
+    )
+    command = subprocess.Popen(
+        ["env", "--default-signal=INT", *XL, "list"],
+        env=person.environment | {"PYTHONPATH": str(person.directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    daemon = os.pidfd_open(int(started.read_text()))
+    command.send_signal(signal.SIGINT)
+    assert (command.communicate()[0].strip(), command.returncode) == (b"", 130)
+    assert select.select([daemon], [], [], 0)[0], "the daemon has ended too"
+    os.close(daemon)
 
 
 def test_engine_and_memory_reach_the_daemon_that_a_command_starts(person: Person) -> None:

@@ -9,17 +9,20 @@ to programs which those kill.
 from __future__ import annotations
 
 import errno
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from xenolith.cli import INTERRUPTED, PIPE_CLOSED
 
 if TYPE_CHECKING:
     import click
+    from typing_extensions import Buffer
 
 FAILED = 1
 _OF_OUTPUT = (errno.ENOSPC, errno.EBADF, errno.EFBIG, errno.EIO, errno.EDQUOT, errno.EAGAIN)
@@ -116,20 +119,31 @@ def _say(name: str, text: str) -> int:
 
 
 def _complete_standard_descriptors() -> None:
-    """Descriptors 0 to 2 exist, so that no file or socket gets their number; using one that was closed is an error."""
-    for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
+    """Descriptors 0 to 2 exist, so that no file or socket gets their number; writing to one that was closed fails."""
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open("/dev/null", mode)  # the lowest number that is free, which is this one
+            os.open("/dev/null", os.O_RDONLY)  # as the lowest number that is free, which is this one
             os.set_inheritable(number, True)
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = _output(1), _output(2)
+
+
+def _output(number: int) -> TextIO:
+    """A text stream to a descriptor: by lines on a terminal, and patient with one that does not block."""
+    raw = _Patient(number, "w", closefd=False)
+    interactive = raw.isatty()
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=interactive or number == 2)
+
+
+class _Patient(io.FileIO):
+    """A descriptor that may be non-blocking, which whoever shares it decides: when it is full, this waits."""
+
+    def write(self, data: Buffer, /) -> int:
+        while (count := super().write(data)) is None:
+            select.select([], [self], [])
+        return count
 
 
 def _let_go_of_output() -> None:

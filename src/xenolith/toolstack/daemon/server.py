@@ -63,6 +63,7 @@ from xenolith.toolstack.verbs import PROGRESS, Verb
 MAX_CONNECTIONS: Final = 128
 SEND_TIMEOUT_S: Final = 30.0
 HELLO_TIMEOUT_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 0.1  # after a connection that could not be accepted, since the next one would not be either
 GUEST_SHUTDOWN_S: Final = 60.0
 
 
@@ -132,6 +133,7 @@ class Daemon:
             peer_socket, _ = self._listener.socket.accept()
         except OSError as error:  # it has gone again, or there are too many open files
             note("a connection was not accepted", logging.WARNING, error=str(error))
+            self._stopping.wait(ACCEPT_PAUSE_S)
             return
         pid, uid, _ = PEER_CREDENTIALS.unpack(
             peer_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
