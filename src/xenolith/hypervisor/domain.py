@@ -82,6 +82,7 @@ class VcpuFields(ModeFields):
         ("batch", c_uint64 * 2),
         ("batch_done", c_uint32),
         ("work_left", c_uint32),  # of native code, in the trap at hand
+        ("looked_at", c_uint32),  # frames that became executable, by native code
         ("call", c_uint64 * 7),
         ("flush_requested", c_bool),
         ("in_guest", c_bool),

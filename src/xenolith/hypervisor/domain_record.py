@@ -277,6 +277,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "batch": REBUILT,
         "batch_done": REBUILT,
         "work_left": REBUILT,
+        "looked_at": REBUILT,
         "call": REBUILT,
         "begun": REBUILT,
         "batch_begun": REBUILT,

@@ -11,8 +11,11 @@ static void entry_changed(struct vcpu *v, u64 index, u64 old, u64 new)
 
 static void executable_mapped(struct vcpu *v, u64 mfn)
 {
-    if (v->calls->executable_mapped)
-        v->calls->executable_mapped(mfn, v->calls->context);
+    if (!v->calls->executable_mapped)
+        return;
+    v->calls->executable_mapped(mfn, v->calls->context);
+    if (!(++v->looked_at % FRAMES_LOOKED_AT))
+        spend(v, 1);
 }
 
 /* --- references -------------------------------------------------------------------------------------- */
@@ -107,7 +110,7 @@ static void put_page_type(struct vcpu *v, u64 mfn)
     d->stamp_address[mfn] = d->flush_epoch;
     if (!(*info & VALIDATED) || kind < TYPE_L1 || kind > TYPE_L4)
         return;
-    may_go_on(v); /* what was begun is finished, and counts */
+    spend(v, 1);
     if (kind == TYPE_L1) {
         devalidate_l1(v, mfn);
         *info = kind;

@@ -305,7 +305,9 @@ def _validate_l1(domain: Domain, mfn: int) -> int:
     adjusted[~kernel & ~marked] |= _U64(PTE_G)
     table[slots] = adjusted
     if domain.executable_mapped is not None:
-        for target in targets[(entries & _U64(PTE_NX)) == 0].tolist():
+        executable = targets[(entries & _U64(PTE_NX)) == 0].tolist()
+        domain.work_left -= len(executable) // 2
+        for target in executable:
             domain.executable_mapped(target)
     return 0
 

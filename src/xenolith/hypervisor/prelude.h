@@ -35,6 +35,9 @@ static inline u64 *words(struct domain *d)
     return (u64 *)d->memory_address;
 }
 
+/* An engine that translates code looks at a frame that becomes executable: so many of these are as much work as a table. */
+#define FRAMES_LOOKED_AT 8
+
 /* Whether a batch may go on: whoever else wants the domain's lock must not wait long, and Python looks for that. */
 static bool may_go_on(struct vcpu *v)
 {
@@ -42,4 +45,10 @@ static bool may_go_on(struct vcpu *v)
         return false;
     v->work_left--;
     return true;
+}
+
+/* Work that was done whether or not any was left. */
+static void spend(struct vcpu *v, u32 work)
+{
+    v->work_left -= work < v->work_left ? work : v->work_left;
 }
