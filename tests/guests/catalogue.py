@@ -110,5 +110,8 @@ CATALOGUE: tuple[Guest, ...] = (
 # These need devices; see test_blkfront.py.
 WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"))
 
+# In no run of their own; see test_isolation.py and test_endless.py.
+PARTS_OF_TESTS: tuple[str, ...] = ("reach.elf", "endless.elf")
+
 # For a test marked slow.
 LONG_RUNS: tuple[Guest, ...] = (fuzz(4, calls=100_000),)
