@@ -450,8 +450,7 @@ class Scheduler:
         for context in self._running:
             if context.running is None:
                 continue
-            if not context.quantum_timer.deadline:
-                self._set_quantum(context, context.running, contended=True)
+            self._set_quantum(context, context.running, contended=True)
             if not context.preempt:
                 running[context.running.unit] = context
         victim = self.policy.victim(vcpu.unit, list(running), now)
