@@ -436,6 +436,23 @@ def test_only_one_daemon_serves_a_socket(served: Served) -> None:
         RunDirectory(served.rundir.socket_path).acquire()
 
 
+def test_a_host_that_gives_no_thread_loses_the_peer_and_not_the_daemon(
+    served: Served, remote: RemoteClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("peer"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(ConnectionLost):
+            served.client()
+    served.client().close()
+
+
 def test_a_new_domain_whose_maker_has_gone_is_taken_away_again(served: Served, remote: RemoteClient) -> None:
     """Somebody interrupted `xl create` while it was at work."""
     events = remote.subscribe()

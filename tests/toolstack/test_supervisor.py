@@ -203,6 +203,22 @@ def test_a_domain_that_is_abandoned_while_it_is_built_again_goes_again(
     assert machine.calls[-2:] == [("create", "a"), ("destroy", 2)]
 
 
+def test_a_host_that_gives_no_thread_does_not_keep_a_domain_from_its_end(
+    machine: FakeClient, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("domain"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    domid, events = started(machine, supervisor, DomainConfig("a", on_reboot=Action.RESTART))
+    machine.end(domid, 1)
+    assert until_rebuilt(events) == 2
+
+
 def test_closing_leaves_the_domains_alone_even_between_two_lives(machine: FakeClient, tmp_path: Path) -> None:
     supervisor = Supervisor(machine, tmp_path)
     domid, events = started(machine, supervisor, DomainConfig("a"))

@@ -102,7 +102,11 @@ class Supervisor(Supervision):
             worker = threading.Thread(target=self._carry_out, args=(life, plan), name=f"domain {event.domid}")
             self._workers.add(worker)
         self._hub.publish(event)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError:  # Python's, for a thread that the host does not give: other domains have to wait
+            self._workers.discard(worker)
+            self._carry_out(life, plan)
 
     def _current_config(self, life: Lifecycle) -> DomainConfig:
         """What the domain would be built from now; config-update and rename may have changed it."""

@@ -144,7 +144,12 @@ class Daemon:
         connection = _Connection(peer_socket, pid, self, refusal)
         with self._lock:
             self._connections.add(connection)
-        connection.start()
+        try:
+            connection.start()
+        except RuntimeError as error:  # Python's, for a thread that the host does not give
+            note("a connection cannot be served", logging.ERROR, pid=pid, error=str(error))
+            connection.end()
+            self.forget(connection)
 
     def _refusal(self, uid: int) -> str:
         if uid not in (os.getuid(), 0):
@@ -200,7 +205,8 @@ def shut_guests_down(client: Client, seconds: float = GUEST_SHUTDOWN_S) -> None:
     deadline = time.monotonic() + seconds
     askers = [threading.Thread(target=_ask_to_power_off, args=(client, domid), daemon=True) for domid in domids]
     for asker in askers:
-        asker.start()
+        with suppress(RuntimeError):  # no thread to be had: the guest is not asked
+            asker.start()
     while domids and (event := events.get(max(0.0, deadline - time.monotonic()))) is not None:
         if event.kind in (EventKind.SHUTDOWN, EventKind.DESTROYED):
             domids.discard(event.domid)
@@ -243,7 +249,8 @@ class _Connection:
         self._channel.close()
 
     def join(self) -> None:
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:
