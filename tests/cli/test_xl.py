@@ -562,8 +562,8 @@ def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
 WITHOUT_EFFECT = {
     "cpus": '"0"', "cpus_soft": '"0"', "cpu_weight": "512", "cap": "50", "pool": '"other"',
     "channel": '["name=a,connection=pty"]',
-    "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_frames": "8", "max_maptrack_frames": "8",
-    "max_grant_version": "1", "max_event_channels": "64", "seclabel": '"a:b:c"', "passthrough": '"enabled"',
+    "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_version": "1",
+    "seclabel": '"a:b:c"', "passthrough": '"enabled"',
     "driver_domain": "1", "localtime": "1", "rtc_timeoffset": "3600", "e820_host": "1", "vpmu": "1", "period": "10",
 }  # fmt: skip
 

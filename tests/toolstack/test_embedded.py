@@ -77,3 +77,14 @@ def test_an_nmi_for_a_vcpu_that_is_none_is_refused(crashed: tuple[EmbeddedToolst
     toolstack, domid = crashed
     with pytest.raises(InvalidRequest, match="no vCPU 7"):
         toolstack.trigger(domid, Trigger.NMI, 7)
+
+
+def test_the_limits_of_a_configuration_are_those_of_the_domain() -> None:
+    config = DomainConfig("a", kernel=str(GUESTS / "hello.elf"), memory_mib=16)
+    config.max_event_channels, config.max_grant_frames, config.max_maptrack_frames = 100, 5, 2
+    with power_on(memory_mib=32, engine="unicorn") as machine:
+        made = machine.create(config)
+        client = machine.client
+        assert isinstance(client, EmbeddedToolstack)
+        limits = client.dom0.domains[made.domid].spec.limits
+    assert (limits.event_channel_port, limits.grant_frames, limits.mappings) == (100, 5, 512)

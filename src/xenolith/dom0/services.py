@@ -37,7 +37,7 @@ from xenolith.dom0.network.router import AddressError
 from xenolith.dom0.network.rules import RuleError
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
-from xenolith.hypervisor.control import Control, DomainCreateError, DomainInfo
+from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, DomainInfo, Limits
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.python_domain import HypercallError, boot_dom0
 
@@ -64,6 +64,7 @@ class DomainSpec:
     max_vcpus: int | None = None
     disks: tuple[VbdSpec, ...] = ()
     nets: tuple[VifSpec, ...] = ()
+    limits: Limits = USUAL
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
@@ -153,7 +154,8 @@ class Dom0:
         pages = spec.memory_kib // KIB_PER_PAGE
         max_pages = (spec.max_memory_kib or spec.memory_kib) // KIB_PER_PAGE
         with ExitStack() as undo:
-            domid = self.control.create_domain(spec.uuid.bytes, spec.max_vcpus or spec.vcpus, max_pages)
+            vcpus = spec.max_vcpus or spec.vcpus
+            domid = self.control.create_domain(spec.uuid.bytes, vcpus, max_pages, spec.limits)
             undo.callback(self.control.destroy, domid)
             built = build(self.control, domid, spec.image, pages, spec.ramdisk, spec.cmdline)
             self.control.grant_to_dom0(domid, GNTTAB_RESERVED_CONSOLE, built.console_mfn)

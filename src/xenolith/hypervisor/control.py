@@ -36,7 +36,7 @@ from xenolith.hypervisor.domain_record import FrameRecord, Plain, RecordError
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
-from xenolith.hypervisor.lifecycle import Arrival, DomainCreateError, NoSuchDomain
+from xenolith.hypervisor.lifecycle import USUAL, Arrival, DomainCreateError, Limits, NoSuchDomain
 from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.statistics import Counters, counters, cpu_time
@@ -125,9 +125,9 @@ class Control:
 
     # --- life cycle ----------------------------------------------------------------------------------
 
-    def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
+    def create_domain(self, uuid: bytes, max_vcpus: int, max_pages: int, limits: Limits = USUAL) -> int:
         """Make an empty domain, paused once; its domid. Raises DomainCreateError."""
-        return lifecycle.create_domain(self._hypervisor, uuid, max_vcpus, max_pages)
+        return lifecycle.create_domain(self._hypervisor, uuid, max_vcpus, max_pages, limits)
 
     def destroy(self, domid: int) -> None:
         """End a domain and give back all it has, except frames that others still map."""
@@ -316,9 +316,11 @@ class Control:
         except OutOfMemory as error:
             raise DomainCreateError(f"not enough machine memory: {error}") from error
 
-    def restore_domain(self, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival) -> int:
+    def restore_domain(
+        self, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival, limits: Limits = USUAL
+    ) -> int:
         """Make a domain that has arrived, paused; its domid. See lifecycle.restore_domain."""
-        return lifecycle.restore_domain(self._hypervisor, uuid, max_vcpus, max_pages, arrival)
+        return lifecycle.restore_domain(self._hypervisor, uuid, max_vcpus, max_pages, arrival, limits)
 
     # --- frames of other domains -----------------------------------------------------------------------
 
@@ -413,10 +415,12 @@ def _info(domain: Domain) -> DomainInfo:
 
 
 __all__ = [
+    "USUAL",
     "Arrival",
     "Control",
     "DomainCreateError",
     "DomainInfo",
+    "Limits",
     "MachineInfo",
     "NoSuchDomain",
     "RecordError",

@@ -17,8 +17,8 @@ from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, descriptors, domain_record, paging, ring0
 from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
 from xenolith.hypervisor.domain_record import FrameRecord, Plain, Record, RecordError
-from xenolith.hypervisor.events import EventChannels
-from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.events import DEFAULT_MAX_PORT, EventChannels
+from xenolith.hypervisor.grants import DEFAULT_MAX_FRAMES, DEFAULT_MAX_MAPPINGS, GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
 from xenolith.hypervisor.time import VcpuTimers
 from xenolith.hypervisor.view import View
@@ -40,18 +40,32 @@ class DomainCreateError(Exception):
     """The domain cannot be made; the text says why and what to change."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a domain may have at most (Xen: xen_domctl_createdomain)."""
+
+    event_channel_port: int = DEFAULT_MAX_PORT  # the largest
+    grant_frames: int = DEFAULT_MAX_FRAMES
+    mappings: int = DEFAULT_MAX_MAPPINGS  # of other domains' grants, at a time
+
+
+USUAL: Final = Limits()
+
+
 def create_dom0(hypervisor: Hypervisor) -> Domain:
     """Make domain 0, whose code is Python (`python_domain`). Once, before any other domain."""
     domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
-    _wire(domain)
+    _wire(domain, USUAL)
     with hypervisor.lock:
         hypervisor.domains[0] = domain
     return domain
 
 
-def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int) -> int:
+def create_domain(
+    hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, limits: Limits = USUAL
+) -> int:
     """Make an empty domain, paused once; its domid. Raises DomainCreateError."""
-    return _create(hypervisor, uuid, max_vcpus, max_pages, None)
+    return _create(hypervisor, uuid, max_vcpus, max_pages, None, limits)
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,9 @@ class Arrival:
     frames: FrameRecord
 
 
-def restore_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival) -> int:
+def restore_domain(
+    hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival, limits: Limits = USUAL
+) -> int:
     """Make a domain that has arrived, paused once; its domid. Whatever becomes of it, `arrival.memory` is used up.
 
     Raises RecordError where it cannot be what it is said to be, and DomainCreateError.
@@ -76,10 +92,12 @@ def restore_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_page
         if isinstance(error, OutOfMemory):
             raise DomainCreateError(f"not enough machine memory: {error}") from error
         raise
-    return _create(hypervisor, uuid, max_vcpus, max_pages, arrival)
+    return _create(hypervisor, uuid, max_vcpus, max_pages, arrival, limits)
 
 
-def _create(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival | None) -> int:
+def _create(
+    hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, arrival: Arrival | None, limits: Limits
+) -> int:
     if not 1 <= max_vcpus <= MAX_VCPUS:
         raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
     with hypervisor.lock:
@@ -102,7 +120,7 @@ def _create(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int,
                 record = Record(arrival.record, "the domain")
                 domain.clock_ahead = domain_record.clock_ahead(record, hypervisor.clock)
                 domain.clock = hypervisor.clock.ahead(domain.clock_ahead)
-            _set_up(domain, arrival is None)
+            _set_up(domain, arrival is None, limits)
             if arrival is not None:
                 undo.callback(_stop_timers, domain)
                 domain_record.load(domain, arrival.record, arrival.frames)
@@ -121,7 +139,7 @@ def _create(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int,
     return domid
 
 
-def _set_up(domain: Domain, shares_info: bool) -> None:
+def _set_up(domain: Domain, shares_info: bool, limits: Limits) -> None:
     """Xen's own frames for a domain, the shared_info too unless it has one already, and its mechanisms."""
     frames = domain.frames
     engine = domain.engine
@@ -155,7 +173,7 @@ def _set_up(domain: Domain, shares_info: bool) -> None:
     domain.executable_mapped = engine.executable_mapped
     domain.caches_tables = engine.caches_tables
     domain.entry_changed = engine.entry_changed
-    _wire(domain)
+    _wire(domain, limits)
 
 
 def _stop_timers(domain: Domain) -> None:
@@ -167,12 +185,12 @@ def _stop_timers(domain: Domain) -> None:
             domain.hypervisor.timers.cancel(timer)
 
 
-def _wire(domain: Domain) -> None:
+def _wire(domain: Domain, limits: Limits) -> None:
     """Give a domain its part of each mechanism, and native code where there is some."""
     domain.lock.take_word = ring0.lock_taker()
     domain.hypercalls = HYPERCALL_TABLE
-    domain.events = EventChannels(domain)
-    domain.grants = GrantTable(domain)
+    domain.events = EventChannels(domain, limits.event_channel_port)
+    domain.grants = GrantTable(domain, limits.grant_frames, limits.mappings)
     for vcpu in domain.vcpus:
         vcpu.native_handler = ring0.handler_address()
         vcpu.native_timer, vcpu.now = ring0.timer_address(), ring0.clock_address(domain.clock)

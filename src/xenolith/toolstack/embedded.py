@@ -13,7 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +23,7 @@ from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
-from xenolith.hypervisor.control import Control, DomainCreateError, NoSuchDomain
+from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack import devices, networks
 from xenolith.toolstack.client import (
@@ -60,6 +60,7 @@ ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
 DEPARTED_SECONDS: Final = 30.0  # how long the console of a domain that went can still be read
 TYPING_SECONDS: Final = 1.0  # how long input waits for a guest that does not read
 DOM0_NAME: Final = "Domain-0"
+MAPPINGS_PER_MAPTRACK_FRAME: Final = 256  # a page of Xen's struct grant_mapping
 
 
 @dataclass(slots=True)
@@ -551,5 +552,17 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         max_vcpus=config.vcpus_ceiling,
         disks=tuple(devices.virtual_block_device(disk) for disk in config.disks),
         nets=tuple(networks.virtual_interface(nic) for nic in config.nics),
+        limits=_limits(config),
         uuid=config.uuid,
     )
+
+
+def _limits(config: DomainConfig) -> Limits:
+    given: dict[str, int] = {}
+    if config.max_event_channels:
+        given["event_channel_port"] = config.max_event_channels
+    if config.max_grant_frames is not None:
+        given["grant_frames"] = config.max_grant_frames
+    if config.max_maptrack_frames is not None:
+        given["mappings"] = config.max_maptrack_frames * MAPPINGS_PER_MAPTRACK_FRAME
+    return replace(USUAL, **given)

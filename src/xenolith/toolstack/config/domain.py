@@ -23,7 +23,6 @@ from xenolith.toolstack.config.vif import Nic
 DEFAULT_MEMORY_KIB = 32 * 1024  # libxl's, when neither memory nor maxmem is given
 DEFAULT_WEIGHT = 256  # what a domain weighs with Xen's schedulers
 DEFAULT_POOL = "Pool-0"
-DEFAULT_EVENT_CHANNELS = 1023  # libxl's limit
 
 
 class DomainType(StrEnum):
@@ -211,7 +210,6 @@ class DomainConfig:
         """
         everywhere = frozenset(range(pcpus))
         scheduling = self.scheduler
-        limits = "the limit is the same for all domains"
         asked = {
             "cpus": (_pins(self.hard_affinity, everywhere), "a vCPU runs on any pCPU"),
             "cpus_soft": (_pins(self.soft_affinity, everywhere), "a vCPU runs on any pCPU"),
@@ -222,10 +220,7 @@ class DomainConfig:
             "latency": (scheduling.latency is not None, "the scheduler has no such parameter"),
             "extratime": (scheduling.extratime is not None, "the scheduler has no such parameter"),
             "pool": (self.pool not in (None, DEFAULT_POOL), f"there is one cpupool, {DEFAULT_POOL}"),
-            "max_grant_frames": (self.max_grant_frames is not None, limits),
-            "max_maptrack_frames": (self.max_maptrack_frames is not None, limits),
-            "max_grant_version": (self.max_grant_version is not None, limits),
-            "max_event_channels": (self.max_event_channels not in (0, DEFAULT_EVENT_CHANNELS), limits),
+            "max_grant_version": (self.max_grant_version is not None, "all domains may use the same versions"),
             "tsc_mode": (self.tsc_mode not in (TscMode.DEFAULT, TscMode.NATIVE), "guests read the processor's counter"),
             "localtime": (bool(self.localtime), "guests get UTC"),
             "rtc_timeoffset": (bool(self.rtc_timeoffset), "guests get UTC"),
