@@ -56,6 +56,12 @@ def _read_config(path: str, text: str, extra: Sequence[str]) -> DomainConfig:
     return config
 
 
+def read_config_file(path: str) -> DomainConfig:
+    """The configuration in a file, which is named on stderr as xl does."""
+    complain(f"Parsing config from {path}")
+    return _read_config(path, _read_file(path, STATUS_FAIL), ())
+
+
 _CONFIG_FILE: Final = Option("f", "Use this configuration file.", long="defconfig", value="FILE")
 _QUIET: Final = Option("q", "Do not name the file that is read.", long="quiet")
 
@@ -98,10 +104,10 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
             domid = session.client.create(absolute_paths(config, Path.cwd()), progress)
     except ToolstackError as error:
         raise Failure(str(error), STATUS_FAIL) from error
-    return _start(session, options, domid, config.name)
+    return start(session, options, domid, config.name)
 
 
-def _start(session: Session, options: Options, domid: int, name: str) -> int:
+def start(session: Session, options: Options, domid: int, name: str) -> int:
     """Let somebody look after the new domain, let it run, and stay with it if that was asked for.
 
     Whatever interrupts that before the domain runs takes it away again.

@@ -47,14 +47,15 @@ class Console:
     and must take no lock itself.  All methods may be called by any thread.
     """
 
-    def __init__(self, page: memoryview, notify: Callable[[], None]) -> None:
+    def __init__(self, page: memoryview, notify: Callable[[], None], scrollback: bytes = b"") -> None:
         self._bytes = page
         self._index = page.cast("I")
         self._notify = notify
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._scrollback = deque[bytes]()
-        self._scrollback_size = 0
+        self._scrollback = deque[bytes]([scrollback] if scrollback else [])
+        self._scrollback_size = len(scrollback)
+        self._held = False
         self._readers: list[Reader] = []
         self.closed = False
 
@@ -66,6 +67,17 @@ class Console:
             if not self.closed:
                 self._drain()
                 self._changed.notify_all()  # the guest may have made room for input
+
+    def hold(self) -> None:
+        """Leave the page of a domain that stands still as it is, until `go_on`."""
+        with self._lock:
+            self._held = True
+
+    def go_on(self) -> None:
+        """Serve it again."""
+        with self._lock:
+            self._held = False
+        self.service()
 
     def _room(self) -> int:
         """How many bytes may be taken before some reader that must lose nothing has no place for more."""
@@ -85,6 +97,8 @@ class Console:
             self._notify()
 
     def _take(self, limit: int) -> bytes:
+        if self._held:
+            return b""
         index = self._index
         produced, consumed = index[abi.OUT_PROD], index[abi.OUT_CONS]
         available = produced - consumed & _INDEX_MASK
@@ -152,6 +166,8 @@ class Console:
             return self._put(data)
 
     def _put(self, data: bytes) -> int:
+        if self._held:
+            return 0
         index = self._index
         produced, consumed = index[abi.IN_PROD], index[abi.IN_CONS]
         used = produced - consumed & _INDEX_MASK

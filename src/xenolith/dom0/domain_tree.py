@@ -83,6 +83,20 @@ def write(store: HostRequests, built: BuiltDomain, what: Description) -> None:
     _write_console(store, built)
 
 
+def move(store: HostRequests, built: BuiltDomain, name: str, uuid: uuids.UUID) -> None:
+    """Write what is different in the nodes of a domain that came from elsewhere, where it has another number."""
+    directory, readable = home(built.domid), ["n0", f"r{built.domid}"]
+    for path, value in {
+        f"{directory}/vm": f"/vm/{uuid}",
+        f"{directory}/name": name,
+        f"{directory}/domid": str(built.domid),
+        f"/vm/{uuid}/name": name,
+        f"/vm/{uuid}/uuid": str(uuid),
+    }.items():
+        store.write(path, value, readable)
+    _write_console(store, built)
+
+
 def _write_console(store: HostRequests, built: BuiltDomain) -> None:
     """The primary console, which is no device of the front-end kind: its ring and port are in start_info."""
     domid = built.domid

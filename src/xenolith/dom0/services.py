@@ -31,13 +31,18 @@ from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
+from xenolith.dom0.migration.restore import Received
+from xenolith.dom0.migration.services import put
 from xenolith.dom0.network.network import Network
 from xenolith.dom0.network.port import PortStatistics
 from xenolith.dom0.network.router import AddressError
 from xenolith.dom0.network.rules import RuleError
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
+from xenolith.dom0.xenstore.connection import ConnectionState
+from xenolith.dom0.xenstore.errors import XsError
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, DomainInfo, Limits
+from xenolith.hypervisor.domain_record import RecordError
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.python_domain import HypercallError, boot_dom0
 
@@ -54,7 +59,7 @@ class DomainSpec:
     """
 
     name: str
-    image: KernelImage
+    image: KernelImage | None  # None: of a domain that comes from elsewhere
     kernel: str  # where the image came from, for people
     ramdisk: bytes = b""
     cmdline: str = ""
@@ -80,7 +85,8 @@ class GuestDomain:
         nets: dict[int, Device[NetBackend]],
         undo: ExitStack,
     ) -> None:
-        self.spec = replace(spec, image=spec.image.without_contents(), ramdisk=b"")  # they are in the domain now
+        image = spec.image and spec.image.without_contents()
+        self.spec = replace(spec, image=image, ramdisk=b"")  # they are in the domain now
         self.domid = built.domid
         self.built = built
         self.console = console
@@ -114,7 +120,7 @@ class GuestDomain:
             self._ended.wait_for(lambda: self._end, timeout)
             return self._end
 
-    def set_end(self, end: DomainInfo) -> None:
+    def set_end(self, end: DomainInfo | None) -> None:
         """Called by Dom0 when it notices."""
         with self._ended:
             self._end = end
@@ -151,6 +157,8 @@ class Dom0:
 
     def create(self, spec: DomainSpec) -> GuestDomain:
         """Make a domain, connect it to dom0's services and leave it paused. Raises DomainCreateError."""
+        if spec.image is None:
+            raise DomainCreateError("a new domain needs a kernel")
         pages = spec.memory_kib // KIB_PER_PAGE
         max_pages = (spec.max_memory_kib or spec.memory_kib) // KIB_PER_PAGE
         with ExitStack() as undo:
@@ -176,21 +184,59 @@ class Dom0:
             self.domains[domid] = domain
         return domain
 
-    def _connect_console(self, built: BuiltDomain, undo: ExitStack) -> Console:
+    def restore(self, spec: DomainSpec, received: Received) -> GuestDomain:
+        """Make a domain that was received, and leave it paused. Raises RecordError and DomainCreateError.
+
+        `spec` says what it is called here and which disks it has; its sizes are what they were.
+        """
+        theirs = received.services
+        with ExitStack() as undo:
+            sizes = received.vcpus, received.max_pages
+            domid = self.control.restore_domain(spec.uuid.bytes, *sizes, received.arrival, spec.limits)
+            undo.callback(self.control.destroy, domid)
+            built = BuiltDomain(
+                domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port
+            )
+            console = self._connect_console(built, undo, theirs.scrollback)
+            undo.callback(domain_tree.remove, self.xenstore, domid, spec.uuid)
+            put(self.xenstore, theirs.nodes, domid, spec.uuid)
+            self.xenstore.transact(lambda store: domain_tree.move(store, built, spec.name, spec.uuid))
+            self._connect_xenstore(built, undo, theirs.connection)
+            disks: dict[int, Device[BlockBackend]] = {}
+            undo.callback(_stop_all, disks)
+            for vbd in spec.disks:
+                disks[vbd.number] = self._adopt(domid, vbd)
+            nets: dict[int, Device[NetBackend]] = {}
+            undo.callback(_stop_all, nets)
+            for vif in spec.nets:
+                nets[vif.number] = self._plug_net(domid, spec.name, vif, adopt=True)
+            domain = GuestDomain(spec, built, console, disks, nets, undo.pop_all())
+        with self._lock:
+            self.domains[domid] = domain
+        return domain
+
+    def _connect_console(self, built: BuiltDomain, undo: ExitStack, scrollback: bytes = b"") -> Console:
         port, notify = self._bind(built.domid, built.console_port, undo)
-        console = Console(self._map(built.domid, built.console_mfn, undo), notify)
+        console = Console(self._map(built.domid, built.console_mfn, undo), notify, scrollback)
         undo.callback(console.close)
         self.domain.set_handler(port, self._thread.on_event(console.service))
         return console
 
-    def _connect_xenstore(self, built: BuiltDomain, undo: ExitStack) -> None:
+    def _connect_xenstore(self, built: BuiltDomain, undo: ExitStack, state: ConnectionState | None = None) -> None:
         port, notify = self._bind(built.domid, built.store_port, undo)
-        ring = self.xenstore.introduce(built.domid, self._map(built.domid, built.store_mfn, undo), notify)
+        page = self._map(built.domid, built.store_mfn, undo)
+        try:
+            ring = self.xenstore.introduce(built.domid, page, notify, state)
+        except XsError as error:
+            raise RecordError(f"its conversation with xenstore cannot go on: {error}") from error
         undo.callback(self.xenstore.release, built.domid)
         self.domain.set_handler(port, lambda _: ring.on_event())
 
     def _map(self, domid: int, mfn: int, undo: ExitStack) -> memoryview:
-        page = self.control.map_foreign(domid, mfn)
+        try:
+            page = self.control.map_foreign(domid, mfn)
+        except ValueError as error:
+            raise DomainCreateError(str(error)) from error
         undo.callback(self.control.unmap_foreign, domid, mfn)
         return page
 
@@ -226,10 +272,20 @@ class Dom0:
         domain.disks[vbd.number] = self._plug(domain.domid, vbd)
 
     def _plug(self, domid: int, vbd: VbdSpec) -> Device[BlockBackend]:
+        return self._with_backend(
+            domid, vbd, lambda backend: self.xenbus.plug(domid, vbd.number, backend, *backend.nodes())
+        )
+
+    def _adopt(self, domid: int, vbd: VbdSpec) -> Device[BlockBackend]:
+        return self._with_backend(domid, vbd, lambda backend: self.xenbus.adopt(domid, vbd.number, backend))
+
+    def _with_backend(
+        self, domid: int, vbd: VbdSpec, device: Callable[[BlockBackend], Device[BlockBackend]]
+    ) -> Device[BlockBackend]:
         try:
             backend = BlockBackend(self.domain, domid, vbd)
             try:
-                return self.xenbus.plug(domid, vbd.number, backend, *backend.nodes())
+                return device(backend)
             except ValueError:
                 backend.close()
                 raise
@@ -290,10 +346,12 @@ class Dom0:
         """Give a domain another network interface, also while it runs. Raises DomainCreateError."""
         domain.nets[vif.number] = self._plug_net(domain.domid, domain.spec.name, vif)
 
-    def _plug_net(self, domid: int, name: str, vif: VifSpec) -> Device[NetBackend]:
+    def _plug_net(self, domid: int, name: str, vif: VifSpec, *, adopt: bool = False) -> Device[NetBackend]:
         try:
             backend = NetBackend(self.domain, domid, vif, self.network.router, partial(self.network.attach, name))
             try:
+                if adopt:
+                    return self.xenbus.adopt(domid, vif.number, backend)
                 return self.xenbus.plug(domid, vif.number, backend, *backend.nodes())
             except ValueError:
                 backend.close()
@@ -313,6 +371,13 @@ class Dom0:
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
         self.control.unpause(domain.domid)
+
+    def resume(self, domain: GuestDomain) -> None:
+        """Let a domain go on that has suspended itself. Raises ValueError for another."""
+        if domain.end is None or domain.end.shutdown_reason != SHUTDOWN_suspend:
+            raise ValueError(f"domain {domain.domid} has not suspended itself")
+        domain.set_end(None)
+        self.control.resume(domain.domid)
 
     def destroy(self, domain: GuestDomain) -> None:
         """End a domain, whatever it is doing, and give back all it had. What it printed stays readable."""

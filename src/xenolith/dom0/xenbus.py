@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import ClassVar, Final, Generic, TypeVar
 
 from xenolith.abi.xenbus import XenbusState
@@ -91,6 +92,9 @@ class Backend(ABC):
     @abstractmethod
     def serve(self) -> bool:
         """Do what the front-end asked for; True where it has asked for more meanwhile. Raises FrontendError."""
+
+    def settle(self) -> None:  # noqa: B027  most have nothing to bring anywhere
+        """Bring what was accepted to where it outlives this process; the domain stands still."""
 
     @abstractmethod
     def disconnect(self) -> None:
@@ -163,6 +167,27 @@ class Device(Generic[Kind]):
 
         self.call(carry_out)
         done.result()
+
+    def hold(self) -> Callable[[], None]:
+        """Finish what the front-end, which stands still, has asked for, and leave its memory alone from then on.
+
+        Returns what lets the device go on.
+        """
+        held, going_on = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            try:
+                while self._connected and self.backend.serve():
+                    pass
+                self.backend.settle()
+            finally:
+                held.set()
+                going_on.wait()
+
+        with suppress(DeviceGone):
+            self.call(stand)
+            held.wait()
+        return going_on.set
 
     def refresh(self) -> None:
         """Tell a connected front-end anew what the device is, because it changed (its size, its medium)."""
@@ -327,6 +352,27 @@ class Xenbus:
                 store.write(f"{directory}/{name}", value)
             for name, value in front_nodes.items():
                 store.write(f"{frontend}/{name}", value)
+
+        self.store.transact(write)
+        return Device(self, domid, number, backend)
+
+    def adopt(self, domid: int, number: int, backend: Kind) -> Device[Kind]:
+        """A device of a domain that came here with its nodes in xenstore. It connects where it was connected.
+
+        Raises ValueError where there are no nodes of such a device.
+        """
+        frontend = f"/local/domain/{domid}/device/{backend.kind}/{number}"
+        directory = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
+
+        def write(store: HostRequests) -> None:
+            if not store.exists(directory) or not store.exists(frontend):
+                raise ValueError(f"domain {domid} has no {backend.kind} {number}")
+            for path, value in {
+                f"{frontend}/backend": directory,
+                f"{directory}/frontend": frontend,
+                f"{directory}/frontend-id": str(domid),
+            }.items():
+                store.write(path, value)
 
         self.store.transact(write)
         return Device(self, domid, number, backend)

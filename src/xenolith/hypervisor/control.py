@@ -15,7 +15,7 @@ import numpy as np
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
-from xenolith.abi.hypercalls import RUNSTATE_running, SHUTDOWN_crash
+from xenolith.abi.hypercalls import RUNSTATE_running, SHUTDOWN_crash, SHUTDOWN_suspend
 from xenolith.abi.vcpu_context import VcpuContext
 from xenolith.abi.x86 import (
     CS,
@@ -24,6 +24,7 @@ from xenolith.abi.x86 import (
     EFLAGS_RESERVED_ONE,
     ES,
     PAGE_SIZE,
+    RAX,
     RFLAGS,
     RIP,
     RSI,
@@ -104,10 +105,14 @@ class MachineInfo:
 
 @dataclass(frozen=True)
 class StillDomain:
-    """A domain that stands still: its record, its frames, and its machine memory to read their contents from."""
+    """A domain that stands still: its record, its frames, and its machine memory to read their contents from.
+
+    `populated`: where that can hold anything but zeros, (first, end) of each run of frames.
+    """
 
     record: Plain
     frames: FrameRecord
+    populated: list[tuple[int, int]]
     memory: memoryview
 
 
@@ -140,6 +145,22 @@ class Control:
     def unpause(self, domid: int) -> None:
         """Undo one pause. A domain is born paused: this is also how it begins."""
         self._hypervisor.scheduler.unpause(self._domain(domid))
+
+    def resume(self, domid: int) -> None:
+        """Let a domain go on that has shut down to suspend itself (Xen: XEN_DOMCTL_resumedomain).
+
+        Its hypercall answers that it was not suspended, for it is where it was. Raises ValueError for another.
+        """
+        domain = self._domain(domid)
+        self._hypervisor.scheduler.store_states(domain)  # no thread has anything of it in hand then
+        with domain.lock:
+            if domain.shutdown_reason != SHUTDOWN_suspend:
+                raise ValueError(f"domain {domid} has not suspended itself")
+            domain.vcpus[0].regs[RAX] = 1
+            domain.shutdown_reason = None
+            domain.shutdown_announced = False
+            for vcpu in domain.vcpus:
+                self._hypervisor.scheduler.wake(vcpu)
 
     def send_nmi(self, domid: int, vcpu_id: int) -> None:
         """Send a vCPU an NMI (Xen: XEN_DOMCTL_sendtrigger). Raises ValueError where it is not online."""
@@ -307,7 +328,8 @@ class Control:
         self._hypervisor.scheduler.store_states(domain)
         with domain.lock:
             record = domain_record.state(domain)
-            yield StillDomain(record, domain_record.frame_record(domain), domain.memory.b.toreadonly())
+            frames = domain_record.frame_record(domain)
+            yield StillDomain(record, frames, domain.memory.populated(), domain.memory.b.toreadonly())
 
     def memory_for_arrival(self, max_pages: int) -> MachineMemory:
         """Where the frames of a domain that arrives go, at the MFNs that they had. Raises DomainCreateError."""

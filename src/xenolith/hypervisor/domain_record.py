@@ -96,7 +96,7 @@ class Kind:
 
     def unpack(self, plain: Plain, where: str) -> Any:
         """The value. Raises RecordError where it is none of this kind."""
-        raise NotImplementedError
+        return plain
 
 
 class Number(Kind):
@@ -199,6 +199,22 @@ class Octets(Kind):
         if not self.least <= len(value) <= self.most:
             raise RecordError(f"{where} is not {self.least} to {self.most} bytes")
         return value
+
+
+class Text(Kind):
+    """At most so many characters, which stand for bytes: UTF-8, and others as surrogates (PEP 383)."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def unpack(self, plain: Plain, where: str) -> str:
+        if type(plain) is not str or len(plain) > self.most:
+            raise RecordError(f"{where} is no text of {self.most} characters at most")
+        try:
+            plain.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise RecordError(f"{where} has characters that no bytes stand for") from None
+        return plain
 
 
 class Optional(Kind):
@@ -506,6 +522,10 @@ class Record:
         if name not in self._plain:
             raise RecordError(f"{self.where} has no {name}")
         return kind.unpack(self._plain[name], f"{self.where}: {name}")
+
+    def any(self, name: str) -> Plain:
+        """What is there, unchecked. Raises RecordError where nothing is."""
+        return self.get(name, Kind())
 
     def has(self, name: str) -> bool:
         return name in self._plain

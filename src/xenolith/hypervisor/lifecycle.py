@@ -87,12 +87,12 @@ def restore_domain(
     try:
         domain_record.check_frames(arrival.frames, arrival.memory.frames)
         arrival.memory.adopt(arrival.frames.mfns)
+        return _create(hypervisor, uuid, max_vcpus, max_pages, arrival, limits)
     except BaseException as error:
         arrival.memory.close()
         if isinstance(error, OutOfMemory):
             raise DomainCreateError(f"not enough machine memory: {error}") from error
         raise
-    return _create(hypervisor, uuid, max_vcpus, max_pages, arrival, limits)
 
 
 def _create(
@@ -106,8 +106,6 @@ def _create(
         raise DomainCreateError("all domain ids are in use")
     with ExitStack() as undo:
         try:
-            if arrival is not None:
-                undo.callback(arrival.memory.close)
             view = View(hypervisor.memory, max_pages, arrival.memory if arrival else None)
             undo.callback(view.memory.close)
             engine = hypervisor.engine_factory(view.memory)

@@ -303,6 +303,18 @@ class MachineMemory:
         if _libc.fallocate(self.fd, flags, first << PAGE_SHIFT, count << PAGE_SHIFT):
             raise OSError(ctypes.get_errno(), "cannot release a domain's memory to the host")
 
+    def populated(self) -> list[tuple[int, int]]:
+        """Where frames may hold anything but zeros: (first, end) of each run."""
+        runs: list[tuple[int, int]] = []
+        end = 0
+        while True:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError:  # ENXIO: nothing from here on
+                return runs
+            end = os.lseek(self.fd, start, os.SEEK_HOLE)
+            runs.append((start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)))
+
     # --- frames of others ------------------------------------------------------------------------------
 
     def map_alias(self, other: MachineMemory, mfn: int, writable: bool) -> int:

@@ -45,6 +45,14 @@ class ShutdownRequest(StrEnum):
     REBOOT = "reboot"
 
 
+class AfterSave(StrEnum):
+    """What becomes of a domain that was saved."""
+
+    DESTROY = "destroy"
+    PAUSE = "pause"
+    RUN = "run"
+
+
 class Trigger(StrEnum):
     """What `xl trigger` can send."""
 
@@ -338,6 +346,35 @@ class Client(ABC):
     @abstractmethod
     def snapshot_disk(self, domid: int, vdev: str, path: Path) -> None:
         """Keep what a disk of the format overlay holds now in a file, which can be the backing of other overlays."""
+
+    @abstractmethod
+    def save(
+        self,
+        domid: int,
+        path: Path,
+        after: AfterSave = AfterSave.DESTROY,
+        compress: bool = False,
+        progress: OnProgress = no_progress,
+    ) -> None:
+        """Write a domain to a file, whose path must be absolute, and end it, or leave it paused or running.
+
+        The file is complete, or what it was before.
+        """
+
+    @abstractmethod
+    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> int:
+        """Make a domain of a file that it was saved to and leave it paused; its domid.
+
+        With another configuration than the saved one its name, disks and what becomes of it in the end are those.
+        """
+
+    @abstractmethod
+    def suspend(self, domid: int) -> None:
+        """Have the guest suspend itself; it has shut down with reason suspend when this returns."""
+
+    @abstractmethod
+    def resume(self, domid: int) -> None:
+        """Let a guest go on that has suspended itself."""
 
     @abstractmethod
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:

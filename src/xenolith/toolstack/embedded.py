@@ -12,6 +12,7 @@ import copy
 import platform
 import threading
 import time
+import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
-from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain
+from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack import devices, networks
 from xenolith.toolstack.client import (
     DOM0_UUID,
+    AfterSave,
     Client,
     Closed,
     ConsoleStream,
@@ -55,6 +57,7 @@ from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
+from xenolith.toolstack.saving import Arriving, open_saved, save_domain
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
 DEPARTED_SECONDS: Final = 30.0  # how long the console of a domain that went can still be read
@@ -456,6 +459,67 @@ class EmbeddedToolstack(Client):
         with self._of_domain(domid) as domain:
             devices.snapshot_disk(self.dom0, domain, vdev, path)
 
+    # --- travelling ------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        domid: int,
+        path: Path,
+        after: AfterSave = AfterSave.DESTROY,
+        compress: bool = False,
+        progress: OnProgress = no_progress,
+    ) -> None:
+        if not path.is_absolute():
+            raise InvalidRequest(f"The path of a saved domain must be absolute: {path}.")
+        with self._of_domain(domid) as domain:
+            save_domain(self.dom0, domain, self.config(domid), path, compress, progress)
+        if after is AfterSave.DESTROY:
+            self.destroy(domid)
+        elif after is AfterSave.RUN:
+            self._control.unpause(domid)
+
+    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> int:
+        if not path.is_absolute():
+            raise InvalidRequest(f"The path of a saved domain must be absolute: {path}.")
+        with open_saved(path) as source:
+            progress(Progress("restoring the domain", 0, 1))
+            domid = self._receive(Arriving(self.dom0, source), config)
+        progress(Progress("restoring the domain", 1, 1))
+        return domid
+
+    def _receive(self, arriving: Arriving, config: DomainConfig | None = None) -> int:
+        """Make a domain that comes in a stream, paused; its domid."""
+        config = copy.deepcopy(config or arriving.config)
+        self._claim_name(config.name)
+        try:
+            with self._lock:
+                if config.uuid in {record.config.uuid for record in self._records.values()}:
+                    config.uuid = uuids.uuid4()  # the domain that was saved is still there
+            _check_supported(config)
+            domain = self.dom0.restore(_described(config), arriving.receive())
+            with self._lock:
+                self._records[domain.domid] = _Record(config, time.time())
+            self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
+            return domain.domid
+        except (DomainCreateError, RecordError) as error:
+            raise ToolstackError(f"The domain cannot be restored: {error}.") from error
+        finally:
+            with self._lock:
+                self._creating.discard(config.name)
+
+    def suspend(self, domid: int) -> None:
+        domain = self._guest(domid)
+        self._ask_guest(domid, "shutdown", "suspend")
+        if domain.wait(self._acknowledge_seconds) is None:
+            raise NotAcknowledged(f"Domain {domid} did not suspend itself.")
+
+    def resume(self, domid: int) -> None:
+        try:
+            with self._of_domain(domid) as domain:
+                self.dom0.resume(domain)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+
     # --- consoles and events -------------------------------------------------------------------------------
 
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
@@ -522,14 +586,19 @@ class _Attachment:
         self._reader.close()
 
 
-def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
-    """What dom0 is to make. Raises NotSupported and ToolstackError."""
+def _check_supported(config: DomainConfig) -> None:
+    """Raises NotSupported where a domain would be given what there is not."""
     lacking = config.unsupported()
     lacking += [key for key, given in {"p9": config.p9_shares}.items() if given]
     if config.bootloader:
         lacking.append("bootloader")
     if lacking:
         raise NotSupported(f"A domain cannot be given: {', '.join(lacking)}.")
+
+
+def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
+    """What dom0 is to make. Raises NotSupported and ToolstackError."""
+    _check_supported(config)
     if config.kernel is None:
         raise InvalidRequest("The configuration names no kernel.")
     progress(Progress("loading the kernel", 0, 2))
@@ -540,11 +609,15 @@ def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:
         raise ToolstackError(str(error)) from error
     except OSError as error:
         raise ToolstackError(f"cannot read {error.filename}: {error.strerror}") from error
+    return replace(_described(config), image=image, ramdisk=ramdisk)
+
+
+def _described(config: DomainConfig) -> DomainSpec:
+    """A domain without what is loaded into a new one."""
     return DomainSpec(
         name=config.name,
-        image=image,
-        kernel=config.kernel,
-        ramdisk=ramdisk,
+        image=None,
+        kernel=config.kernel or "",
         cmdline=config.cmdline or "",
         memory_kib=config.memory_kib,
         max_memory_kib=config.memory_ceiling_kib,

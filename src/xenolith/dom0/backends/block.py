@@ -278,6 +278,13 @@ class BlockBackend(Backend):
             busy |= queue.serve()
         return busy
 
+    def settle(self) -> None:
+        try:
+            if self.disk.writable:
+                self.disk.flush()
+        except OSError as error:
+            self.note_error(error)
+
     def disconnect(self) -> None:
         while self._queues:
             self._queues.pop().close()

@@ -25,6 +25,8 @@ class Caller:
         self.home: Final = paths.home(domid)
         self.target: int | None = None
         """The domain in whose name this one may act (SET_TARGET; a device model's guest)."""
+        self.former_domids: frozenset[int] = frozenset()
+        """The numbers that its domain had where it came from, by which it may still name its own directories."""
         self.watches: Final[dict[tuple[bytes, bytes], Watch]] = {}
         self.transactions: Final[dict[int, Transaction]] = {}
         self.next_transaction = 1

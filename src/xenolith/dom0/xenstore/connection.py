@@ -14,16 +14,40 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from xenolith.abi.xs_wire import DOMID_SELF, HEADER, PAYLOAD_MAX, Op, RingError
+from xenolith.abi.xs_wire import DOMID_SELF, HEADER, PAYLOAD_MAX, RING_SIZE, Op, RingError
 from xenolith.dom0.xenstore import paths, permissions
 from xenolith.dom0.xenstore.caller import Caller
 from xenolith.dom0.xenstore.errors import XsError
 from xenolith.dom0.xenstore.store import View
+from xenolith.dom0.xenstore.watches import Watch
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
 _OK: Final = b"OK\0"
+
+
+@dataclass(frozen=True)
+class ConnectionState:
+    """A conversation that goes on elsewhere: what waits in either direction, watches, open transactions."""
+
+    failure: int
+    input: bytes
+    output: tuple[bytes, ...]
+    sent_of_first: int
+    watches: tuple[tuple[bytes, bytes], ...]
+    transactions: tuple[int, ...]
+    next_transaction: int
+    former_domids: frozenset[int]
+
+
+def _by_age(watch: Watch) -> tuple[int, int]:
+    return watch.order
+
+
+def _is_message(message: bytes) -> bool:
+    return len(message) >= HEADER.size and HEADER.unpack_from(message)[3] == len(message) - HEADER.size <= PAYLOAD_MAX
 
 
 class Connection(Caller):
@@ -109,6 +133,44 @@ class Connection(Caller):
         self._waiting_events.clear()
         self._output_bytes = self._sent_of_first = self._answers = 0
 
+    # --- travelling
+
+    def state(self) -> ConnectionState:
+        """All that the client could miss of this conversation if it went on elsewhere."""
+        return ConnectionState(
+            failure=int(self.failure),
+            input=bytes(self._input),
+            output=tuple(self._output),
+            sent_of_first=self._sent_of_first,
+            watches=tuple((watch.name, watch.token) for watch in sorted(self.watches.values(), key=_by_age)),
+            transactions=tuple(self.transactions),
+            next_transaction=self.next_transaction,
+            former_domids=self.former_domids | {self.domid},
+        )
+
+    def go_on(self, state: ConnectionState) -> None:
+        """Go on with a conversation that was begun elsewhere. Raises XsError where there can be no such."""
+        quota, messages = self.daemon.quota, state.output
+        if len(state.input) > HEADER.size + PAYLOAD_MAX + RING_SIZE or len(state.transactions) > quota.transactions:
+            raise XsError("E2BIG", "more requests than a client can have sent")
+        if sum(map(len, messages)) > quota.unread_bytes or not all(_is_message(message) for message in messages):
+            raise XsError("EINVAL", "answers that are none")
+        if state.sent_of_first and not (messages and state.sent_of_first < len(messages[0])):
+            raise XsError("EINVAL", "more of an answer fetched than there was")
+        self.former_domids = state.former_domids
+        self.failure = RingError(state.failure)
+        self._input.extend(state.input)
+        self._output.extend(messages)
+        self._output_bytes = sum(map(len, messages)) - state.sent_of_first
+        self._sent_of_first = state.sent_of_first
+        self._answers = sum(message[0] != Op.WATCH_EVENT for message in messages)
+        self._waiting_events.update(messages[bool(state.sent_of_first) :])
+        self.next_transaction = state.next_transaction
+        for number in state.transactions:
+            self.daemon.resume_transaction(self, number)
+        for name, token in state.watches:
+            self.daemon.watch(self, self._absolute(name), token, name)
+
     # --- bytes out
 
     @property
@@ -193,7 +255,7 @@ class Connection(Caller):
             self.deliver_event(name, token)
 
     def _absolute(self, name: bytes) -> bytes:
-        return paths.absolute(name, self.home)
+        return paths.renumbered(paths.absolute(name, self.home), self.former_domids, self.domid)
 
     def _directory(self, view: View, tx_id: int, payload: bytes) -> bytes:
         children = self.daemon.directory(self, view, self._absolute(_one_string(payload)))
@@ -247,7 +309,7 @@ class Connection(Caller):
     def _watch(self, view: View, tx_id: int, payload: bytes) -> bytes:
         name, token = _strings(payload, 2)
         path = self._absolute(name)
-        self.daemon.watch(self, path, token, len(path) - len(name))
+        self.daemon.watch(self, path, token, name)
         return _OK
 
     def _unwatch(self, view: View, tx_id: int, payload: bytes) -> bytes:

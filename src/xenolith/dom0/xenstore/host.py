@@ -191,7 +191,7 @@ class HostStore(HostRequests):
         with self._lock:
             token = self._host.add_callback(callback)
             try:
-                self._daemon.watch(self._host, absolute, token, len(absolute) - len(name))
+                self._daemon.watch(self._host, absolute, token, name)
             except XsError:
                 self._host.remove_callback(token)
                 raise

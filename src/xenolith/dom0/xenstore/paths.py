@@ -8,6 +8,7 @@ Source: docs/misc/xenstore.txt; the length rule (the home prefix is free) is obs
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Final
 
 from xenolith.abi.xs_wire import REL_PATH_MAX
@@ -35,6 +36,19 @@ def absolute(path: bytes, home_path: bytes) -> bytes:
     if path[:1] in (b"/", b"@"):
         return path
     return home_path + b"/" + path
+
+
+_OWN: Final = re.compile(rb"(/local/domain/0/backend/[A-Za-z0-9_@-]+/|/local/domain/)([0-9]{1,5})(?=/|\Z)")
+
+
+def renumbered(path: bytes, former: Collection[int], domid: int) -> bytes:
+    """``path`` as it is now, of a domain that calls itself by one of its ``former`` numbers."""
+    if not former:
+        return path
+    found = _OWN.match(path)
+    if found is None or int(found[2]) not in former:
+        return path
+    return b"%b%d%b" % (found[1], domid, path[found.end() :])
 
 
 def parent(path: bytes) -> bytes:

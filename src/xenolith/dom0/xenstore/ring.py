@@ -45,8 +45,11 @@ class RingConnection(Connection):
         self._req_cons = self._get(page, xs_wire.REQ_CONS)
         self._rsp_prod = self._get(page, xs_wire.RSP_PROD)
         self._put(page, xs_wire.SERVER_FEATURES, _FEATURES)
-        self._put(page, xs_wire.CONNECTION, xs_wire.Connection.CONNECTED)
+        if self._get(page, xs_wire.CONNECTION) != xs_wire.Connection.RECONNECT:  # or it was asked for before we came
+            self._put(page, xs_wire.CONNECTION, xs_wire.Connection.CONNECTED)
         self._put(page, xs_wire.ERROR, RingError.NONE)
+        self.held = False
+        """Its domain stands still: the page is to be left as it is."""
 
     def detach(self) -> None:
         """Let go of the page: nothing touches it after this."""
@@ -59,7 +62,7 @@ class RingConnection(Connection):
     def serve(self, limit: int) -> bool:
         """One turn: take requests, run at most ``limit`` of them, give answers. True if the guest is to be notified."""
         page = self._page
-        if page is None:
+        if page is None or self.held:
             return False
         moved = self._pull(page)
         self.process(limit)
@@ -69,7 +72,7 @@ class RingConnection(Connection):
     def wants_turn(self) -> bool:
         """Whether there is more to do without the guest's help."""
         page = self._page
-        if page is None or self.failure:
+        if page is None or self.failure or self.held:
             return False
         if self.has_request:
             return self.listening

@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 
 from xenolith.dom0.unix_socket import ListeningSocket
 from xenolith.dom0.xenstore.caller import Caller
-from xenolith.dom0.xenstore.connection import Connection
+from xenolith.dom0.xenstore.connection import Connection, ConnectionState
 from xenolith.dom0.xenstore.errors import XsError
 from xenolith.dom0.xenstore.host import HostCaller, HostStore
 from xenolith.dom0.xenstore.quota import Quota
@@ -112,13 +112,27 @@ class XenstoreService(HostStore):
 
     # --- domains
 
-    def introduce(self, domid: int, page: memoryview, notify: Callable[[], None]) -> RingConnection:
-        """Serve a domain through its interface ``page``; call ``on_event()`` of the result when its channel fires."""
-        with self._lock:
-            return self._introduce(domid, page, notify)
+    def introduce(
+        self, domid: int, page: memoryview, notify: Callable[[], None], state: ConnectionState | None = None
+    ) -> RingConnection:
+        """Serve a domain through its interface ``page``; call ``on_event()`` of the result when its channel fires.
 
-    def _introduce(self, domid: int, page: memoryview, notify: Callable[[], None]) -> RingConnection:
+        With the ``state`` of a conversation that was begun elsewhere that goes on; XsError where there can be no such.
+        """
+        with self._lock:
+            return self._introduce(domid, page, notify, state)
+
+    def _introduce(
+        self, domid: int, page: memoryview, notify: Callable[[], None], state: ConnectionState | None = None
+    ) -> RingConnection:
         ring = RingConnection(self._daemon, domid, page, notify, self._wake)
+        if state is not None:
+            try:
+                ring.go_on(state)
+            except XsError:
+                ring.detach()
+                self._daemon.reset(ring)
+                raise
         former = self._daemon.domains.get(domid)
         if isinstance(former, RingConnection):
             former.detach()
@@ -130,6 +144,26 @@ class XenstoreService(HostStore):
         assert self._map_domain is not None
         page, notify = self._map_domain(domid, mfn, port)
         self._introduce(domid, page, notify)
+
+    def hold(self, domid: int) -> ConnectionState:
+        """Leave the page of a domain that stands still as it is, until `go_on`; where the conversation stands."""
+        with self._lock:
+            ring = self._ring(domid)
+            ring.held = True
+            return ring.state()
+
+    def go_on(self, domid: int) -> None:
+        """Serve a domain again that was held."""
+        with self._lock:
+            ring = self._ring(domid)
+            ring.held = False
+            self._wake(ring)
+
+    def _ring(self, domid: int) -> RingConnection:
+        ring = self._daemon.domains.get(domid)
+        if not isinstance(ring, RingConnection):
+            raise XsError("ENOENT", f"domain {domid} is not introduced")
+        return ring
 
     def release(self, domid: int) -> None:
         """Forget a domain. When this returns its page is not touched any more."""

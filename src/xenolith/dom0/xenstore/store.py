@@ -161,6 +161,8 @@ class Transaction(View):
         self.seen: Final[dict[bytes, None]] = {}
         self.requests: Final[dict[tuple[Operation, tuple[Any, ...], int], Any]] = {}
         """What was asked, in order, with the answers; what is asked again before anything changed is kept once."""
+        self.lost = False
+        """It was begun on another machine, where what it saw and changed has stayed: it can only be tried again."""
         self._changes = 0
         self.owned: Final[Counter[int]] = Counter()
         """How many nodes more each domain owns here than in the store, and how many more permission entries it has."""

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Watch:
-    """``name_offset``: bytes to cut off an event's path before it is sent (watches given by a relative name)."""
+    """``name``: how its owner calls ``path``: relatively, or by the number that its domain had elsewhere."""
 
     caller: Caller
     path: bytes
     token: bytes
-    name_offset: int
+    name: bytes
     order: tuple[int, int]
+
+    def said(self, path: bytes) -> bytes:
+        """A path on or below the watched one, as its owner is told of it."""
+        return self.name + path[len(self.path) :]
 
 
 class WatchIndex:
@@ -34,10 +38,10 @@ class WatchIndex:
         self._by_path: Final[dict[bytes, dict[Watch, None]]] = {}
         self._registered = 0
 
-    def add(self, caller: Caller, path: bytes, token: bytes, name_offset: int) -> Watch:
+    def add(self, caller: Caller, path: bytes, token: bytes, name: bytes) -> Watch:
         """Register a watch, after all the caller's earlier ones."""
         self._registered += 1
-        watch = Watch(caller, path, token, name_offset, (caller.number, self._registered))
+        watch = Watch(caller, path, token, name, (caller.number, self._registered))
         self._by_path.setdefault(path, {})[watch] = None
         return watch
 

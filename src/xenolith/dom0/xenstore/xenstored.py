@@ -219,7 +219,7 @@ class Xenstored:
 
     # --- watches
 
-    def watch(self, caller: Caller, path: bytes, token: bytes, name_offset: int) -> None:
+    def watch(self, caller: Caller, path: bytes, token: bytes, name: bytes) -> None:
         """Register a watch. The caller of this method sends the immediate first event once it has answered."""
         if path[:1] == b"@":
             valid = len(path) <= REL_PATH_MAX
@@ -231,7 +231,7 @@ class Xenstored:
             raise XsError("EEXIST", f"{path!r} is watched with this token")
         if not caller.privileged and len(caller.watches) >= self.quota.watches:
             raise XsError("E2BIG", f"domain {caller.domid} has {len(caller.watches)} watches")
-        caller.watches[path, token] = self.watches.add(caller, path, token, name_offset)
+        caller.watches[path, token] = self.watches.add(caller, path, token, name)
 
     def unwatch(self, caller: Caller, path: bytes, token: bytes) -> None:
         """Take a watch away."""
@@ -263,12 +263,12 @@ class Xenstored:
     def _fire(self, view: View, path: bytes, before: Permissions | None) -> None:
         for watch in self.watches.over(path):
             if self._may_see(watch.caller, view, path, before):
-                watch.caller.deliver_event(path[watch.name_offset :], watch.token)
+                watch.caller.deliver_event(watch.said(path), watch.token)
 
     def _fire_exactly(self, view: View, path: bytes, before: Permissions) -> None:
         for watch in self.watches.on(path):
             if self._may_see(watch.caller, view, path, before):
-                watch.caller.deliver_event(path[watch.name_offset :], watch.token)
+                watch.caller.deliver_event(watch.said(path), watch.token)
 
     def _may_see(self, caller: Caller, view: View, path: bytes, before: Permissions | None) -> bool:
         if caller.privileged:
@@ -297,16 +297,26 @@ class Xenstored:
         while number in caller.transactions or not number:
             number = (number + 1) & 0xFFFFFFFF
         caller.next_transaction = (number + 1) & 0xFFFFFFFF
+        caller.transactions[number] = self._transaction(caller)
+        return number
+
+    def resume_transaction(self, caller: Caller, number: int) -> None:
+        """A transaction that the caller has open since before it came here. It will have to try it again."""
+        transaction = caller.transactions[number] = self._transaction(caller)
+        transaction.lost = True
+
+    def _transaction(self, caller: Caller) -> Transaction:
         nodes, requests = self.quota.transaction_nodes, self.quota.transaction_requests
         limits = (None, None) if caller.privileged else (nodes, requests)
-        caller.transactions[number] = Transaction(self.store, *limits)
-        return number
+        return Transaction(self.store, *limits)
 
     def end_transaction(self, caller: Caller, number: int, *, commit: bool) -> None:
         """Close a transaction, either way; with ``commit`` its changes become real or EAGAIN is raised."""
         transaction = caller.transactions.pop(number, None)
         if transaction is None:
             raise XsError("ENOENT", f"no transaction {number} is open")
+        if commit and transaction.lost:
+            raise XsError("EAGAIN", "the transaction was begun on another machine")
         if not commit or not transaction.changed:
             return
         if transaction.base is not self.store.root:

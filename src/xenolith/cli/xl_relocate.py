@@ -1,0 +1,76 @@
+"""The `xl` commands that take a domain away from where it is: save, restore, suspend, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from xenolith.cli.progress import progress_bar
+from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
+from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
+from xenolith.toolstack.client import AfterSave, ToolstackError
+from xenolith.toolstack.config.domain import absolute_paths
+
+_FORMAT: Final = "new xl format"
+
+
+@command(
+    "[options] <Domain> <CheckpointFile> [<ConfigFile>]",
+    "Write a domain to a file and end it",
+    Option("c", "Leave the domain running."),
+    Option("p", "Leave the domain paused."),
+    Option("z", "Compress the file (zstd).", long="compress"),
+    operands=2,
+)
+def save(session: Session, options: Options, operands: Sequence[str]) -> int:
+    domid = resolve(session, operands[0])
+    path = Path(operands[1])
+    after = AfterSave.RUN if "c" in options else AfterSave.PAUSE if "p" in options else AfterSave.DESTROY
+    if len(operands) > 2:
+        config = absolute_paths(read_config_file(operands[2]), Path.cwd())
+        session.client.set_config(domid, config)
+    complain(f"Saving to {path} {_FORMAT}")
+    try:
+        with progress_bar() as progress:
+            session.client.save(domid, path.absolute(), after, "z" in options, progress)
+    except ToolstackError as error:
+        raise Failure(f"{error}\nFailed to save domain, resuming domain", STATUS_FAIL) from error
+    return 0
+
+
+@command(
+    "[options] [<ConfigFile>] <CheckpointFile>",
+    "Make a domain of a file that it was saved to",
+    Option("F", "Stay in the foreground until the domain has ended."),
+    Option("p", "Leave the domain paused."),
+    Option("e", "Do not look after the domain when it ends."),
+    Option("c", "Attach to the console when the domain has been restored."),
+    Option("d", "Accepted for scripts, without effect."),
+    operands=1,
+)
+def restore(session: Session, options: Options, operands: Sequence[str]) -> int:
+    path = Path(operands[-1])
+    config = absolute_paths(read_config_file(operands[0]), Path.cwd()) if len(operands) > 1 else None
+    complain(f"Loading new save file {path} ({_FORMAT})")
+    if config is None:
+        complain(" Savefile contains xl domain config\nParsing config from <saved>")
+    session.makes_domains = True
+    try:
+        with progress_bar() as progress:
+            domid = session.client.restore(path.absolute(), config, progress)
+    except ToolstackError as error:
+        raise Failure(str(error), STATUS_FAIL) from error
+    return start(session, options, domid, session.client.config(domid).name)
+
+
+@command("<Domain>", "Have the guest suspend itself, keeping its memory", operands=1)
+def suspend(session: Session, options: Options, operands: Sequence[str]) -> int:
+    session.client.suspend(resolve(session, operands[0]))
+    return 0
+
+
+@command("<Domain>", "Let a suspended guest go on", operands=1)
+def resume(session: Session, options: Options, operands: Sequence[str]) -> int:
+    session.client.resume(resolve(session, operands[0]))
+    return 0

@@ -1,0 +1,89 @@
+"""Domains in files: `xl save` and `xl restore`.
+
+A file is written beside the one it is to replace and takes its place when it is complete and on the disk, so that a
+crash leaves the old one or the new.  What the toolstack needs besides to make the domain again, its configuration,
+goes into the description at the beginning.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from xenolith.dom0.migration import stream
+from xenolith.dom0.migration.restore import Received, Receiver
+from xenolith.dom0.migration.save import save
+from xenolith.dom0.services import Dom0, GuestDomain
+from xenolith.hypervisor.control import DomainCreateError, RecordError
+from xenolith.toolstack.client import OnProgress, Progress, ToolstackError
+from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.daemon.codec import CodecError, decode, encode
+
+
+def save_domain(
+    dom0: Dom0, domain: GuestDomain, config: DomainConfig, path: Path, compress: bool, progress: OnProgress
+) -> None:
+    """Write a domain to a file; it is paused once more afterwards. Raises ToolstackError, then without the pause."""
+    on_pages = _reporter("saving the domain", progress)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            aside = Path(file.name)
+            try:
+                out = cast(BinaryIO, file)
+                save(dom0, domain, stream.Writer(out, compress), {"config": encode(config)}, on_pages)
+                file.flush()
+                os.fsync(file.fileno())
+                aside.replace(path)
+                _sync_directory(path.parent)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
+    except RecordError as error:
+        raise ToolstackError(f"Domain {domain.domid} cannot be saved: {error}.") from error
+    except OSError as error:
+        raise ToolstackError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # some file systems have nothing to do for a directory
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reporter(stage: str, progress: OnProgress) -> Callable[[int, int], None]:
+    return lambda done, total: progress(Progress(stage, done, total))
+
+
+class Arriving:
+    """A domain that comes in a stream. Methods raise ToolstackError."""
+
+    def __init__(self, dom0: Dom0, source: BinaryIO) -> None:
+        try:
+            self._receiver = Receiver(dom0.control, source)
+            toolstack = self._receiver.toolstack
+            config = toolstack.get("config") if isinstance(toolstack, dict) else None
+            self.config: DomainConfig = decode(DomainConfig, config)
+        except (RecordError, CodecError) as error:
+            raise ToolstackError(f"This is no domain that can be restored: {error}.") from error
+
+    def receive(self) -> Received:
+        """Read the rest."""
+        try:
+            return self._receiver.receive()
+        except (RecordError, DomainCreateError) as error:
+            raise ToolstackError(f"This is no domain that can be restored: {error}.") from error
+
+
+def open_saved(path: Path) -> BinaryIO:
+    """A file that a domain was saved to. Raises ToolstackError."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise ToolstackError(f"cannot read {path}: {error.strerror}") from error

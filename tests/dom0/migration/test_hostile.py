@@ -1,0 +1,108 @@
+"""Whatever somebody writes into a saved domain is refused with a sentence, or makes a domain that the audit accepts."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from dataclasses import replace
+from struct import pack_into, unpack_from
+from typing import TYPE_CHECKING
+
+import pytest
+
+from machines import Machine, missing
+from xenolith.dom0.image import load_image
+from xenolith.dom0.migration.restore import Receiver
+from xenolith.dom0.migration.save import save
+from xenolith.dom0.migration.stream import Writer
+from xenolith.dom0.services import DomainSpec
+from xenolith.hypervisor import audit
+from xenolith.hypervisor.control import DomainCreateError, RecordError
+
+from ..test_services import PREBUILT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FILES = int(os.environ.get("XENOLITH_FUZZ", "300"))
+HEADER, SECTION = 24, 32
+
+
+@pytest.fixture(scope="module", params=["unicorn"])
+def small(request: pytest.FixtureRequest) -> Iterator[tuple[Machine, DomainSpec, bytes]]:
+    """A machine, a tiny guest's description, and the file that it was saved to while it ran."""
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    machine = Machine(32, request.param)
+    path = PREBUILT / "timers.elf"
+    spec = DomainSpec(name="small", image=load_image(path), kernel="", memory_kib=4 << 10, vcpus=1)
+    with machine.dom0 as dom0:
+        domain = dom0.create(spec)
+        dom0.start(domain)
+        out = io.BytesIO()
+        save(dom0, domain, Writer(out), {"config": None}, lambda done, total: None)
+        dom0.destroy(domain)
+        yield machine, replace(spec, image=None), out.getvalue()
+
+
+def sections(data: bytes) -> list[tuple[int, int, int]]:
+    """Kind, place and length of each section's contents."""
+    found, place = [], HEADER
+    while place < len(data):
+        kind, _, stored, _, _ = unpack_from("<IIQQQ", data, place)
+        found.append((kind, place + SECTION, stored))
+        place += SECTION + stored
+    return found
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """The file with something wrong: in pages (page tables first of all), in a number, in a header, or cut."""
+    wrong = bytearray(data)
+    _, place, length = chance.choice(sections(data))
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        choice = chance.randrange(8)
+        if choice == 0:
+            pack_into("<B", wrong, chance.randrange(len(wrong)), chance.randrange(256))
+        elif choice == 1:
+            at = place - SECTION + chance.choice((0, 4, 8, 16, 24))
+            pack_into("<Q" if at >= place - 24 else "<I", wrong, at, chance.choice((0, 1, 7, 1 << 20, (1 << 32) - 1)))
+        elif choice == 2 and length >= 8:
+            at = place + chance.randrange(length // 8) * 8
+            old = unpack_from("<Q", wrong, at)[0]
+            new = chance.choice((old ^ 1 << chance.randrange(64), old + 4096 & (1 << 64) - 1))
+            pack_into("<Q", wrong, at, new)
+        elif choice == 3:
+            return bytes(wrong[: chance.randrange(len(wrong))])
+        else:  # a digit of the records: most of what is checked one by one is there
+            _, place, length = sections(data)[-2]
+            at = place + chance.randrange(length)
+            if chr(wrong[at]) in "0123456789abcdef":
+                wrong[at] = ord(chance.choice("0123456789"))
+            elif chance.random() < 0.2:
+                wrong[at] = chance.choice(b'"[]{},:tfn-')
+    return bytes(wrong)
+
+
+def test_mutated_files_are_refused_or_make_a_sound_domain(small: tuple[Machine, DomainSpec, bytes]) -> None:
+    machine, spec, data = small
+    dom0 = machine.dom0
+    chance = random.Random(int(os.environ.get("XENOLITH_SEED", "1")))
+    free, nodes = dom0.control.machine().free_pages, dom0.xenstore.statistics()
+    outcomes = {"refused": 0, "restored": 0}
+    for _ in range(FILES):
+        try:
+            domain = dom0.restore(spec, Receiver(dom0.control, io.BytesIO(mutated(data, chance))).receive())
+        except (RecordError, DomainCreateError) as refusal:
+            assert " " in str(refusal)
+            outcomes["refused"] += 1
+        else:
+            assert audit.check(dom0.hypervisor) == []
+            dom0.start(domain)
+            dom0.destroy(domain)
+            assert "Xenolith failed" not in dom0.hypervisor.log_text
+            outcomes["restored"] += 1
+        assert dom0.control.machine().free_pages == free
+        assert dom0.xenstore.statistics() == nodes
+    print(outcomes)
+    assert min(outcomes.values()) > 0

@@ -1,0 +1,76 @@
+"""A Debian guest under way, for tests of saving, restoring, cloning and relocating it.
+
+It counts on its console, checks files against their checksums, sleeps by its timer, all without end. Nothing may be
+missing or come twice, wherever it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from machines import DEADLINE_SECONDS
+from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.packages import obtain
+from xenolith.dom0.backends.block import VbdSpec
+from xenolith.dom0.console import Console, Overflow
+from xenolith.dom0.image import load_image
+from xenolith.dom0.services import DomainSpec
+
+SCRIPT = """
+dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null; sha256sum /data >/sums
+count() {
+    i=0
+    while :; do
+        i=$((i+1))
+        echo "$1 $i"
+        case $i in *0) sha256sum -c -s /sums && echo "$1 good" || echo "$1 BAD"; sleep 0.02;; esac
+    done
+}
+%s
+"""
+
+
+@cache
+def _guest(script: str) -> tuple[object, bytes]:
+    guest = obtain("6.1")
+    command = ["/bin/sh", "-c", script]
+    return load_image(guest.elf), build_initramfs(guest.busybox, command=command, nonce="")
+
+
+def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Sequence[VbdSpec] = ()) -> DomainSpec:
+    """The guest: as many counters, called a, b, ..., as it has vCPUs."""
+    counters = "\n".join(f"count {name} &" for name in "abcd"[:vcpus]) + "\nwait"
+    image, ramdisk = _guest(SCRIPT % (script or counters))
+    return DomainSpec(
+        name="counting",
+        image=image,  # type: ignore[arg-type]
+        kernel="vmlinuz",
+        ramdisk=ramdisk,
+        cmdline=kernel_arguments(vcpus, command=True),
+        memory_kib=memory_mib << 10,
+        vcpus=vcpus,
+        disks=tuple(disks),
+    )
+
+
+def follow(console: Console, until: str) -> str:
+    """What the guest printed from its beginning to a line `until`, which comes if it does not come to a standstill."""
+    pattern = re.compile(rf"^{re.escape(until)}\r?\n", re.MULTILINE)
+    printed = ""
+    with console.open_reader(Overflow.WAIT, 1 << 22) as reader:
+        while not pattern.search(printed):
+            data = reader.read(DEADLINE_SECONDS)
+            assert data, f"nothing comes any more, not {until!r}; the end of what came:\n{printed[-2000:]}"
+            printed += data.decode("utf-8", "replace")
+    return printed
+
+
+def check(printed: str, names: str = "a") -> None:
+    """Each counter has said every number once, in order, and found its file right each time."""
+    for name in names:
+        numbers = [int(number) for number in re.findall(rf"^{name} (\d+)\r?$", printed, re.MULTILINE)]
+        assert numbers == list(range(1, len(numbers) + 1))
+    assert "BAD" not in printed
+    assert not re.search(r"soft lockup|Call Trace|BUG:|Oops", printed), printed[-3000:]
