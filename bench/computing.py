@@ -18,8 +18,8 @@ import threading
 
 from bench.image import BUILD, write_images
 from bench.records import Value, parse
-from xenolith.debian.framing import CommandOutput, new_nonce
-from xenolith.debian.initramfs import HostFile, build_initramfs, kernel_arguments
+from xenolith.debian.framing import CommandOutput, input_chunk, new_nonce
+from xenolith.debian.initramfs import Command, HostFile, build_initramfs, kernel_arguments
 from xenolith.debian.packages import obtain
 from xenolith.dom0.console import Overflow
 from xenolith.dom0.image import load_image
@@ -31,7 +31,7 @@ FASTER_IS_LESS = {"ms", "us", "s"}
 MEMORY_MIB = 256
 DEADLINE_SECONDS = 120
 PROGRAM = BUILD / "lat"
-LOOP = "echo ready; while read row </dev/console; do /lat -b {seconds} $row; done"
+LOOP = "echo ready; while read row; do /lat -b {seconds} $row; done"
 
 
 class Guest:
@@ -46,11 +46,10 @@ class Guest:
             kernel=str(guest.elf),
             ramdisk=build_initramfs(
                 guest.busybox,
-                command=["sh", "-c", LOOP.format(seconds=seconds)],
-                nonce=nonce,
+                command=Command(["sh", "-c", LOOP.format(seconds=seconds)], nonce),
                 files=[HostFile.parse(f"{PROGRAM}:/lat")],
             ),
-            cmdline=kernel_arguments(1, command=True),
+            cmdline=kernel_arguments(1),
             memory_kib=MEMORY_MIB << 10,
         )
         self._framing = CommandOutput(nonce)
@@ -82,7 +81,7 @@ class Guest:
 
     def run(self, row: str) -> Value:
         before = len(self._values())
-        self._domain.console.write(row.encode() + b"\n")
+        self._domain.console.write(input_chunk(row.encode() + b"\n", sysrq=True))
         self._await(lambda: len(self._values()) > before)
         return self._values()[-1]
 

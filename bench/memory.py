@@ -40,7 +40,7 @@ def boot(dom0: Dom0, number: int, memory_mib: int) -> None:
         image=load_image(guest.elf),
         kernel=str(guest.elf),
         ramdisk=build_initramfs(guest.busybox),
-        cmdline=kernel_arguments(1, command=False),
+        cmdline=kernel_arguments(1),
         memory_kib=memory_mib << 10,
     )
     domain = dom0.create(spec)

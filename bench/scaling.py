@@ -14,8 +14,8 @@ import json
 import threading
 import time
 
-from xenolith.debian.framing import CommandOutput, new_nonce
-from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.framing import CommandOutput, input_chunk, new_nonce
+from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.packages import obtain
 from xenolith.dom0.console import Overflow
 from xenolith.dom0.image import load_image
@@ -40,10 +40,9 @@ class Worker:
             kernel=str(guest.elf),
             ramdisk=build_initramfs(
                 guest.busybox,
-                command=["sh", "-c", f"echo ready; read word </dev/console; {loop}; echo done; sleep 1000"],
-                nonce=nonce,
+                command=Command(["sh", "-c", f"echo ready; read word; {loop}; echo done; sleep 1000"], nonce),
             ),
-            cmdline=kernel_arguments(1, command=True),
+            cmdline=kernel_arguments(1),
             memory_kib=MEMORY_MIB << 10,
         )
         self._framing = CommandOutput(nonce)
@@ -81,7 +80,7 @@ def measure(engine: str, domains: int, rounds: int) -> tuple[float, list[float]]
 
         before, started = cpu_times(), time.monotonic()
         for worker in workers:
-            worker.domain.console.write(b"go\n")
+            worker.domain.console.write(input_chunk(b"go\n", sysrq=True))
         shares: list[float] = []
         while not shares:
             time.sleep(0.01)

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from xenolith.toolstack.client import EventKind
     from xenolith.toolstack.config.domain import Action, DomainConfig
     from xenolith.toolstack.config.grammar import ConfigError
-    from xenolith.toolstack.errors import Closed, DomainNotFound, EngineUnavailable, ToolstackError
+    from xenolith.toolstack.errors import Closed, DomainNotFound, EngineUnavailable, RunError, ToolstackError
+    from xenolith.toolstack.foreground import Completed, run
     from xenolith.toolstack.xenstore_client import XenstoreConflict, XenstoreError
 
 __all__ = [
     "Action",
     "Closed",
+    "Completed",
     "ConfigError",
     "Domain",
     "DomainConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "EngineUnavailable",
     "EventKind",
     "Machine",
+    "RunError",
     "State",
     "Timeout",
     "ToolstackError",
@@ -32,6 +35,7 @@ __all__ = [
     "connect",
     "load_config",
     "power_on",
+    "run",
 ]
 
 _ELSEWHERE = {
@@ -43,8 +47,11 @@ _ELSEWHERE = {
     "EngineUnavailable": "errors",
     "EventKind": "client",
     "ToolstackError": "errors",
+    "Completed": "foreground",
+    "RunError": "errors",
     "XenstoreConflict": "xenstore_client",
     "XenstoreError": "xenstore_client",
+    "run": "foreground",
 }
 
 

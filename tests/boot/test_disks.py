@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.block import VbdSpec
@@ -90,8 +90,7 @@ def boot(machine: Callable[[int], Machine]) -> Boot:
         debian = obtain(kernel)
         ramdisk = build_initramfs(
             debian.busybox,
-            command=["sh", "-c", f"modprobe xen-blkfront\n{script}\necho DONE"],
-            nonce="disks",
+            command=Command(["sh", "-c", f"modprobe xen-blkfront\n{script}\necho DONE"], "disks"),
             modules=kernel_modules(debian, ["xen-blkfront", "ext4", "isofs"]),
         )
         host = machine(256)
@@ -101,7 +100,7 @@ def boot(machine: Callable[[int], Machine]) -> Boot:
                 image=load_image(debian.elf),
                 kernel=str(debian.elf),
                 ramdisk=ramdisk,
-                cmdline=kernel_arguments(vcpus, command=False) + " loglevel=4",
+                cmdline=kernel_arguments(vcpus, verbose=True) + " loglevel=4",
                 memory_kib=224 << 10,
                 vcpus=vcpus,
                 disks=tuple(disks),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.net import VifSpec
@@ -81,8 +81,7 @@ class Network:
 
         ramdisk = build_initramfs(
             self._debian.busybox,
-            command=["sh", "-c", f"{script}\necho DONE"],
-            nonce="network",
+            command=Command(["sh", "-c", f"{script}\necho DONE"], "network"),
             modules=self._modules,
         )
         domain = self.machine.dom0.create(
@@ -91,7 +90,7 @@ class Network:
                 image=load_image(self._debian.elf),
                 kernel=str(self._debian.elf),
                 ramdisk=ramdisk,
-                cmdline=kernel_arguments(1, command=False) + " loglevel=4",
+                cmdline=kernel_arguments(1, verbose=True) + " loglevel=4",
                 memory_kib=128 << 10,
                 nets=tuple(nets),
             )

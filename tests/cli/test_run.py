@@ -43,6 +43,12 @@ def test_the_exit_status_says_how_the_guest_ended(engine_name: str, how: str, st
     assert said in done.stderr
 
 
+def test_the_smallest_guest_as_a_first_try_fails_nothing(engine_name: str) -> None:
+    done = xenolith("run", "--engine", engine_name, "--memory", "32", "--kernel", str(PREBUILT / "hello.elf"))
+    assert "FAILED=0" in done.stdout
+    assert done.returncode == 0
+
+
 def test_the_environment_chooses_the_engine(engine_name: str) -> None:
     done = xenolith(
         *("run", "--stats", "--memory", "32", "--kernel", str(PREBUILT / "hello.elf")), XENOLITH_ENGINE=engine_name
@@ -67,7 +73,7 @@ def test_it_tells_the_engine_and_why_when_asked(engine_name: str, option: str, s
         (["--kernel", "/none/such"], 125, "/none/such"),
         (["--kernel", "not a kernel"], 125, "'not a kernel' is not a kernel version"),
         (["--kernel", str(PREBUILT / "hello.elf"), "--", "uname"], 2, "need a Linux kernel"),
-        (["--kernel", str(PREBUILT / "hello.elf"), "--ramdisk", __file__, "--", "uname"], 2, "--ramdisk replaces"),
+        (["--kernel", str(PREBUILT / "hello.elf"), "--ramdisk", __file__, "--", "uname"], 2, "a ramdisk of your own"),
         (["--kernel", str(PREBUILT / "hello.elf"), "--memory", "1"], 125, "give it more memory"),
         (["--kernel", str(PREBUILT / "hello.elf"), "--vcpus", "1000"], 125, "1000 vCPUs"),
         (["--kernel", str(PREBUILT / "hello.elf"), "--cmdline", "x" * 2000], 125, "2000 bytes"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from toolstack.fake import FakeConsole
-from xenolith.cli.terminal import attach, escape_character
+from xenolith.cli.terminal import OutputLost, attach, escape_character, write_all
 from xenolith.cli.xl_command import Failure
 
 
@@ -97,6 +97,39 @@ def test_output_goes_on_when_stdin_has_ended(terminal: Terminal) -> None:
     console.close()
     thread.join()
     os.close(nothing)
+
+
+def test_a_pipe_that_does_not_block_gets_everything(terminal: Terminal) -> None:
+    """2 MiB through a pipe of 64 KiB whose reader has not begun yet."""
+    come, go = os.pipe()
+    os.set_blocking(go, False)
+    data = bytes(range(256)) * 8192
+    writer = threading.Thread(target=write_all, args=(go, data))
+    writer.start()
+    received = b""
+    while len(received) < len(data):
+        received += os.read(come, 1 << 16)
+    writer.join()
+    assert received == data
+    os.close(come)
+    os.close(go)
+
+
+@pytest.mark.parametrize(("full", "status"), [(True, 1), (False, 141)])
+def test_output_that_cannot_be_written_ends_the_attachment_with_the_reason(full: bool, status: int) -> None:
+    come, go = os.pipe()
+    os.close(come)
+    out = os.open("/dev/full", os.O_WRONLY) if full else go
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    console = FakeConsole()
+    console.print(b"lost")
+    with pytest.raises(OutputLost, match="No space left" if full else "Broken pipe") as lost:
+        attach(console, b"\x1d", nothing, out)
+    assert lost.value.status == status
+    os.close(nothing)
+    os.close(go)
+    if full:
+        os.close(out)
 
 
 def test_the_escape_character_may_be_chosen() -> None:

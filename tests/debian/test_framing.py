@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenolith.debian.framing import CommandOutput, new_nonce
+from xenolith.debian.framing import END_OF_INPUT, CommandOutput, input_chunk, new_nonce
 
 NONCE = "0123456789abcdef"
 BEGIN = b"\x1e" + NONCE.encode() + b" begin\n"
+BEGIN_WITH_SYSRQ = b"\x1e" + NONCE.encode() + b" begin sysrq\n"
 END = b"\x1e" + NONCE.encode() + b" exit "
 
 # Output that is arbitrary, and output made of the very pieces that marks are made of.
@@ -35,15 +36,49 @@ def _feed(stream: bytes, cuts: list[int]) -> tuple[bytes, CommandOutput]:
     status=st.integers(0, 255),
     after=st.binary(max_size=50),
     cuts=st.lists(st.integers(0, 10_000), max_size=20),
+    begin=st.sampled_from([BEGIN, BEGIN_WITH_SYSRQ]),
 )
 def test_output_and_status_are_exact_however_the_console_is_cut(
-    boot: bytes, output: bytes, status: int, after: bytes, cuts: list[int]
+    boot: bytes, output: bytes, status: int, after: bytes, cuts: list[int], begin: bytes
 ) -> None:
-    stream = boot + BEGIN + output + END + str(status).encode() + b"\n" + after
+    stream = boot + begin + output + END + str(status).encode() + b"\n" + after
     received, decoder = _feed(stream, cuts)
     assert received == output
     assert decoder.exit_status == status
     assert decoder.preamble == boot
+    assert decoder.sysrq is (begin == BEGIN_WITH_SYSRQ)
+
+
+def _as_linux_takes_it(console: bytes) -> bytes:
+    """What arrives at a terminal whose console has magic SysRq keys: drivers/tty/hvc/hvc_console.c in Linux."""
+    arrived, pressed = bytearray(), False
+    for byte in console:
+        if byte == 0x0F:
+            pressed = not pressed
+            if pressed:
+                continue
+        elif pressed:
+            raise AssertionError("a magic SysRq key")
+        arrived.append(byte)
+        pressed = False
+    return bytes(arrived)
+
+
+@given(
+    pieces=st.lists(st.one_of(st.binary(min_size=1), st.text("\x0f0\n", min_size=1).map(str.encode))),
+    sysrq=st.booleans(),
+)
+def test_input_arrives_byte_for_byte_with_its_end(pieces: list[bytes], sysrq: bool) -> None:
+    console = b"".join(input_chunk(piece, sysrq=sysrq) for piece in pieces) + END_OF_INPUT
+    arrived = _as_linux_takes_it(console) if sysrq else console
+    received = b""
+    while True:
+        length, _, arrived = arrived.partition(b"\n")
+        if not int(length):
+            break
+        received, arrived = received + arrived[: int(length)], arrived[int(length) :]
+    assert received == b"".join(pieces)
+    assert arrived == b""
 
 
 @given(output=_output, cuts=st.lists(st.integers(0, 10_000), max_size=20))

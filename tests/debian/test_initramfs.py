@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from kernels import elf, linux, linux_notes
 from xenolith.debian.initramfs import (
+    Command,
     HostFile,
     InitramfsError,
     Mount,
     Node,
-    _command_init,
     build_initramfs,
     needed_arguments,
     pack,
@@ -182,18 +182,36 @@ def test_a_busybox_that_does_not_run_is_refused(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20), max_size=4))
 def test_the_shell_in_the_guest_gets_each_argument_unchanged(arguments: list[str]) -> None:
-    """Runs the very line of /init with the host's shell."""
-    init = _init_of(["printf", "%s\\0", *arguments])
-    line = next(line for line in init.split(b"\n( ")[1].split(b" ) </dev/null") if line)
-    result = subprocess.run(["sh", "-c", line], capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    """Runs the very script that the guest does, with the host's shell."""
+    command = Command(["printf", "%s\\0", *arguments], "n", {"A_B": "it's"}, "/")
+    nodes = unpack(build_initramfs(Path("/bin/true"), command=command))
+    script = nodes["etc/command"].data
+    result = subprocess.run(["sh", "-c", script], capture_output=True, check=True, stdin=subprocess.DEVNULL)
     assert result.stdout == b"".join(os.fsencode(argument) + b"\0" for argument in arguments or [""])
 
 
-def test_a_nul_in_an_argument_and_an_empty_command_are_refused(busybox: Path) -> None:
-    for command in ([], ["echo", "a\0b"]):
-        with pytest.raises(InitramfsError):
-            build_initramfs(busybox, command=command, nonce="n")
+@pytest.mark.parametrize(
+    "command",
+    [
+        Command([], "n"),
+        Command(["echo", "a\0b"], "n"),
+        Command(["env"], "n", {"NOT-A-NAME": "x"}),
+        Command(["env"], "n", {"NAME": "a\0b"}),
+        Command(["env"], "n", directory="/\0"),
+    ],
+)
+def test_what_no_shell_can_be_told_is_refused(busybox: Path, command: Command) -> None:
+    with pytest.raises(InitramfsError):
+        build_initramfs(busybox, command=command)
 
 
-def _init_of(command: list[str]) -> bytes:
-    return _command_init(command, "n")
+@pytest.mark.parametrize("path", ["/init", "/bin/busybox", "/etc/linuxrc", "/bin/busybox/x"])
+def test_a_file_that_the_initramfs_starts_with_is_not_replaced(busybox: Path, path: str) -> None:
+    with pytest.raises(InitramfsError, match=r"cannot be .*in the guest"):
+        build_initramfs(busybox, files=[HostFile.parse(f"{busybox}:{path}")])
+
+
+def test_a_user_by_number_is_known_to_the_guest(busybox: Path) -> None:
+    nodes = unpack(build_initramfs(busybox, command=Command(["id"], "n", user="1000")))
+    assert b"\n1000:x:1000:1000:" in nodes["etc/passwd"].data
+    assert b"\n1000:x:1000:" in nodes["etc/group"].data

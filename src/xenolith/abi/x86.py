@@ -78,6 +78,26 @@ VECTOR_MC: Final = 18
 VECTOR_XM: Final = 19
 VECTORS_WITH_ERROR_CODE: Final = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
 
+EXCEPTION_NAMES: Final = {
+    VECTOR_DE: "#DE",
+    VECTOR_DB: "#DB",
+    VECTOR_NMI: "NMI",
+    VECTOR_BP: "#BP",
+    VECTOR_OF: "#OF",
+    VECTOR_BR: "#BR",
+    VECTOR_UD: "#UD",
+    VECTOR_NM: "#NM",
+    VECTOR_DF: "#DF",
+    VECTOR_TS: "#TS",
+    VECTOR_NP: "#NP",
+    VECTOR_SS: "#SS",
+    VECTOR_GP: "#GP",
+    VECTOR_PF: "#PF",
+    VECTOR_MF: "#MF",
+    VECTOR_AC: "#AC",
+    VECTOR_MC: "#MC",
+    VECTOR_XM: "#XM",
+}
 PFEC_PRESENT: Final = 1
 PFEC_WRITE: Final = 2
 PFEC_USER: Final = 4

@@ -1,11 +1,10 @@
-"""`xenolith run`: one domain in the foreground, its console on the terminal.
-
-The main thread makes the domain and then only waits for the first thing that ends the run: the domain's end, a
-signal, Ctrl-], or a closed output.  One thread carries the console to standard output, another standard input to the
-console, and a third signals to the queue of notes that the main thread waits on.
+"""`xenolith run`: one domain in the foreground, its console on the terminal (`toolstack.foreground` does the work).
 
 Without a COMMAND the guest has the terminal: it is in raw mode while the domain runs and restored afterwards, and
-what is typed, Ctrl-C too, goes to the guest.  With a COMMAND only what the command prints comes out (dom0/framing.py).
+what is typed, Ctrl-C too, goes to the guest. With a COMMAND only what the command prints comes out. On a terminal, that
+is the command's from its start to its end; elsewhere standard input is the command's, byte for byte.
+
+Signals that ask us to end, and those that tell of a new size of the terminal, become notes to the run.
 """
 
 from __future__ import annotations
@@ -14,54 +13,32 @@ import contextlib
 import json
 import logging
 import os
-import select
 import signal
 import sys
-import termios
 import threading
-import time
-import tty
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
 import click
 
-from xenolith.abi import hypercalls
-from xenolith.cli import run_disks
-from xenolith.debian.framing import CommandOutput, new_nonce
-from xenolith.debian.initramfs import HostFile, InitramfsError, build_initramfs, kernel_arguments, needed_arguments
-from xenolith.debian.modules import kernel_modules
-from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
-from xenolith.dom0.backends.block import VbdSpec
-from xenolith.dom0.console import Console, ConsoleClosed, Overflow
-from xenolith.dom0.image import ImageError, KernelImage, load_image
-from xenolith.dom0.power import power_on
-from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
-from xenolith.hypervisor.control import DomainCreateError, DomainInfo
-from xenolith.machine.engines.protocol import EngineError
+from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
+from xenolith.toolstack import run_disks
+from xenolith.toolstack.errors import RunError, UsageError
+from xenolith.toolstack.foreground import (
+    Completed,
+    Ended,
+    Notes,
+    OutputFailed,
+    Resized,
+    RunSpec,
+    Status,
+    foreground,
+)
 
 CTRL_RIGHT_BRACKET: Final = b"\x1d"
-END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
-PANIC_LINES: Final = 100  # what Linux prints of a panic is forty to eighty
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Status(IntEnum):
-    """Exit statuses of `xenolith run` beside the command's own; documented in its help."""
-
-    POWEROFF = 0
-    REBOOT = 120
-    CRASH = 121
-    SUSPEND = 122
-    NO_STATUS = 123  # powered off, but the command never finished
-    OTHER_END = 124  # the guest gave a shutdown reason that Xen does not define
-    CANNOT_RUN = 125
-    SIGNALLED = 128  # plus the signal's number
 
 
 EXIT_STATUS_HELP: Final = """\b
@@ -69,12 +46,16 @@ Exit status:
   the COMMAND's own, if there is one and it finished;
   0    the guest powered off, or Ctrl-] was typed
   2    wrong usage
+  118  standard output could not be written (the disk is full); the guest was ended
+  119  the time given with --timeout was over
   120  the guest rebooted (a foreground run ends then)
   121  the guest crashed; the reason and its last lines are on standard error
   122  the guest suspended itself
   123  the guest powered off before COMMAND finished
   124  the guest ended for a reason unknown to Xen
   125  the domain could not be made; nothing was run
+  126  there is no such --workdir
+  127  there is no such COMMAND
   129, 130, 141, 143  ended by SIGHUP, SIGINT, a closed output, SIGTERM
 """
 
@@ -92,13 +73,14 @@ class CannotRun(click.ClickException):
     default="auto",
     envvar="XENOLITH_ENGINE",
     show_default=True,
-    help="What executes guest code; auto takes kvm where it works. Environment: XENOLITH_ENGINE.",
+    help="What executes guest code. auto takes unicorn where there is no usable /dev/kvm, kvm where its traps are "
+    "cheap, and else adaptive, which is both in turns; see `xenolith engines`. Environment: XENOLITH_ENGINE.",
 )
 @click.option("--memory", "memory_mib", type=click.IntRange(min=1), default=256, show_default=True, metavar="MiB")
 @click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
 @click.option(
     "--kernel",
-    default=DEFAULT_KERNEL,
+    default=RunSpec.kernel,
     show_default=True,
     metavar="K",
     help="A bzImage or ELF file built for Xen PV, or a Debian kernel: 6.1, 6.12, 6.1-cloud, the newest of a suite "
@@ -132,7 +114,24 @@ class CannotRun(click.ClickException):
     help="Put a module of the Debian kernel into the initramfs, with those it needs, for modprobe; may be repeated.",
 )
 @click.option("--disk", "disks", multiple=True, metavar="FILE[,ro|cow]", help=run_disks.HELP)
-@click.option("-v", "--verbose", is_flag=True, help="Say on standard error which engine was chosen, and why.")
+@click.option(
+    "--env",
+    "environment",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Set a variable for COMMAND or the shell, or pass ours on.",
+)
+@click.option("--workdir", "directory", default="/root", metavar="DIR", help="Where COMMAND starts.  [default: /root]")
+@click.option(
+    "--user", default="", metavar="USER", help="Run COMMAND as this user: a number, or a name the guest knows."
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End the guest then.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Show the kernel's messages, and say on standard error which engine was chosen, and why.",
+)
 @click.option("--stats", is_flag=True, help="Print trap counts, CPU time and boot time as JSON on standard error.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -145,6 +144,10 @@ def run(
     files: Sequence[str],
     modules: Sequence[str],
     disks: Sequence[str],
+    environment: Sequence[str],
+    directory: str,
+    user: str,
+    timeout: float | None,
     verbose: bool,
     stats: bool,
     command: Sequence[str],
@@ -152,304 +155,96 @@ def run(
     """Boot one domain in the foreground.
 
     Without COMMAND its console is on the terminal; Ctrl-] leaves. With COMMAND (after --) the guest runs it, its output
-    is printed alone, and its exit status is ours.
+    is printed alone, and its exit status is ours. COMMAND reads our standard input; where that and our output are a
+    terminal, it has a terminal, too. Its standard error comes out with its output.
     """
-    logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
-    for name in ("xenolith.machine.engines.select", "xenolith.debian"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
-    nonce = new_nonce()
-    vbds = run_disks.parse_disks(disks)
-    make_spec = partial(_spec, kernel, ramdisk, cmdline, files, modules, vbds, command, nonce, memory_mib, vcpus)
-    sys.exit(_run(make_spec, memory_mib, vcpus, engine, CommandOutput(nonce) if command else None, stats))
-
-
-# --- the domain to make --------------------------------------------------------------------------------------
-
-
-def _spec(
-    kernel: str,
-    ramdisk: Path | None,
-    cmdline: str,
-    files: Sequence[str],
-    modules: Sequence[str],
-    disks: tuple[VbdSpec, ...],
-    command: Sequence[str],
-    nonce: str,
-    memory_mib: int,
-    vcpus: int,
-) -> DomainSpec:
-    image = _image(kernel)
-    if ramdisk is not None or image.guest_os.lower() != "linux":
-        if command or files or modules:
-            raise click.UsageError(
-                "a COMMAND, --file and --module "
-                + (
-                    "need our initramfs, which --ramdisk replaces"
-                    if ramdisk is not None
-                    else f"need a Linux kernel; {kernel} says that it is {image.guest_os or 'nothing'}"
-                )
-            )
-        archive = ramdisk.read_bytes() if ramdisk is not None else b""
-    else:
-        if modules and _is_file(kernel):
-            raise click.UsageError("--module needs one of Debian's kernels, whose package has the modules")
-        guest = obtain(DEFAULT_KERNEL if _is_file(kernel) else kernel)
-        host_files = [HostFile.parse(argument) for argument in files]
-        if disks and not _is_file(kernel):
-            modules = [*modules, *run_disks.DISK_MODULES]
-        nodes = kernel_modules(guest, modules) if modules else []
-        archive = build_initramfs(guest.busybox, command=command or None, nonce=nonce, files=host_files, modules=nodes)
-        cmdline = f"{kernel_arguments(vcpus, command=bool(command))} {cmdline}"
-    return DomainSpec(
-        name="run",
-        image=image,
+    _log_to_standard_error(verbose)
+    on_terminal = os.isatty(0) and (not command or os.isatty(1))
+    spec = RunSpec(
+        command=command,
         kernel=kernel,
-        ramdisk=archive,
-        cmdline=f"{needed_arguments(image)} {cmdline}".strip(),
-        memory_kib=memory_mib << 10,
+        ramdisk=ramdisk,
+        cmdline=cmdline,
+        memory_mib=memory_mib,
         vcpus=vcpus,
+        engine=engine,
+        files=files,
+        modules=modules,
         disks=disks,
+        environment=_terminal_type(on_terminal) | dict(map(_variable, environment)),
+        directory=directory,
+        user=user,
+        terminal=on_terminal,
+        size=terminal_size(1) if on_terminal else None,
+        verbose=verbose,
     )
+    sys.exit(_run(spec, timeout, stats))
 
 
-def _is_file(kernel: str) -> bool:
-    return "/" in kernel or os.path.exists(kernel)
+def _log_to_standard_error(verbose: bool) -> None:
+    """What the choice of an engine and the building of native code have to say, for -v; without, only failures."""
+    logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
+    for name in ("xenolith.machine", "xenolith.hypervisor", "xenolith.debian"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
-def _image(kernel: str) -> KernelImage:
-    return load_image(Path(kernel) if _is_file(kernel) else obtain(kernel).elf)
+def _variable(argument: str) -> tuple[str, str]:
+    """NAME=VALUE, or NAME with the value that it has here."""
+    name, equals, value = argument.partition("=")
+    if not equals and name not in os.environ:
+        raise click.UsageError(f"--env {name}: there is no such variable here; give it a value, as in {name}=...")
+    return name, value if equals else os.environ[name]
 
 
-# --- the run -------------------------------------------------------------------------------------------------
+def _terminal_type(on_terminal: bool) -> dict[str, str]:
+    kind = os.environ.get("TERM", "")
+    return {"TERM": kind} if on_terminal and kind else {}
 
 
-@dataclass(frozen=True)
-class _Left:
-    """Ctrl-] was typed."""
-
-
-@dataclass(frozen=True)
-class _Signalled:
-    signal: int
-
-
-@dataclass(frozen=True)
-class _ConsoleEnded:
-    """All output of the domain has been written, and there will be no more."""
-
-
-Note = _Left | _Signalled | _ConsoleEnded
-
-
-class _Streams:
-    """The domain's console on our standard streams."""
-
-    def __init__(self, console: Console, framing: CommandOutput | None, notes: SimpleQueue[Note]) -> None:
-        self.console = console
-        self.framing = framing
-        self.notes = notes
-        self.first_output: float | None = None  # time.monotonic()
-        self.command_began: float | None = None
-        self._reader = console.open_reader(Overflow.WAIT)
-        self._lock = threading.Lock()
-        self._in_mid_line = False  # where the output stands
-        self._input_ended = False
-        self._stop, self._stopping = os.pipe()
-        self._input: threading.Thread | None = None
-
-    def start(self, on_terminal: bool) -> None:
-        """Begin to carry output and, unless a command runs, input."""
-        threading.Thread(target=self._carry_output, name="output", daemon=True).start()
-        if self.framing is None:
-            self._input = threading.Thread(target=self._carry_input, args=(on_terminal,), name="input", daemon=True)
-            self._input.start()
-
-    def stop(self) -> None:
-        """Read no more input. The console has ended, so nobody waits for it."""
-        os.write(self._stopping, b"x")
-        if self._input:
-            self._input.join()
-        os.close(self._stop)
-        os.close(self._stopping)
-
-    def _carry_output(self) -> None:
-        """Console to standard output, until the console ends."""
-        try:
-            while data := self._reader.read():
-                self._print(self._filtered(data))
-                self._note_prompt(in_mid_line=not data.endswith(b"\n"))
-            if self.framing:
-                self._print(self.framing.finish())
-        except OSError:  # nobody reads any more, or the disk is full
-            self.notes.put(_Signalled(signal.SIGPIPE))
-        else:
-            self.notes.put(_ConsoleEnded())
-
-    def _filtered(self, data: bytes) -> bytes:
-        """What is to be printed of the console's output."""
-        now = time.monotonic()
-        self.first_output = self.first_output or now
-        if self.framing is None:
-            return data
-        output = self.framing.feed(data)
-        if self.framing.started:
-            self.command_began = self.command_began or now
-        return output
-
-    @staticmethod
-    def _print(data: bytes) -> None:
-        while data:
-            data = data[os.write(1, data) :]
-
-    def _carry_input(self, on_terminal: bool) -> None:
-        """Standard input to the console, until either ends, `stop` is called or Ctrl-] is typed."""
-        with contextlib.suppress(ConsoleClosed):
-            while (data := self._read_input()) is not None:
-                if on_terminal and CTRL_RIGHT_BRACKET in data:
-                    self.console.write(data.partition(CTRL_RIGHT_BRACKET)[0])
-                    self.notes.put(_Left())
-                    return
-                if not data:
-                    self._end_input()
-                    return
-                self.console.write(data)
-
-    def _end_input(self) -> None:
-        with self._lock:
-            self._input_ended = True
-        self._note_prompt(self._in_mid_line)
-
-    def _note_prompt(self, in_mid_line: bool) -> None:
-        """After the end of our input, tell it to whoever asks: to each prompt, where output stops in mid-line.
-
-        Told once and at once it would be lost: a terminal drops it when it changes its mode, as a starting shell does.
-        """
-        with self._lock:
-            self._in_mid_line = in_mid_line
-            if in_mid_line and self._input_ended:
-                with contextlib.suppress(ConsoleClosed):
-                    self.console.offer(END_OF_FILE)
-
-    def _read_input(self) -> bytes | None:
-        """Bytes of standard input, b"" at its end; None when it is time to stop."""
-        try:
-            ready, _, _ = select.select([0, self._stop], [], [])
-            return None if self._stop in ready else os.read(0, 1024)
-        except OSError:  # closed, or a terminal that hung up
-            return b""
-
-
-def _run(
-    make_spec: Callable[[], DomainSpec],
-    memory_mib: int,
-    vcpus: int,
-    engine: str,
-    framing: CommandOutput | None,
-    stats: bool,
-) -> int:
-    """Make the domain, let it run until it or somebody else ends the run; the exit status.
-
-    The specification is made here and nowhere kept: a kernel image is 50 MiB.
-    """
-    started = time.monotonic()
-    notes: SimpleQueue[Note] = SimpleQueue()
+def _run(spec: RunSpec, timeout: float | None, stats: bool) -> int:
+    """Run it on our streams and our terminal; the exit status."""
+    notes: Notes = SimpleQueue()
+    raw = RawTerminal(0)
     try:
-        with _signals_noted(notes), power_on([memory_mib], engine, pcpus=max(2, vcpus)) as dom0:
-            domain = dom0.create(make_spec())
-            streams = _Streams(domain.console, framing, notes)
-            note = _foreground(dom0, domain, streams)
-            emergency = dom0.control.emergency_output(domain.domid)
-            if stats:
-                print(json.dumps(_statistics(dom0, domain, streams, started), indent=2), file=sys.stderr)
-    except (GuestUnavailable, ImageError, InitramfsError, OSError, EngineError, DomainCreateError) as error:
+        with _signals_noted(notes), raw:
+            done = foreground(
+                spec,
+                0,
+                lambda data: write_all(1, data),
+                notes,
+                escape=CTRL_RIGHT_BRACKET if spec.terminal else b"",
+                started=raw.enter if spec.terminal else lambda: None,
+                timeout=timeout,
+            )
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    except RunError as error:
         raise CannotRun(str(error)) from error
-    if isinstance(note, _Signalled):
-        return Status.SIGNALLED + note.signal
-    if isinstance(note, _Left):
-        return Status.POWEROFF
-    end = domain.wait()
-    assert end is not None
-    status = _status(end, streams)
-    if status != Status.POWEROFF and streams.first_output is None:
-        _show_last_lines("What it wrote with console_io", emergency)
-    return status
+    except OutputFailed as failure:
+        if isinstance(failure.error, BrokenPipeError):
+            return Status.SIGNALLED + signal.SIGPIPE
+        print(f"xenolith: standard {failure}", file=sys.stderr)
+        return Status.OUTPUT_FAILED
+    _report(done)
+    if stats:
+        print(json.dumps(done.statistics, indent=2), file=sys.stderr)
+    return done.returncode
 
 
-def _foreground(dom0: Dom0, domain: GuestDomain, streams: _Streams) -> Note:
-    """Run the domain on the terminal; what ended it."""
-    with _terminal(raw=streams.framing is None) as on_terminal:
-        streams.start(on_terminal)
-        dom0.start(domain)
-        note = streams.notes.get()
-        if not isinstance(note, _ConsoleEnded):
-            dom0.control.pause(domain.domid)
-            domain.console.close()
-        streams.stop()
-    return note
+def _report(done: Completed) -> None:
+    """Say on standard error how the domain ended, and show its last lines where they have not been printed."""
+    if done.message:
+        print(f"xenolith: {done.message}", file=sys.stderr)
+    if done.console:
+        print("Its last lines:", *done.console.splitlines(), sep="\n  ", file=sys.stderr)
 
 
-def _status(end: DomainInfo, streams: _Streams) -> int:
-    """The exit status for a domain that ended by itself; says on standard error what the guest cannot say."""
-    framing = streams.framing
-    match end.shutdown_reason:
-        case hypercalls.SHUTDOWN_poweroff:
-            if framing and framing.exit_status is not None:
-                return framing.exit_status
-            if framing is None:
-                return Status.POWEROFF
-            _complain("the guest powered off before the command finished", framing.preamble)
-            return Status.NO_STATUS
-        case hypercalls.SHUTDOWN_reboot:
-            if framing:
-                _complain("the guest rebooted before the command finished", framing.preamble)
-            return Status.REBOOT
-        case hypercalls.SHUTDOWN_suspend:
-            return Status.SUSPEND
-        case hypercalls.SHUTDOWN_crash:
-            report = f": {end.crash_report}" if end.crash_report else ""
-            _complain(f"the guest crashed{report}", streams.console.scrollback if framing else b"")
-            return Status.CRASH
-        case reason:
-            _complain(f"the guest ended with the unknown shutdown reason {reason}", b"")
-            return Status.OTHER_END
-
-
-def _complain(what: str, console: bytes) -> None:
-    """Say how the domain ended, and show the console's last lines where they have not been printed."""
-    print(f"xenolith: {what}", file=sys.stderr)
-    _show_last_lines("Last lines of its console", console)
-
-
-def _show_last_lines(what: str, output: bytes) -> None:
-    lines = output.decode("utf-8", "replace").splitlines()[-PANIC_LINES:]
-    if lines:
-        print(f"{what}:", *lines, sep="\n  ", file=sys.stderr)
-
-
-def _statistics(dom0: Dom0, domain: GuestDomain, streams: _Streams, started: float) -> dict[str, object]:
-    def since_start(moment: float | None) -> float | None:
-        return None if moment is None else round(moment - started, 3)
-
-    counters = dom0.control.counters(domain.domid)
-    return {
-        "engine": dom0.control.info(domain.domid).engine,
-        "memory_mib": domain.spec.memory_kib >> 10,
-        "vcpus": domain.spec.vcpus,
-        "boot_seconds": since_start(streams.command_began),
-        "first_output_seconds": since_start(streams.first_output),
-        "total_seconds": since_start(time.monotonic()),
-        "cpu_seconds": round(counters.cpu_time / 1e9, 3),
-        "traps": counters.traps,
-        "hypercalls": counters.hypercalls,
-    }
-
-
-# --- what must be put back -------------------------------------------------------------------------------------
+# --- signals -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _signals_noted(notes: SimpleQueue[Note]) -> Iterator[None]:
-    """While this lasts, signals that ask us to end leave a note instead.
+def _signals_noted(notes: Notes) -> Iterator[None]:
+    """While this lasts, signals leave a note instead of what they do.
 
     Python runs a handler when the main thread next executes Python, and one that has just gone to wait for a note might
     never.  So a thread reads from the pipe that the interpreter's own, immediate handler writes each number into.
@@ -460,9 +255,12 @@ def _signals_noted(notes: SimpleQueue[Note]) -> Iterator[None]:
     def carry() -> None:
         while numbers := os.read(come, 64):
             for number in numbers:
-                notes.put(_Signalled(number))
+                if number != signal.SIGWINCH:
+                    notes.put(Ended(Status.SIGNALLED + number))
+                elif size := terminal_size(1):
+                    notes.put(Resized(size))
 
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda *_: None) for number in (*SIGNALS, signal.SIGWINCH)}
     signal.set_wakeup_fd(note)
     thread = threading.Thread(target=carry, name="signals", daemon=True)
     thread.start()
@@ -475,17 +273,3 @@ def _signals_noted(notes: SimpleQueue[Note]) -> Iterator[None]:
         os.close(note)
         thread.join()
         os.close(come)
-
-
-@contextlib.contextmanager
-def _terminal(*, raw: bool) -> Iterator[bool]:
-    """Raw mode if standard input is a terminal that the guest gets; whether it is."""
-    if not raw or not os.isatty(0):
-        yield False
-        return
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
-        yield True
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)

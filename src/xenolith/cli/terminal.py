@@ -1,4 +1,4 @@
-"""Connecting this terminal to a domain's console, as xenconsole does.
+"""This terminal and these streams: connecting them to a domain's console, as xenconsole does.
 
 What is typed goes to the guest byte by byte, which needs the terminal in raw mode: the guest's own line discipline
 echoes and edits. One character, Ctrl-] unless told otherwise, is kept back and ends the attachment.
@@ -11,8 +11,7 @@ import select
 import termios
 import threading
 import tty
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any, Self
 
 from xenolith.cli.xl_command import Failure
 from xenolith.toolstack.client import ConsoleStream
@@ -29,24 +28,36 @@ def escape_character(text: str) -> bytes:
     raise Failure(f"`{text}' is no escape character: give one character, or ^ and one for a control character.")
 
 
+class OutputLost(Failure):
+    """Standard output takes no more: nobody reads it (status 141, as by SIGPIPE), or it cannot be written."""
+
+    def __init__(self, error: OSError) -> None:
+        closed = isinstance(error, BrokenPipeError)
+        super().__init__(f"standard output cannot be written: {error.strerror}", 141 if closed else 1)
+
+
 def attach(stream: ConsoleStream, escape: bytes, stdin: int = 0, stdout: int = 1) -> None:
     """Copy between this terminal and the console until it ends or `escape` is typed; closes the stream.
 
-    `stdin` and `stdout` are descriptors. When stdin ends (it is a file or a pipe) output goes on.
+    `stdin` and `stdout` are descriptors. When stdin ends (it is a file or a pipe) output goes on. Raises OutputLost.
     """
     woken, wake = os.pipe()
+    lost: list[OSError] = []
 
     def copy_output() -> None:
         try:
             while data := stream.read():
-                _write_all(stdout, data)
-        except OSError:
-            pass  # stdout is gone: nobody looks any more
+                try:
+                    write_all(stdout, data)
+                except OSError as error:
+                    lost.append(error)
+                    return
         finally:
             os.close(wake)
 
     printer = threading.Thread(target=copy_output, name="console output", daemon=True)
-    with _raw(stdin):
+    with RawTerminal(stdin) as raw:
+        raw.enter()
         printer.start()
         try:
             _copy_input(stream, stdin, woken, escape)
@@ -54,6 +65,8 @@ def attach(stream: ConsoleStream, escape: bytes, stdin: int = 0, stdout: int = 1
             stream.close()
             printer.join()
             os.close(woken)
+    if lost:
+        raise OutputLost(lost[0])
 
 
 def _copy_input(stream: ConsoleStream, stdin: int, woken: int, escape: bytes) -> None:
@@ -74,21 +87,46 @@ def _copy_input(stream: ConsoleStream, stdin: int, woken: int, escape: bytes) ->
             return
 
 
-@contextmanager
-def _raw(descriptor: int) -> Iterator[None]:
-    """The terminal in raw mode, if it is one."""
-    if not os.isatty(descriptor):
-        yield
-        return
-    saved = termios.tcgetattr(descriptor)
-    tty.setraw(descriptor)
+class RawTerminal:
+    """A terminal that may be put into raw mode, and is as before when this is left; nothing for what is none."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._before: list[Any] | None = None
+        self._lock = threading.Lock()
+        self._left = False
+
+    def enter(self) -> None:
+        """By any thread."""
+        with self._lock:
+            if self._before is None and not self._left and os.isatty(self._descriptor):
+                self._before = termios.tcgetattr(self._descriptor)
+                tty.setraw(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._left = True
+            if self._before is not None:
+                termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._before)
+
+
+def terminal_size(descriptor: int) -> tuple[int, int] | None:
+    """The terminal's rows and columns, if it is one and knows."""
     try:
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, saved)
+        size = os.get_terminal_size(descriptor)
+    except OSError:
+        return None
+    return (size.lines, size.columns) if size.lines and size.columns else None
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it, also to a descriptor that does not block; raises the OSError of one that takes no more."""
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])

@@ -1,15 +1,24 @@
-"""How a command's output and exit status travel over a console that carries other bytes too.
+"""How a command's output, input and exit status travel over a console that carries other bytes too.
 
-The console of a domain is one stream of bytes: messages of the kernel, then those of its programs. For
-`xenolith run -- COMMAND` the /init of our initramfs (`dom0.initramfs`) therefore puts two marks around the
+The console of a domain is one stream of bytes each way. Out of it come messages of the kernel, then those of its
+programs. For `xenolith run -- COMMAND` our initramfs (`debian.initramfs`) therefore puts two marks around the
 command, each with a nonce that the host chose for this run:
 
-    RS nonce SP "begin" LF   ...the command's output, byte for byte...   RS nonce SP "exit" SP status LF
+    RS nonce SP "begin" [SP "sysrq"] LF   ...the command's output, byte for byte...   RS nonce SP "exit" SP status LF
 
 RS is the ASCII record separator. It occurs in a mark only as its first byte, so a mark that arrives in pieces
 begins at the last RS seen. The guest's terminal does no output processing in between (`stty raw`), which makes
 the output exact. The nonce keeps the command's own output from being taken for a mark by accident; a command
 that wants to lie about its status can, as any program can exit as it likes.
+
+The other way there is no end of file. After the first mark the command's standard input goes in as chunks, each behind
+a line with its length, and a length of 0 is the end:
+
+    length LF   ...length bytes...
+
+The console's ring holds the host back while the command does not read. One byte does not get through: for a console
+of Linux Ctrl-O means that the next key is a magic SysRq, and twice means itself. "sysrq" in the first mark says that
+this kernel has that.
 """
 
 from __future__ import annotations
@@ -22,6 +31,20 @@ RECORD_SEPARATOR: Final = b"\x1e"
 _PREAMBLE_BYTES: Final = 64 << 10
 
 
+SYSRQ_KEY: Final = b"\x0f"
+END_OF_INPUT: Final = b"0\n"
+
+
+def typed(data: bytes, *, sysrq: bool) -> bytes:
+    """What must be written to the console for these bytes to arrive at the terminal."""
+    return data.replace(SYSRQ_KEY, SYSRQ_KEY * 2) if sysrq else data
+
+
+def input_chunk(data: bytes, *, sysrq: bool) -> bytes:
+    """Some bytes, at least one, of a command's standard input, as they are written to the console."""
+    return b"%d\n%b" % (len(data), typed(data, sysrq=sysrq))
+
+
 def new_nonce() -> str:
     return secrets.token_hex(16)
 
@@ -30,18 +53,21 @@ class CommandOutput:
     """Takes the console's bytes as they come; yields the command's output and in the end its exit status.
 
     `preamble` is what came before the command started, its last 64 KiB: the thing to show when it never did.
-    `exit_status` is None until the closing mark was seen; anything after that mark is dropped.
+    `sysrq` is known once it has `started`. `exit_status` is None until the closing mark was seen; anything after that
+    mark is dropped.
     """
 
     def __init__(self, nonce: str) -> None:
         mark = RECORD_SEPARATOR + nonce.encode("ascii")
-        self._begin = mark + b" begin\n"
+        self._begin = re.compile(re.escape(mark) + rb" begin( sysrq)?\n")
+        self._longest_begin = len(mark) + len(b" begin sysrq\n")
         self._end = re.compile(re.escape(mark) + rb" exit (\d{1,3})\n")
         self._longest_end = len(mark) + len(b" exit 255\n")
         self._end_before_status = mark + b" exit "
         self._held = b""
         self.preamble = b""
         self.started = False
+        self.sysrq = False
         self.exit_status: int | None = None
 
     def feed(self, data: bytes) -> bytes:
@@ -62,12 +88,12 @@ class CommandOutput:
         return b""
 
     def _find_begin(self) -> bool:
-        before, mark, after = self._held.partition(self._begin)
-        self.started = bool(mark)
-        if self.started:
-            self._held = after
+        begin = self._begin.search(self._held)
+        if begin:
+            self.started, self.sysrq = True, bool(begin[1])
+            before, self._held = self._held[: begin.start()], self._held[begin.end() :]
         else:
-            keep = len(self._begin) - 1
+            keep = self._longest_begin - 1
             before, self._held = self._held[:-keep], self._held[-keep:]
         self.preamble = (self.preamble + before)[-_PREAMBLE_BYTES:]
         return self.started

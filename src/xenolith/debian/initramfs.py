@@ -4,20 +4,23 @@ The kernel unpacks an archive of the "newc" kind (cpio(5); Documentation/driver-
 in Linux) into its first file system and starts /init. Ours holds busybox with a link for each of its applets,
 the device nodes /init needs before devtmpfs is there, the host files the user asked for, and /init itself.
 
-busybox's poweroff, reboot and halt signal process 1 and leave the rest to it, which is right for an init and wrong for
-a shell script that waits for its child. So in /sbin these three are scripts that make the system call themselves. The
-kernel runs them when the toolstack writes control/shutdown, and the shell on the console when they are typed.
-
-/init is process 1. It mounts what every program expects, sets the host's name and brings `lo` up. Where there are
-devices it loads their drivers (`debian.modules`), found by the aliases that xenbus has in sysfs, so that no driver is
-loaded, and waits for its back-end, without a device; asks for an address by DHCP on each eth*; and mounts: the data
-disks it was built with (`Mount`), and the one that the kernel's command line names as Linux's does everywhere:
+/init mounts what every program expects, sets the host's name and brings `lo` up. Where there are devices it loads
+their drivers (`debian.modules`), found by the aliases that xenbus has in sysfs, so that no driver is loaded, and waits
+for its back-end, without a device; asks for an address by DHCP on each eth*; and mounts: the data disks it was built
+with (`Mount`), and the one that the kernel's command line names as Linux's does everywhere:
 
     root=DEVICE [rootfstype=TYPE] [rootflags=OPTIONS] [ro|rw] [init=PROGRAM]
 
-Then it either starts a shell on the console, or `init` of that root, or runs one command, in that root if there is one,
-whose output and exit status it puts between the marks of `debian.framing`. Between the marks the terminal passes bytes
-through unchanged. The command gets an empty standard input.
+Then it becomes `init` of that root; without one it starts a shell on the console, and a command to run it runs, in that
+root if there is one.
+
+busybox's poweroff, reboot and halt leave the work to an init that they signal, the process called linuxrc if there is
+one. Process 1 is a shell, which waits for its child and hears no signal. So there is a linuxrc, which makes the system
+call. It is asked once more before a command's end is told, as poweroff is over before it has been heard. The kernel,
+when the toolstack writes control/shutdown, runs the scripts in /sbin.
+
+A command's output, standard input and exit status travel over the console as `debian.framing` says. With a terminal of
+its own it has the console's as it is, of the size that is in xenstore at ~/console/size ("ROWS COLUMNS").
 
 The archive is not compressed: taking it apart in the guest would cost more than copying it there.
 """
@@ -30,8 +33,8 @@ import re
 import shlex
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -43,14 +46,16 @@ _MOUNTED_OVER: Final = ("proc", "sys", "dev")
 MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
 
 
-def kernel_arguments(vcpus: int, *, command: bool) -> str:
-    """The kernel's command line for an initramfs of ours, with a command to run or without.
+def kernel_arguments(vcpus: int, *, verbose: bool = False) -> str:
+    """The kernel's command line for an initramfs of ours.
 
-    Nothing of the kernel's own must come between a command's marks.  Two arguments spare Linux hypercalls at boot:
-    `nr_cpus` asking after 8,192 possible vCPUs, one each, and `noreplace-smp` rewriting 8,500 LOCK prefixes of its code
-    for a single processor, each in an address space that it switches to and back, with four.
+    The kernel's messages are seen if `verbose`, while it boots; the last words of a crash always are. Two arguments
+    spare Linux hypercalls at boot: `nr_cpus` asking after 8,192 possible vCPUs, one each, and `noreplace-smp` rewriting
+    8,500 LOCK prefixes of its code for a single processor, each in an address space that it switches to and back, with
+    four.
     """
-    return f"console=hvc0 panic=-1 nr_cpus={vcpus} noreplace-smp" + " quiet loglevel=1" * command
+    loglevel = "" if verbose else " quiet loglevel=1"
+    return f"console=hvc0 panic=-1 nr_cpus={vcpus} noreplace-smp{loglevel}"
 
 
 def needed_arguments(image: KernelImage) -> str:
@@ -129,38 +134,69 @@ class HostFile:
         return cls(path, target)
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command for /init to run between marks with this nonce; its environment adds to /init's.
+
+    It gets its input in chunks (`debian.framing`), or, with `terminal`, the console as its terminal.
+    """
+
+    arguments: Sequence[str]
+    nonce: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    directory: str = "/root"
+    user: str = ""
+    terminal: bool = False
+
+
 def build_initramfs(
     busybox: Path,
     *,
-    command: Sequence[str] | None = None,
-    nonce: str = "",
+    command: Command | None = None,
+    environment: Mapping[str, str] | None = None,
+    size: tuple[int, int] | None = None,
     files: Iterable[HostFile] = (),
     modules: Iterable[Node] = (),
     mounts: Iterable[Mount] = (),
 ) -> bytes:
-    """The archive. With a command, /init runs it between marks with this nonce; without one, a shell.
+    """The archive. Without a command /init starts a shell, with this environment added to its own.
 
-    `modules` are those that kernel_modules found, `mounts` the data disks to mount, in this order.
-    Raises InitramfsError when a file cannot be read.
+    `size` is the terminal's, in rows and columns, where what runs has one that a person sees. `modules` are those that
+    kernel_modules found, `mounts` the data disks to mount, in this order.
+    Raises InitramfsError when a file cannot be read or would replace one of ours.
     """
-    nodes = [*_base(), *_busybox(busybox), *modules]
     disks = "".join(f"{mount}\n" for mount in mounts)
-    nodes.append(Node("etc/fstab.disks", stat.S_IFREG | 0o644, disks.encode()))
+    ours = [
+        *_busybox(busybox),
+        Node("init", stat.S_IFREG | 0o755, _init(command, environment or {}, size)),
+        Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode()),
+        Node("etc/fstab.disks", stat.S_IFREG | 0o644, disks.encode()),
+        Node("etc/linuxrc", stat.S_IFREG | 0o755, _LINUXRC.encode()),
+        Node("etc/udhcpc.script", stat.S_IFREG | 0o755, _DHCP.encode()),
+    ]
+    kept = {node.path for node in ours if stat.S_ISREG(node.mode)}
+    nodes = [*_base(command.user if command else ""), *ours, *modules]
     for file in files:
-        nodes.extend(_host_nodes(file))
-    if command is None:
-        nodes.append(Node("init", stat.S_IFREG | 0o755, _SHELL_INIT.encode()))
-    else:
-        nodes.append(Node("init", stat.S_IFREG | 0o755, _command_init(command, nonce)))
+        for node in _host_nodes(file):
+            if node.path in kept:
+                raise InitramfsError(
+                    f"{file.host} cannot be /{node.path} in the guest: our initramfs starts with its own"
+                )
+            nodes.append(node)
+    if command is not None:
+        nodes.append(Node("etc/command", stat.S_IFREG | 0o755, _command(command)))
     return pack(_with_parents(nodes))
 
 
 # --- /init -------------------------------------------------------------------------------------------------
 
-# With the shell's own words where that is as good: a program takes Unicorn 50 ms to start.
-_SETUP: Final = """\
+_ENVIRONMENT: Final = """\
 #!/bin/busybox sh
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=${TERM:-linux}
+"""
+
+# With the shell's own words where that is as good: a program takes Unicorn 50 ms to start.
+_SETUP: Final = """\
 mount -a
 read -r name </etc/hostname && echo "$name" >/proc/sys/kernel/hostname
 ifconfig lo up
@@ -204,35 +240,83 @@ if [ "$root" ]; then
     await "$root"
     mkdir -p /newroot
     mount -t "$type" -o "$flags$options" "$root" /newroot || echo "/init: $root cannot be mounted as the root" >&2
-    for directory in dev proc sys; do mount -o move /$directory /newroot/$directory; done
+    for directory in dev proc sys; do mount -o bind /$directory /newroot/$directory; done
+    [ -e /etc/command ] || exec switch_root /newroot "$program"
 fi
+/etc/linuxrc &
+linuxrc=$!
+read -r _ </run/no-ending
+"""
+
+# Once it has heard the one signal it answers the other no more. A command's output must not end with the kernel's
+# "reboot: Power down".
+_LINUXRC: Final = """\
+#!/bin/busybox sh
+end() {
+    trap '' WINCH
+    [ -e /etc/command ] && echo 0 >/proc/sys/kernel/printk
+    /bin/busybox "$1" -f
+}
+trap 'end halt' USR1
+trap 'end poweroff' USR2
+trap 'end reboot' TERM
+trap 'echo >/run/no-ending' WINCH
+echo >/run/no-ending
+while :; do read -r _; done <>/run/nothing
 """
 
 # In the foreground: what a shell without job control starts in the background ignores Ctrl-C, and so do its children.
-_SHELL_INIT: Final = (
-    _SETUP
-    + """\
-[ "$root" ] && exec switch_root /newroot "$program"
+_SHELL: Final = """\
+echo 4 >/proc/sys/kernel/printk
 cd /root
 setsid cttyhack sh -l
 poweroff -f
 """
-)
 
-# The second stty waits until the terminal has sent everything (tcsetattr with TCSADRAIN), without which the
+# The kernel says nothing but of its crash. Marks are written, and input is taken, with the terminal passing every byte
+# as it is. The last stty waits until the terminal has sent everything (tcsetattr with TCSADRAIN), without which the
 # domain would power off with the end of the output still in the kernel.
-_COMMAND_INIT: Final = (
-    _SETUP
-    + """\
-cd /root
+_COMMAND: Final = """\
+echo 1 >/proc/sys/kernel/printk
 stty raw -echo
-printf '{separator}{nonce} begin\\n'
-( exec ${root:+chroot /newroot} {command} ) </dev/null
-printf '{separator}{nonce} exit %d\\n' $?
+[ -e /proc/sys/kernel/sysrq ] && sysrq=' sysrq'
+printf '{separator}{nonce} begin%s\\n' "$sysrq"
+{run}
+status=$?
+kill -WINCH $linuxrc && read -r _ </run/no-ending
+stty raw -echo
+printf '{separator}{nonce} exit %d\\n' $status
 stty sane
 poweroff -f
 """
-)
+
+# A number of bytes in a line, then these bytes; 0 is the end.
+_PIPED: Final = """\
+while read -r count && [ "$count" -gt 0 ]; do
+    dd bs="$count" count=1 iflag=fullblock 2>/dev/null || break
+done </dev/console >/run/stdin &
+( {command} ) </run/stdin"""
+
+_ON_TERMINAL: Final = """\
+stty sane
+{size}
+setsid cttyhack {command}"""
+
+# The protocol of xenstore (public/io/xs_wire.h) in the shell's words: a header of four 32-bit words, type, request,
+# transaction and length, and as many bytes. WATCH is 4, a watch's event 15, READ 2.
+_FOLLOW_SIZE: Final = """\
+stty rows {rows} cols {columns}
+follow_size() {
+    printf '\\4\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\17\\0\\0\\0console/size\\0t\\0' >&3
+    while set -- $(dd bs=16 count=1 iflag=fullblock <&3 2>/dev/null | od -A n -t u4) && [ $# = 4 ]; do
+        value=$(dd bs="$4" count=1 iflag=fullblock <&3 2>/dev/null | tr '\\0' ' ')
+        case $1 in
+        15) printf '\\2\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\15\\0\\0\\0console/size\\0' >&3 ;;
+        2) stty rows "${value% *}" cols "${value#* }" </dev/console ;;
+        esac
+    done
+}
+follow_size 3<>/dev/xen/xenbus >/dev/null 2>&1 &"""
 
 _DHCP: Final = """\
 #!/bin/busybox sh
@@ -266,32 +350,60 @@ exec /bin/busybox {name} -f "$@"
 _PROFILE: Final = "PS1='\\w # '\n" + "".join(f'{name}() {{ /sbin/{name} "$@"; }}\n' for name in _ENDINGS)
 
 
-def _command_init(command: Sequence[str], nonce: str) -> bytes:
-    if not command:
-        raise InitramfsError("no command to run")
-    if any("\0" in word for word in command):
-        raise InitramfsError("an argument of the command contains a NUL byte, which no program can be given")
-    quoted = b" ".join(os.fsencode(shlex.quote(word)) for word in command)
+def _init(command: Command | None, environment: Mapping[str, str], size: tuple[int, int] | None) -> bytes:
+    follow = _FOLLOW_SIZE.replace("{rows}", str(size[0])).replace("{columns}", str(size[1])) if size else ""
+    if command is None:
+        return os.fsencode(_ENVIRONMENT + _SETUP + _exports(environment) + follow + "\n" + _SHELL)
+    if command.terminal:
+        run = _ON_TERMINAL.replace("{size}", follow)
+    else:
+        run = _PIPED
+    prefix = "${root:+chroot /newroot} "
+    shell = f"su -p -s /bin/sh {shlex.quote(command.user)} -c" if command.user else "sh -c"
+    run = run.replace("{command}", f'{prefix}{shell} "$(cat /etc/command)"')
     separator = f"\\{RECORD_SEPARATOR[0]:03o}"
-    before, after = _COMMAND_INIT.replace("{separator}", separator).replace("{nonce}", nonce).split("{command}")
-    return before.encode() + quoted + after.encode()
+    text = _COMMAND.replace("{separator}", separator).replace("{nonce}", command.nonce).replace("{run}", run)
+    return os.fsencode(_ENVIRONMENT + _SETUP + text)
 
 
-def _base() -> Iterator[Node]:
+def _command(command: Command) -> bytes:
+    """/etc/command: the command's environment and directory, and the command."""
+    if not command.arguments:
+        raise InitramfsError("no command to run")
+    if any("\0" in word for word in (*command.arguments, *command.environment.values(), command.directory)):
+        raise InitramfsError("an argument of the command contains a NUL byte, which no program can be given")
+    words = " ".join(map(shlex.quote, command.arguments))
+    directory = shlex.quote(command.directory)
+    return os.fsencode(f"{_exports(command.environment)}cd {directory} || exit 126\nexec {words}\n")
+
+
+def _exports(environment: Mapping[str, str]) -> str:
+    for name, value in environment.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+            raise InitramfsError(f"{name!r} cannot be set in the guest's environment")
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+
+
+def _base(user: str) -> Iterator[Node]:
+    """The files that every guest has; a user who is a number is made known to it."""
     for directory in ("dev", "proc", "sys", "run", "mnt", "etc", "root", "bin", "sbin", "usr/bin", "usr/sbin", "var"):
         yield Node(directory, stat.S_IFDIR | 0o755)
     yield Node("tmp", stat.S_IFDIR | 0o1777)
+    for fifo in ("stdin", "nothing", "no-ending"):
+        yield Node(f"run/{fifo}", stat.S_IFIFO | 0o600)
     yield Node("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     yield Node("dev/null", stat.S_IFCHR | 0o666, device=(1, 3))
-    yield Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode())
     yield Node("etc/hosts", stat.S_IFREG | 0o644, b"127.0.0.1 localhost xenolith\n::1 localhost\n")
-    yield Node("etc/udhcpc.script", stat.S_IFREG | 0o755, _DHCP.encode())
     # What mount tries where no type is given: a file system that is asked for by name has its module loaded.
     yield Node("etc/filesystems", stat.S_IFREG | 0o644, b"ext4\nsquashfs\niso9660\n")
     yield Node("etc/mtab", stat.S_IFLNK | 0o777, b"/proc/mounts")
     yield Node("etc/profile", stat.S_IFREG | 0o644, _PROFILE.encode())
-    yield Node("etc/passwd", stat.S_IFREG | 0o644, b"root:x:0:0:root:/root:/bin/sh\n")
-    yield Node("etc/group", stat.S_IFREG | 0o644, b"root:x:0:\n")
+    users, groups = "root:x:0:0:root:/root:/bin/sh\n", "root:x:0:\n"
+    if user.isdecimal() and int(user):
+        users += f"{user}:x:{user}:{user}::/tmp:/bin/sh\n"
+        groups += f"{user}:x:{user}:\n"
+    yield Node("etc/passwd", stat.S_IFREG | 0o644, users.encode())
+    yield Node("etc/group", stat.S_IFREG | 0o644, groups.encode())
     yield Node("etc/hostname", stat.S_IFREG | 0o644, b"xenolith\n")
 
 
@@ -359,7 +471,9 @@ def _with_parents(nodes: list[Node]) -> list[Node]:
     result: dict[str, Node] = {}
     for node in nodes:
         for parent in reversed(PurePosixPath(node.path).parents[:-1]):
-            result.setdefault(str(parent), Node(str(parent), stat.S_IFDIR | 0o755))
+            above = result.setdefault(str(parent), Node(str(parent), stat.S_IFDIR | 0o755))
+            if not stat.S_ISDIR(above.mode):
+                raise InitramfsError(f"/{node.path} cannot be in the guest: /{parent} is no directory there")
         earlier = result.get(node.path)
         if earlier and stat.S_ISDIR(earlier.mode) != stat.S_ISDIR(node.mode):
             raise InitramfsError(f"/{node.path} cannot be a directory and a file in the guest")

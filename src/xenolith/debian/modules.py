@@ -53,14 +53,17 @@ class Module:
     aliases: list[str] = field(default_factory=list)
 
 
-def kernel_modules(guest: DebianGuest, names: Iterable[str]) -> list[Node]:
+def kernel_modules(guest: DebianGuest, names: Iterable[str], *, missing_ok: bool = False) -> list[Node]:
     """The nodes of an initramfs in which these modules of the guest's kernel can be loaded.
 
-    What the kernel has built in is left out. Raises GuestUnavailable if it has no such module, or none can be obtained.
+    What the kernel has built in is left out; with `missing_ok` also what it does not have at all.
+    Raises GuestUnavailable if it has no such module, or none can be obtained.
     """
     home = _obtained(guest)
     index = json.loads((home / "index.json").read_text())
     modules = {name: Module(**record) for name, record in index["modules"].items()}
+    if missing_ok:
+        names = [name for name in names if _normal(name) in modules]
     taken = _closure(modules, set(index["builtin"]), names, guest.package)
     base = f"lib/modules/{index['release']}"
     nodes = [

@@ -186,9 +186,7 @@ def _table_ranges(image: KernelImage, end: int, p2m_pages: int) -> list[list[tup
 
 def _table_bases(ranges: list[tuple[int, int, int]]) -> list[int]:
     """The linear addresses, in ascending order, at which tables that cover these ranges begin."""
-    bases = {
-        base << shift for start, end, shift in ranges for base in range(start >> shift, (end - 1 >> shift) + 1)
-    }
+    bases = {base << shift for start, end, shift in ranges for base in range(start >> shift, (end - 1 >> shift) + 1)}
     return sorted(bases)
 
 
@@ -257,9 +255,7 @@ def _write_table(
     _write(control, domid, mfns, pfn << PAGE_SHIFT, entries.tobytes())
 
 
-def _write(
-    control: Control, domid: int, mfns: Frames, address: int, data: bytes | bytearray | memoryview
-) -> None:
+def _write(control: Control, domid: int, mfns: Frames, address: int, data: bytes | bytearray | memoryview) -> None:
     """Copy to a guest-physical address, across frames."""
     position = 0
     size = len(data)

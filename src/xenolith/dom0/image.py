@@ -1,9 +1,9 @@
 """Guest kernel images: from the file that a distribution ships to what the domain builder has to place.
 
 A Linux kernel for x86 is a *bzImage*: a real-mode header (Documentation/arch/x86/boot.rst in Linux) that says
-where in the file the compressed kernel is. The payload is an ELF image compressed by xz, lz4, zstd or gzip,
-and it is taken out here, on the host, so that the guest never runs its own decompressor. Other PV kernels are
-plain or gzip-compressed ELF images.
+where in the file the compressed kernel is. The payload is an ELF image compressed by any of Linux's methods (xz, lz4,
+zstd, gzip, bzip2, lzma, lzo), and it is taken out here, on the host, so that the guest never runs its own
+decompressor. Other PV kernels are plain or gzip-compressed ELF images.
 
 The ELF image is loaded by physical address (p_paddr: Linux's per-cpu segment has virtual address 0). How it
 wants to be started is in its Xen ELF notes (`abi.elfnote`), in a PT_NOTE segment or, for kernels of the Mini-OS
@@ -16,6 +16,7 @@ whatever is wrong raises ImageError with the reason.
 
 from __future__ import annotations
 
+import bz2
 import io
 import lzma
 import struct
@@ -127,7 +128,13 @@ _XZ_MEMORY_BYTES: Final = 256 << 20  # of the decoder; Linux uses dictionaries o
 _ZSTD_STEP_BYTES: Final = 16 << 10  # zstd makes at most 128 KiB of 4 bytes: a step stays below 512 MiB
 _LZ4_LEGACY_MAGIC: Final = b"\x02\x21\x4c\x18"
 _LZ4_LEGACY_BLOCK_BYTES: Final = 8 << 20  # every block but the last decompresses to exactly this
-_OTHER_MAGICS: Final = {b"BZh": "bzip2", b"\x5d\x00\x00": "lzma", b"\x89LZO": "lzo"}
+_BZIP2_MAGIC: Final = b"BZh"
+_LZMA_MAGIC: Final = b"\x5d\x00\x00"
+_LZOP_MAGIC: Final = b"\x89LZO\x00\r\n\x1a\n"
+_LZOP_FILTER: Final = 0x800
+_LZOP_PLAIN_CHECKSUMS: Final = (0x1, 0x100)  # Adler-32 and CRC-32
+_LZOP_PACKED_CHECKSUMS: Final = (0x2, 0x200)
+_LZOP_BLOCK_BYTES: Final = 64 << 20  # the most that lzop itself takes
 
 _SETUP_SECTS_OFFSET: Final = 0x1F1
 _BOOT_FLAG_OFFSET: Final = 0x1FE
@@ -181,24 +188,27 @@ def _bzimage_payload(image: bytes) -> memoryview:
 def _decompress(payload: memoryview) -> bytes:
     """Decompresses a payload by its magic number. Bytes after the compressed stream (Linux puts the size there)
     are left alone."""
-    head = bytes(payload[:6])
+    head = bytes(payload[:16])
     try:
         if head.startswith(_GZIP_MAGIC):
             elf = _gunzip(payload)
         elif head.startswith(_XZ_MAGIC):
-            elf = _unxz(payload)
+            elf = _bounded(lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES), payload)
         elif head.startswith(_ZSTD_MAGIC):
             elf = _unzstd(payload)
         elif head.startswith(_LZ4_LEGACY_MAGIC):
             elf = _unlz4_legacy(payload)
+        elif head.startswith(_BZIP2_MAGIC):
+            elf = _bounded(bz2.BZ2Decompressor(), payload)
+        elif head.startswith(_LZMA_MAGIC):
+            elf = _bounded(lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=_XZ_MEMORY_BYTES), payload)
+        elif head.startswith(_LZOP_MAGIC):
+            elf = _unlzop(payload)
         elif head.startswith(_ELF_MAGIC):
             elf = bytes(payload)
         else:
-            name = next((name for magic, name in _OTHER_MAGICS.items() if head.startswith(magic)), None)
-            raise ImageError(
-                f"the kernel is compressed with {name or 'an unknown method'}; xz, lz4, zstd and gzip are understood"
-            )
-    except (lzma.LZMAError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError, MemoryError) as error:
+            raise ImageError("the kernel is compressed with an unknown method, none of Linux's seven")
+    except (lzma.LZMAError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError, OSError, MemoryError) as error:
         raise ImageError(f"the compressed kernel is damaged: {error}") from error
     if len(elf) > MAX_IMAGE_BYTES:
         raise ImageError(f"the kernel decompresses to more than {MAX_IMAGE_BYTES >> 20} MiB")
@@ -213,8 +223,7 @@ def _gunzip(payload: memoryview) -> bytes:
     return elf
 
 
-def _unxz(payload: memoryview) -> bytes:
-    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
+def _bounded(decompressor: lzma.LZMADecompressor | bz2.BZ2Decompressor, payload: memoryview) -> bytes:
     elf = decompressor.decompress(payload, MAX_IMAGE_BYTES + 1)
     if not decompressor.eof and len(elf) <= MAX_IMAGE_BYTES:
         raise ImageError("the compressed kernel is truncated")
@@ -252,6 +261,49 @@ def _unlz4_legacy(payload: memoryview) -> bytes:
         if len(pieces[-1]) < _LZ4_LEGACY_BLOCK_BYTES:
             break
         if len(pieces) * _LZ4_LEGACY_BLOCK_BYTES > MAX_IMAGE_BYTES:
+            break
+    return b"".join(pieces)
+
+
+def _unlzop(payload: memoryview) -> bytes:
+    """The file format of lzop, which Linux uses: a header, then blocks, each behind its sizes and checksums.
+
+    The LZO library is imported here: nobody else needs it. The checksums are the kernel's affair.
+    """
+    from lzallright import LZOCompressor, LZOError
+
+    file = io.BytesIO(payload[len(_LZOP_MAGIC) :])
+
+    def number(size: int) -> int:
+        data = file.read(size)
+        if len(data) < size:
+            raise ImageError("the compressed kernel is truncated")
+        return int.from_bytes(data, "big")
+
+    version = number(2)
+    number(2)  # the library's
+    newer = version >= 0x0940
+    file.seek(4 if newer else 1, io.SEEK_CUR)  # the version needed, the method and its level
+    flags = number(4)
+    file.seek((4 if flags & _LZOP_FILTER else 0) + (12 if newer else 8), io.SEEK_CUR)  # the filter, the mode, the time
+    file.seek(number(1) + 4, io.SEEK_CUR)  # the file's name, the header's checksum
+    plain_checksums = sum(4 for flag in _LZOP_PLAIN_CHECKSUMS if flags & flag)
+    packed_checksums = sum(4 for flag in _LZOP_PACKED_CHECKSUMS if flags & flag)
+    pieces, total = [], 0
+    while size := number(4):
+        packed = number(4)
+        total += size
+        if packed > size or size > _LZOP_BLOCK_BYTES:
+            raise ImageError("the compressed kernel is damaged: a block of an impossible size")
+        file.seek(plain_checksums + (packed_checksums if packed < size else 0), io.SEEK_CUR)
+        block = file.read(packed)
+        if len(block) < packed:
+            raise ImageError("the compressed kernel is truncated")
+        try:
+            pieces.append(block if packed == size else LZOCompressor.decompress(block, size))
+        except LZOError as error:
+            raise ImageError(f"the compressed kernel is damaged: {error}") from error
+        if total > MAX_IMAGE_BYTES:
             break
     return b"".join(pieces)
 

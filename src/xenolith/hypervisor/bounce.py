@@ -22,8 +22,12 @@ from xenolith.abi.x86 import (
     EFLAGS_RF,
     EFLAGS_TF,
     EFLAGS_VM,
+    EXCEPTION_NAMES,
     GS_BASE,
+    PFEC_INSN,
+    PFEC_PRESENT,
     PFEC_USER,
+    PFEC_WRITE,
     R11,
     RCX,
     RIP,
@@ -193,7 +197,8 @@ def inject(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int | None) -> None:
     """Raise an exception in the guest through its trap table (Xen: pv_inject_event)."""
     handler = vcpu.trap_address[vector]
     if not handler:
-        crash(vcpu, f"exception {vector} (error code {error_code}) and no handler for it")
+        code = "" if error_code is None else f", error code {error_code:#x}"
+        crash(vcpu, f"{EXCEPTION_NAMES.get(vector, 'interrupt')} (vector {vector}{code}) and no handler for it")
         return
     bounce(vcpu, cpu, handler, error_code, vcpu.trap_flags[vector] & layout.TRAP_INFO_MASK_EVENTS != 0)
 
@@ -206,7 +211,10 @@ def inject_page_fault(vcpu: Vcpu, cpu: Cpu, error_code: int, address: int) -> No
     )
     handler = vcpu.trap_address[VECTOR_PF]
     if not handler:
-        crash(vcpu, f"page fault at {address:#x} (error code {error_code:#x}) and no handler for it")
+        present = "not allowed by its page" if error_code & PFEC_PRESENT else "of no page"
+        kind = "an instruction fetch" if error_code & PFEC_INSN else "a write" if error_code & PFEC_WRITE else "a read"
+        why = f"#PF (vector {VECTOR_PF}, error code {error_code:#x}) at {address:#x}, {kind} {present}"
+        crash(vcpu, f"{why}, and no handler for it")
         return
     bounce(vcpu, cpu, handler, error_code, vcpu.trap_flags[VECTOR_PF] & layout.TRAP_INFO_MASK_EVENTS != 0)
 

@@ -47,3 +47,11 @@ class EngineUnavailable(ToolstackError):
 
 class Closed(ToolstackError):
     """The machine, or the connection to it, was closed before."""
+
+
+class RunError(ToolstackError):
+    """A foreground run's domain could not be made; nothing was run."""
+
+
+class UsageError(RunError):
+    """What was asked for does not go together."""

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import click
-
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.disks import DiskFormat, DiskSource
+from xenolith.toolstack.errors import UsageError
 
 DISK_MODULES: Final = ("xen-blkfront", "ext4")
 HELP: Final = (
@@ -22,9 +21,9 @@ _ACCESS: Final = ("rw", "ro", "cow")
 
 
 def parse_disks(arguments: Sequence[str]) -> tuple[VbdSpec, ...]:
-    """Raises click.UsageError."""
+    """Raises UsageError."""
     if len(arguments) > _MOST:
-        raise click.UsageError(f"{len(arguments)} disks are more than {_MOST}")
+        raise UsageError(f"{len(arguments)} disks are more than {_MOST}")
     return tuple(_vbd(argument, index) for index, argument in enumerate(arguments))
 
 
@@ -40,6 +39,6 @@ def _vbd(argument: str, index: int) -> VbdSpec:
             break  # a part of the file's name
         path = rest
     if not path:
-        raise click.UsageError(f"--disk {argument!r} names no file; it is FILE[,ro|cow][,FORMAT]")
+        raise UsageError(f"--disk {argument!r} names no file; it is FILE[,ro|cow][,FORMAT]")
     source = DiskSource(path=Path(path).absolute(), format=format, writable=access == "rw", throw_away=access == "cow")
     return VbdSpec(number=_XVDA + 16 * index, name=f"xvd{chr(ord('a') + index)}", source=source)
