@@ -54,6 +54,7 @@ class Domain:
     trigger = _awaited(api.Domain.trigger)
     supervise = _awaited(api.Domain.supervise)
     dump_core = _awaited(api.Domain.dump_core)
+    run = _awaited(api.Domain.run)
 
     async def info(self) -> DomainInfo:
         """A snapshot. Raises DomainNotFound when the domain is gone."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import xenolith
 from people import Person, person_in
 from xenolith.debian.initramfs import build_initramfs
 from xenolith.debian.packages import obtain
@@ -48,6 +49,20 @@ def test_a_guest_is_asked_to_reboot_and_then_to_power_off(person: Person, debian
     wait_for_prompt(person, "deb")
     asked = person.xl("shutdown", "-w", "deb")
     assert asked.stderr.splitlines()[-1] == "Domain 2 has been shut down, reason code 0"
+
+
+def test_a_program_runs_commands_at_the_guests_shell(person: Person, debian: str) -> None:
+    with xenolith.power_on(memory_mib=256) as machine:
+        config = xenolith.load_config(person.directory / debian)
+        config.ramdisk = str(person.directory / "initrd")
+        domain = machine.create(config)
+        domain.unpause()
+        done = domain.run("uname -s; ls /nowhere; exit 7", timeout=DEADLINE_SECONDS)
+        assert done.returncode == 7
+        assert done.output.startswith(b"Linux\n") and b"/nowhere: No such file" in done.output
+        assert domain.run("cat /proc/cmdline", timeout=60).output == b"console=hvc0\n"
+        domain.shutdown()
+        assert domain.wait(timeout=DEADLINE_SECONDS) is xenolith.State.SHUTDOWN
 
 
 @pytest.mark.parametrize(("typed", "reason"), [(b"poweroff", 0), (b"reboot", 1), (b"halt", 0)])

@@ -41,6 +41,7 @@ from xenolith.toolstack.client import (
 from xenolith.toolstack.config.cpus import HostTopology
 from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
 from xenolith.toolstack.config.reader import parse_domain_config
+from xenolith.toolstack.guest_shell import ShellResult, run_at_shell
 from xenolith.toolstack.xenstore_client import XenstoreClient
 
 
@@ -155,6 +156,14 @@ class Domain:
     def console(self) -> Console:
         """Attach to its console; what was printed recently comes first."""
         return Console(self.client.open_console(self.domid))
+
+    def run(self, command: str, timeout: float | None = None) -> ShellResult:
+        """Type a command at the shell on its console, once there is one; what it printed, and its exit status.
+
+        It runs in a shell of its own (`sh -c`). Raises Timeout, and ToolstackError when the console ends.
+        """
+        with self.console() as console:
+            return run_at_shell(console, command, timeout, Timeout)
 
     def events(self) -> Events:
         """What happens to it from now on, up to its end."""
