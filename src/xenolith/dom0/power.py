@@ -8,7 +8,7 @@ from typing import Final
 
 from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0.services import Dom0
-from xenolith.hypervisor.hypervisor import Hypervisor
+from xenolith.hypervisor.hypervisor import DEFAULT_POLICY, Hypervisor, MakePolicy
 from xenolith.machine.engines.select import choose
 from xenolith.machine.memory import MemoryBudget
 
@@ -17,13 +17,16 @@ XEN_MIB: Final = 16  # Xen's own frames: descriptor windows, shared_info, what t
 XEN_SHARE: Final = 128  # and one part in this many: the machine-to-physical table, with its alignment
 
 
-def power_on(domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2) -> Dom0:
+def power_on(
+    domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2, policy: MakePolicy | None = None
+) -> Dom0:
     """A machine with memory for domains of these sizes, and room for Xen itself.
 
-    Host memory is used only as guests touch theirs.  Raises EngineError when the engine cannot run here.
+    `policy`: a scheduling algorithm of your own.  Host memory is used only as guests touch theirs.  Raises EngineError
+    when the engine cannot run here.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     mib = sum(domains_mib)
     memory = MemoryBudget(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
     chosen = choose(engine)
-    return Dom0(Hypervisor(memory, chosen.factory, pcpus=pcpus), chosen.name)
+    return Dom0(Hypervisor(memory, chosen.factory, pcpus=pcpus, policy=policy or DEFAULT_POLICY), chosen.name)

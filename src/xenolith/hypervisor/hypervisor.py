@@ -20,6 +20,7 @@ from xenolith.machine.memory import MachineMemory, MemoryBudget
 from xenolith.machine.tsc import frequency, host_clock
 
 LOG_LINES: Final = 2048
+DEFAULT_POLICY: Final[MakePolicy] = Fair
 
 
 class Hypervisor:
@@ -35,7 +36,7 @@ class Hypervisor:
         engine_factory: Callable[[MachineMemory], Engine],
         clock: Clock | None = None,
         pcpus: int = 2,
-        policy: MakePolicy = Fair,
+        policy: MakePolicy = DEFAULT_POLICY,
     ) -> None:
         self.memory = memory
         self.clock: Clock = clock or host_clock()
@@ -79,3 +80,6 @@ class Hypervisor:
     def domain(self, domid: int) -> Domain | None:
         """The domain with this id, dying ones included."""
         return self.domains.get(domid)
+
+
+__all__ = ["DEFAULT_POLICY", "Hypervisor", "MakePolicy"]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
 
 ALLOWANCE: Final = 5_000_000  # ns, the context-switch allowance
 DEFAULT_WEIGHT: Final = 256
@@ -31,7 +31,7 @@ class _Account:
     unwarped_until: int = 0
 
 
-class BorrowedVirtualTime(Policy):
+class BorrowedVirtualTime(Simple):
     """Borrowed virtual time. `warp`, `warp_limit` and `unwarp` are in microseconds."""
 
     name: ClassVar[str] = "bvt"
@@ -59,12 +59,6 @@ class BorrowedVirtualTime(Policy):
         self._active.discard(unit)
         unit.account.warped_run = 0
 
-    def notified(self, unit: Unit) -> None:
-        pass
-
-    def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
-        pass
-
     def charge(self, unit: Unit, ran: int, now: int) -> None:
         account = unit.account
         if _warped(unit, now):
@@ -77,9 +71,6 @@ class BorrowedVirtualTime(Policy):
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account.actual = max(unit.account.actual, max(_actual(other, now) for other in others) + 1)
-
-    def not_before(self, unit: Unit, now: int) -> int:
-        return now
 
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         return min(units, key=lambda unit: _effective(unit, now))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
 
 PERIOD: Final = 100_000_000  # ns
 QUANTUM: Final = 5_000_000  # ns
@@ -34,7 +34,7 @@ class _Account:
     active: bool = False  # it wants to run, or did in this period or the one before
 
 
-class CommunicationAware(Policy):
+class CommunicationAware(Simple):
     """Reservations by weight; within them, events first."""
 
     name: ClassVar[str] = "communication"
@@ -53,9 +53,6 @@ class CommunicationAware(Policy):
     def remove(self, unit: Unit, now: int) -> None:
         self._units.discard(unit)
         self._count_weights()
-
-    def wake(self, unit: Unit, now: int) -> None:
-        pass
 
     def sleep(self, unit: Unit, now: int) -> None:
         account = unit.account
@@ -80,9 +77,6 @@ class CommunicationAware(Policy):
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account.pending = 0
-
-    def not_before(self, unit: Unit, now: int) -> int:
-        return now
 
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         return min(units, key=lambda unit: self._order(unit, now))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
 
 CREDIT_INIT: Final = 10_000_000  # ns of running at the default weight
 MIN_QUANTUM: Final = 1_000_000  # ns
@@ -36,7 +36,7 @@ class _Budget:
     period: int = -1  # the period that it was last filled up for
 
 
-class Credit2(Policy):
+class Credit2(Simple):
     """Credits by weight, budgets by cap."""
 
     name: ClassVar[str] = "credit2"
@@ -64,9 +64,6 @@ class Credit2(Policy):
 
     def sleep(self, unit: Unit, now: int) -> None:
         self._active.discard(unit)
-
-    def notified(self, unit: Unit) -> None:
-        pass
 
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         """Those that ran while nobody waited, longer than a turn, have been given credit as often as they needed it."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
 
 QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
 WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
 DEFAULT_WEIGHT: Final = 256
 
 
-class Fair(Policy):
+class Fair(Simple):
     """Fair shares by weight."""
 
     name: ClassVar[str] = "fair"
@@ -29,17 +29,8 @@ class Fair(Policy):
     def add(self, unit: Unit, now: int) -> None:
         unit.account = 0
 
-    def remove(self, unit: Unit, now: int) -> None:
-        pass
-
     def wake(self, unit: Unit, now: int) -> None:
         unit.account = max(unit.account, self._least - WAKE_CREDIT)
-
-    def sleep(self, unit: Unit, now: int) -> None:
-        pass
-
-    def notified(self, unit: Unit) -> None:
-        pass
 
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         least = min((_share_now(other, now) for other in others), default=unit.account)
@@ -51,9 +42,6 @@ class Fair(Policy):
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account = max(unit.account, max(other.account for other in others) + 1)
-
-    def not_before(self, unit: Unit, now: int) -> int:
-        return now
 
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         return min(units, key=_share)

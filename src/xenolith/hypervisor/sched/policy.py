@@ -81,5 +81,47 @@ class Policy(Protocol):
         """Its quantum is over: whether it leaves now, for one of the `others` that wait, or gets another quantum."""
 
 
+class Simple(Policy):
+    """An algorithm that does not care: one inherits from it and answers what makes it different, at least `pick`."""
+
+    parameters: ClassVar[Mapping[str, int]] = {}
+
+    def add(self, unit: Unit, now: int) -> None:
+        pass
+
+    def remove(self, unit: Unit, now: int) -> None:
+        pass
+
+    def wake(self, unit: Unit, now: int) -> None:
+        pass
+
+    def sleep(self, unit: Unit, now: int) -> None:
+        pass
+
+    def notified(self, unit: Unit) -> None:
+        pass
+
+    def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
+        pass
+
+    def charge(self, unit: Unit, ran: int, now: int) -> None:
+        pass
+
+    def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
+        pass
+
+    def not_before(self, unit: Unit, now: int) -> int:
+        return now
+
+    def victim(self, unit: Unit, running: Sequence[Unit], now: int) -> Unit | None:
+        return None
+
+    def quantum(self, unit: Unit, contended: bool, now: int) -> int:
+        return NO_LIMIT
+
+    def expired(self, unit: Unit, others: Sequence[Unit], now: int) -> bool:
+        return bool(others)
+
+
 MakePolicy = Callable[[int], Policy]
 """An algorithm for a machine with so many pCPUs."""

@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
 
 QUANTUM: Final = 10_000_000  # ns
 SLACK: Final = 1_000_000  # ns of surplus by which whoever wakes must be behind one that runs to preempt it
 DEFAULT_WEIGHT: Final = 256
 
 
-class SurplusFair(Policy):
+class SurplusFair(Simple):
     """Surplus fair scheduling. A unit's account is its start tag, in ns at the default weight."""
 
     name: ClassVar[str] = "sfs"
@@ -57,9 +57,6 @@ class SurplusFair(Policy):
         self._advance(now)
         self._active.discard(unit)
 
-    def notified(self, unit: Unit) -> None:
-        pass
-
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         self._active.add(unit)
         self._advance(now)
@@ -69,9 +66,6 @@ class SurplusFair(Policy):
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account = max(unit.account, max(int(other.account) for other in others) + 1)
-
-    def not_before(self, unit: Unit, now: int) -> int:
-        return now
 
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         self._advance(now)
