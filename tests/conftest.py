@@ -22,7 +22,7 @@ settings.register_profile("untimed", deadline=None)  # on a loaded machine a slo
 settings.load_profile("untimed")
 
 
-@pytest.fixture(params=["unicorn", "kvm"])
+@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
 def engine_name(request: pytest.FixtureRequest) -> str:
     """The name of an engine; tests of one that cannot run here are skipped, with the reason."""
     from machines import missing

@@ -284,6 +284,9 @@ class AdaptiveCpu:
             self._look_around()
             if self._target is not None:
                 self._move()
+            if self._kick:  # it may have gone to the engine that the vCPU was on
+                self._kick = False
+                return
             self._active.run(on_kvm if self._active is self._kvm else on_unicorn)
             moving = self._target is not None
             if self._borrow:
