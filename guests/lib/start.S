@@ -7,8 +7,13 @@
  * SYSCALL itself, which traps to the hypervisor as long as the guest is in kernel mode.
  */
 
+#ifdef MINI
+#define NOTE_FLAGS ""
+#else
+#define NOTE_FLAGS "a"
+#endif
 #define NOTE(type, ...)                 \
-    .pushsection .note.xen, "a", @note; \
+    .pushsection .note.xen, NOTE_FLAGS, @note; \
     .balign 4;                          \
     .long 4, 2f - 1f, type;             \
     .asciz "Xen";                       \
@@ -29,11 +34,13 @@
 NOTE(ELFNOTE_GUEST_OS, .asciz "xenolith-guest")
 NOTE(ELFNOTE_XEN_VERSION, .asciz "xen-3.0")
 NOTE(ELFNOTE_LOADER, .asciz "generic")
+#ifndef MINI /* the rest is what a builder assumes */
 NOTE(ELFNOTE_PAE_MODE, .asciz "yes")
 NOTE(ELFNOTE_FEATURES, .asciz "!writable_page_tables|pae_pgdir_above_4gb")
 NOTE(ELFNOTE_VIRT_BASE, .quad virt_base)
 NOTE(ELFNOTE_PADDR_OFFSET, .quad 0)
 NOTE(ELFNOTE_ENTRY, .quad _start)
+#endif
 #ifdef HYPERCALL_PAGE
 NOTE(ELFNOTE_HYPERCALL_PAGE, .quad hypercall_page)
 #endif

@@ -33,7 +33,8 @@ class Guest:
     shutdown_reason: int = POWEROFF
     console: tuple[re.Pattern[str], ...] = (PASSED,)  # each must be found in the console's output
     # Checks by unprivileged instructions that read descriptor tables (LAR, a load of a selector that the host has too).
-    # They cannot be trapped, and where KVM is paravirtual they see the host's tables.
+    # They cannot be trapped, and where KVM is paravirtual they see the host's tables; nor can reads of CS and SS, which
+    # are always the same there, for a vCPU that is not alone and so cannot go elsewhere.
     of_descriptor_tables: tuple[str, ...] = ()
 
     @property
@@ -78,6 +79,12 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("paging"),
     checks("paging-abuse"),
     replace(checks("descriptors"), of_descriptor_tables=("lar sees the code segment", "its last entry")),
+    checks("selectors"),
+    checks("m2p"),
+    checks("m2p-smp", "m2p.elf", vcpus=2),
+    checks("mini"),
+    replace(checks("mini-smp", "mini.elf", vcpus=2), of_descriptor_tables=("cs", "ss")),
+    checks("edges"),
     checks("user"),
     checks("user-page"),
     checks("privileged"),
