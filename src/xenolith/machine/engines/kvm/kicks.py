@@ -44,9 +44,10 @@ class Kicks:
 
     def taken(self) -> bool:
         """Whether there was a kick; there is none then."""
-        kicked = self._shared.kicked
+        if not self._shared.kicked:
+            return False  # and leave it: one may come now
         self._shared.kicked = False
-        return kicked
+        return True
 
     def enter_thread(self) -> bool:
         """The calling thread is the one that kicks go to. True: it was another before."""
