@@ -24,8 +24,11 @@ __asm__(".text\nupcall_entry:\n"
         " pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %r11\n pop %r10\n pop %r9\n pop %r8\n pop %rdi\n pop %rsi\n"
         " pop %rbp\n pop %rbx\n pop %rdx\n pop %rcx\n pop %rax\n"
         " orb $3, 8(%rsp)\n orb $3, 32(%rsp)\n"
-        " push %rax\n mov shared_info(%rip), %rax\n movb $0, 1(%rax)\n pop %rax\n" /* upcalls are on: the next may nest */
-        " iretq\n");
+        /* Upcalls are on: the next may nest.  One that came before is delivered on the way out of a hypercall. */
+        " push %rax\n mov shared_info(%rip), %rax\n movb $0, 1(%rax)\n testb $0xff, (%rax)\n jz 1f\n"
+        " push %rcx\n push %r11\n push %rdi\n push %rsi\n mov $0, %edi\n mov $0, %esi\n"
+        " call hypercall_page + 17 * 32\n pop %rsi\n pop %rdi\n pop %r11\n pop %rcx\n"
+        "1: pop %rax\n iretq\n");
 
 static u32 timer;
 static volatile u64 ticks, strange;
@@ -55,7 +58,7 @@ int main(void)
     check_eq("set_callbacks", HYPERCALL(HC_set_callbacks, upcall_entry, 0, 0), 0);
     timer = (u32)evtchn_bind_virq(VIRQ_TIMER, 0);
     check_eq("VIRQ_TIMER", timer > 0, 1);
-    evtchn_unmask(timer);
+    check_eq("unmask", evtchn_unmask_op(timer), 0);
     check_eq("set_timer_op", HYPERCALL(HC_set_timer_op, now_ns() + MS / 4), 0);
     shared_info->vcpu[0].upcall_mask = 0;
     /* Registers and flags that an upcall which comes anywhere must bring back. */
@@ -70,7 +73,7 @@ int main(void)
     }
     __asm__ volatile("mov %%cs, %0\n mov %%ss, %1" : "=r"(cs), "=r"(ss));
     upcalls_disable();
-    check_eq("upcalls that were returned from by iretq", (long)ticks, TICKS);
+    check_eq("upcalls that were returned from by iretq", ticks >= TICKS, 1);
     check_eq("  what they interrupted went on as it was", (long)changed, 0);
     check_eq("  none without an event", (long)strange, 0);
     check_eq("cs", (long)cs, FLAT_RING3_CS64);
