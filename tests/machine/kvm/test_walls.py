@@ -15,18 +15,21 @@ from xenolith.abi.layout import FLAT_RING3_CS32, FLAT_RING3_SS32
 from xenolith.abi.x86 import (
     PAGE_SHIFT,
     R8,
+    R11,
     RAX,
     RBX,
     RCX,
     RDI,
+    RDX,
     RIP,
     RSI,
     RSP,
     VECTOR_BP,
+    VECTOR_DB,
     VECTOR_GP,
     VECTOR_UD,
 )
-from xenolith.machine.engines.kvm import area
+from xenolith.machine.engines.kvm import area, fast_path_code
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_SYSCALL
 
@@ -214,3 +217,55 @@ def test_a_breakpoint_is_none_the_less_seen_at_every_kick(guest: Guest) -> None:
     done.set()
     thread.join()
     assert regs[R8] == seen - 1
+
+
+@pytest.mark.parametrize("flag", [1 << 8, 1 << 14, 1 << 18], ids=["TF", "NT", "AC"])
+def test_a_program_at_the_gate_itself_brings_no_flags_into_the_kernel(guest: Guest, flag: int) -> None:
+    """SYSCALL clears these; with AC a kernel's own unaligned accesses would fault."""
+    assert guest.run(loop(2)) == [VECTOR_UD]
+    guest.machine.write_code("9c 58 0f 0b", KERNEL - CODE)  # pushf; pop rax; ud2
+    regs, gate = guest.cpu.regs, guest.code_va + fast_path_code.USER.labels["gate"]
+    regs[RDI], regs[RCX], regs[R11], stack = gate, CODE + 0x40, 0x202, regs[RSP]
+    guest.cpu.set_rflags(flag)
+    vectors = guest.run("ff e7")
+    if guest.modes.kernel_mode:  # KVM's emulator has dropped the flag
+        assert vectors == [VECTOR_UD]
+        assert not regs[RAX] & flag
+    else:
+        assert (vectors, regs[RIP], regs[RSP]) == ([TRAP_SYSCALL], CODE + 0x40, stack)
+
+
+def test_a_kernels_single_steps_do_not_end_at_a_hypercall(guest: Guest) -> None:
+    """set_segment_base(FS, DATA) with TF set: #DB comes up once it is done."""
+    guest.machine.write_code("bf 00 00 00 00 be 00 00 60 00 b8 19 00 00 00 0f 05 90 90 0f 0b", KERNEL - CODE)
+    regs = guest.cpu.regs
+    assert guest.run(loop(1)) == [VECTOR_UD]
+    assert guest.modes.kernel_mode
+    regs[RIP] = KERNEL
+    guest.cpu.set_rflags(1 << 8)
+    stops = []
+    for _ in range(8):
+        (vector,) = guest.go()
+        if vector == VECTOR_UD:
+            break
+        stops.append((vector, regs[RIP] - KERNEL))
+        if vector == TRAP_SYSCALL:
+            regs[RAX] = 0
+    assert stops[:3] == [(VECTOR_DB, 5), (VECTOR_DB, 10), (VECTOR_DB, 15)]
+    assert stops[3][1] in (17, 18)
+    assert stops[-1] == (VECTOR_DB, 19)
+
+
+@pytest.mark.parametrize("code", ["f3 6c", "f3 6e", "6d", "66 ef", "ec", "e5 fb"])
+def test_the_port_that_cpl_3_may_reach_is_none_for_the_guest(machine: Machine, code: str) -> None:
+    """Nothing of a string instruction on it is left for later."""
+    cpu = machine.cpu()
+    for _ in range(3):
+        cpu.regs[RDI], cpu.regs[RSI], cpu.regs[RCX] = DATA + 0x1000, DATA, 64
+        cpu.regs[RDX], cpu.regs[RAX] = area.PORT_SYSCALL, 0x1234_5678
+        machine.set_word(0x5555_5555_5555_5555, page=1)
+        assert machine.execute(cpu, code) == (VECTOR_GP, 0, 0)
+        assert (cpu.regs[RIP], cpu.regs[RAX], cpu.regs[RDI]) == (CODE, 0x1234_5678, DATA + 0x1000)
+        rsi, rcx = cpu.regs[RSI], cpu.regs[RCX]
+        assert machine.execute(cpu, "90 90 0f 0b") == (VECTOR_UD, 0, 0)
+        assert (cpu.regs[RDI], cpu.regs[RSI], cpu.regs[RCX]) == (DATA + 0x1000, rsi, rcx)

@@ -32,6 +32,7 @@ from xenolith.abi.x86 import (
     RSP,
     SEGMENT_BASE,
     SS,
+    VECTOR_DB,
     VECTOR_GP,
     VECTOR_PF,
     VECTOR_UD,
@@ -433,7 +434,7 @@ class KvmCpu(Cpu):
                 return self._exits.at_cpl0(on_trap, port, error_code)
             in_fast_path = fast_path is not None and fast_path.contains(rip)
             trap = None if fast_path is None else fast_path.take_over(in_fast_path)
-            if in_fast_path:  # the fault is no guest's: it goes on elsewhere
+            if in_fast_path and (trap is not None or port != VECTOR_DB):  # no guest's: it goes on elsewhere
                 return on_trap(trap or TRAP_NOTHING, 0, 0)
             if port == VECTOR_PF:
                 return on_trap(VECTOR_PF, error_code, page.q[run_page.CR2])

@@ -12,7 +12,8 @@ depends on what guest code says it is.
 **What a guest can do with it.**  The code at CPL 3 is the guest's to jump into, and its data the guest kernel's to
 write, at any time.  The gates lead to nothing but the vCPU's own two tables, which the hypervisor has validated, at
 CPL 3, so a guest kernel can only confuse itself; what Python takes back from the data (`leave`) it checks.  A program
-can reach only its own view: the gate, which goes on at `landing`.
+can reach only its own view: the gate, which goes on at `landing`.  It may jump to the INT3 itself, with flags that
+SYSCALL would have cleared and with which no kernel must run (AC): so `landing` looks at them once more.
 
 **Ticks.**  While a program computes, KVM's local timer interrupts it in time for each tick of its kernel, and the gate
 for that leads to code which does what the hypervisor would: the event becomes pending, the upcall is bounced.  `run.c`

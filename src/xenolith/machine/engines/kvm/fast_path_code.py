@@ -86,9 +86,13 @@ landing:
     48 89 25 {@saved_rsp}       mov [saved_rsp], rsp
 landing_saved:
     80 3d {@@mask} 00           cmp byte [vcpu_info.evtchn_upcall_mask], 0
-    75 {.landing_slow:1}        jne landing_slow
+    0f 85 {.landing_slow}       jne landing_slow
     48 8b 25 {@kernel_sp}       mov rsp, [kernel_sp]
     48 83 e4 f0                 and rsp, -16
+    9c                          pushf
+    f7 04 24 {other_flags}      test dword [rsp], OTHER_FLAGS
+    0f 85 {.landing_slow}       jne landing_slow
+    48 8d 64 24 08              lea rsp, [rsp+0x8]
     68 {ss}                     push FLAT_RING3_SS64
     ff 35 {@saved_rsp}          push qword [saved_rsp]
     41 81 cb 02 02 00 00        or r11d, IF | RESERVED_ONE
