@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
@@ -198,6 +199,11 @@ class Device(Generic[Kind]):
         self._unplugging = True
         self._look = True
         self._bell.ring()
+
+    def cpu_time_ns(self) -> int:
+        """What its thread has used of the host's processors."""
+        ident = self._thread.ident
+        return time.clock_gettime_ns(time.pthread_getcpuclockid(ident)) if ident and self._thread.is_alive() else 0
 
     def wait_closed(self, timeout: float) -> bool:
         """Wait until the two halves are apart; False when the time is up."""
