@@ -16,7 +16,7 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from xenolith.toolstack import api
 from xenolith.toolstack.api import State, Timeout
-from xenolith.toolstack.client import DomainEvent, DomainInfo, DomainStatistics, HostInfo
+from xenolith.toolstack.client import DiskInfo, DomainEvent, DomainInfo, DomainStatistics, HostInfo
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.errors import ToolstackError
 
@@ -55,10 +55,19 @@ class Domain:
     supervise = _awaited(api.Domain.supervise)
     dump_core = _awaited(api.Domain.dump_core)
     run = _awaited(api.Domain.run)
+    attach_disk = _awaited(api.Domain.attach_disk)
+    detach_disk = _awaited(api.Domain.detach_disk)
+    measure_disk = _awaited(api.Domain.measure_disk)
+    change_medium = _awaited(api.Domain.change_medium)
+    snapshot_disk = _awaited(api.Domain.snapshot_disk)
 
     async def info(self) -> DomainInfo:
         """A snapshot. Raises DomainNotFound when the domain is gone."""
         return await asyncio.to_thread(lambda: self.domain.info)
+
+    async def disks(self) -> list[DiskInfo]:
+        """Its virtual block devices, by number, and what each did. Raises DomainNotFound."""
+        return await asyncio.to_thread(lambda: self.domain.disks)
 
     async def state(self) -> State:
         return await asyncio.to_thread(lambda: self.domain.state)

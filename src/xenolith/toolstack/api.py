@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from xenolith.toolstack.client import (
     Client,
     ConsoleStream,
+    DiskInfo,
     DomainEvent,
     DomainInfo,
     DomainNotFound,
@@ -39,7 +41,9 @@ from xenolith.toolstack.client import (
     no_progress,
 )
 from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.disk import Disk, DiskSpecError, parse_disk
 from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
+from xenolith.toolstack.config.grammar import ConfigFile
 from xenolith.toolstack.config.reader import parse_domain_config
 from xenolith.toolstack.guest_shell import ShellResult, run_at_shell
 from xenolith.toolstack.xenstore_client import XenstoreClient
@@ -140,6 +144,34 @@ class Domain:
     rename = _verb(Client.rename)
     sysrq = _verb(Client.sysrq)
     trigger = _verb(Client.trigger)
+
+    detach_disk = _verb(Client.detach_disk)
+    measure_disk = _verb(Client.measure_disk)
+
+    @property
+    def disks(self) -> list[DiskInfo]:
+        """Its virtual block devices, by number, and what each did. Raises DomainNotFound."""
+        return self.client.disks(self.domid)
+
+    def attach_disk(self, disk: Disk | str) -> None:
+        """Give it another disk, also by what xl.cfg would say of it: "data.img,raw,xvdb,rw"."""
+        if isinstance(disk, str):
+            file = ConfigFile("attach_disk")
+            try:
+                disk = parse_disk(file, disk)
+            except DiskSpecError:
+                raise InvalidRequest("; ".join(file.diagnostics)) from None
+        if disk.script is None and disk.target:
+            disk = replace(disk, target=str(Path(disk.target).absolute()))
+        self.client.attach_disk(self.domid, disk)
+
+    def change_medium(self, vdev: str, target: str | Path | None) -> None:
+        """Put a medium into a drive; None takes out what is there."""
+        self.client.change_medium(self.domid, vdev, "" if target is None else str(Path(target).absolute()))
+
+    def snapshot_disk(self, vdev: str, path: str | Path) -> None:
+        """Keep what a disk of the format overlay holds now in a file, the backing of what it goes on with."""
+        self.client.snapshot_disk(self.domid, vdev, Path(path).absolute())
 
     def shutdown(self) -> None:
         """Ask the guest to power off; returns when it has taken note."""
