@@ -27,11 +27,12 @@ from xenolith.abi.x86 import (
     VECTOR_BP,
     VECTOR_DB,
     VECTOR_GP,
+    VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine.engines.kvm import area, fast_path_code
+from xenolith.machine.engines.kvm import area, fast_path_code, run_page
 from xenolith.machine.engines.kvm.host import host_traits
-from xenolith.machine.engines.protocol import TRAP_SYSCALL
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, EngineError
 
 from .bare import CODE, DATA, STACK_TOP, Machine, in_thread, run_to_trap
 from .test_fast_path import KERNEL, Guest, guest, loop
@@ -269,3 +270,37 @@ def test_the_port_that_cpl_3_may_reach_is_none_for_the_guest(machine: Machine, c
         rsi, rcx = cpu.regs[RSI], cpu.regs[RCX]
         assert machine.execute(cpu, "90 90 0f 0b") == (VECTOR_UD, 0, 0)
         assert (cpu.regs[RDI], cpu.regs[RSI], cpu.regs[RCX]) == (DATA + 0x1000, rsi, rcx)
+
+
+@pytest.mark.parametrize(("vector", "error_code"), [(VECTOR_BP, 0), (VECTOR_GP, 0x402), (VECTOR_PF, 6)])
+def test_a_debug_exception_that_mov_ss_has_delayed_hides_no_trap(
+    machine: Machine, vector: int, error_code: int
+) -> None:
+    """CVE-2018-8897: it comes up at the first instruction of the trap's stub, at CPL 0. Here it is made by hand."""
+    cpu = machine.cpu()
+    machine.execute(cpu, "cd 80")
+    rip = CODE + 1 if vector == VECTOR_BP else CODE
+    frame = (error_code, rip, area.USER_CODE64, 0x246, STACK, area.USER_DATA)
+    cpu._pages.frames[vector][:] = memoryview(array("Q", frame)).cast("B").cast("Q")
+    cpu._page.q[run_page.CR2] = DATA
+    cpu.regs[RIP] = area.TRAP_STUBS + vector * area.STUB_SIZE
+    seen: list[tuple[int, ...]] = []
+    cpu._exits.at_cpl0(lambda *trap: bool(seen.append(trap)), VECTOR_DB, 0)
+    assert seen == [(vector, error_code, DATA if vector == VECTOR_PF else 0)]
+    assert (cpu.regs[RIP], cpu.regs[RSP]) == (rip, STACK)
+
+
+def test_a_debug_exception_behind_a_system_call_is_the_system_call(machine: Machine) -> None:
+    cpu = machine.cpu()
+    machine.execute(cpu, "0f 05")
+    cpu.regs[RIP], cpu.regs[RCX], cpu.regs[R11], cpu.regs[RSP] = cpu._shared.syscall_page, CODE + 2, 0x246, STACK
+    seen: list[tuple[int, ...]] = []
+    cpu._exits.at_cpl0(lambda *trap: bool(seen.append(trap)), VECTOR_DB, 0)
+    assert (seen, cpu.regs[RIP], cpu.regs[RSP]) == ([(TRAP_SYSCALL, 0, 0)], CODE + 2, STACK)
+
+
+def test_an_exception_elsewhere_at_cpl_0_is_an_error_of_this_domain(machine: Machine) -> None:
+    cpu = machine.cpu()
+    cpu.regs[RIP] = area.ENTRY_STUBS
+    with pytest.raises(EngineError, match="engine's own code"):
+        cpu._exits.at_cpl0(lambda *_: True, VECTOR_GP, 0)

@@ -20,6 +20,7 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_OF,
+    VECTOR_PF,
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
     advanced,
@@ -108,7 +109,7 @@ class Exits:
         - SYSCALL has just been executed: by KVM's instruction emulator, where the processor would have stayed at CPL 3,
           or of 32-bit code, for which the emulator cuts CSTAR to 32 bits: SMEP keeps CPL 0 from what comes next; or
           behind a MOV SS, whose #DB comes now.
-        - Such a #DB in a trap stub, of an INT3 behind a MOV SS: the #BP's own frame is on its stack.
+        - Such a #DB in a trap stub, of an INT3 behind a MOV SS: the #BP's frame is on a stack of its own.
         - A gate of the fast path that cannot return: a tick of 32-bit code.
         """
         regs, fast_path = self._regs, self._fast_path
@@ -121,6 +122,8 @@ class Exits:
         trap, within = divmod(rip - area.TRAP_STUBS, area.STUB_SIZE)
         if vector == VECTOR_DB and 0 <= trap < area.TRAP_VECTORS and not within:
             error_code, regs[RIP], selector, regs[RFLAGS], regs[RSP], _ = self._pages.frames[trap]
+            if selector & 3 and trap == VECTOR_PF:
+                return on_trap(VECTOR_PF, error_code, self._page.q[run_page.CR2])
             if selector & 3 and trap != VECTOR_DB:
                 return self.exception(on_trap, trap, error_code, selector)
         raise EngineError(f"exception {vector} (error code {error_code:#x}) in the engine's own code at {rip:#x}")
