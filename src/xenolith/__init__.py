@@ -5,9 +5,11 @@ Everything is imported when it is first used, so that `import xenolith` costs no
 
 from __future__ import annotations
 
+import sys
+
 TYPE_CHECKING = False  # typing's, whose import would take longer than all of this
 if TYPE_CHECKING:
-    from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, load_config, power_on
+    from xenolith.toolstack.api import Domain, Machine, State, Timeout, connect, debian, load_config, power_on
     from xenolith.toolstack.client import EventKind
     from xenolith.toolstack.config.domain import Action, DomainConfig
     from xenolith.toolstack.config.grammar import ConfigError
@@ -33,6 +35,7 @@ __all__ = [
     "XenstoreConflict",
     "XenstoreError",
     "connect",
+    "debian",
     "load_config",
     "power_on",
     "run",
@@ -55,9 +58,20 @@ _ELSEWHERE = {
 }
 
 
+class CallablePackage(type(sys)):  # type: ignore[misc]
+    """The package `xenolith.debian`, which as an attribute hides the function of that name: it does what that does."""
+
+    def __call__(self, *values: object, **named: object) -> object:
+        from xenolith.toolstack.api import debian
+
+        return debian(*values, **named)  # type: ignore[arg-type]
+
+
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "debian":
+        return import_module(f"{__name__}.debian")
     return getattr(import_module(f"{__name__}.toolstack.{_ELSEWHERE.get(name, 'api')}"), name)

@@ -197,3 +197,14 @@ def test_a_guest_without_a_shell_is_given_up() -> None:
         run_at_shell(Teletype(deaf_to=1000), "true", 0, xenolith.Timeout)
     with pytest.raises(xenolith.ToolstackError, match="too long"):
         run_at_shell(Teletype(0), "x" * 2000, None, xenolith.Timeout)
+
+
+def test_debian_is_a_function_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import xenolith.debian.packages
+    from xenolith.toolstack import guests
+
+    files = guests.PreparedGuest("linux", "6", "", Path("k"), Path("/elf"), Path("b"), Path("/cpio"), "quiet")
+    monkeypatch.setattr(guests, "debian", lambda kernel, *, devices: files)
+    config = xenolith.debian("web", memory_mib=64, vcpus=2, arguments="a=b")
+    assert (config.name, config.kernel, config.ramdisk, config.cmdline) == ("web", "/elf", "/cpio", "quiet a=b")
+    assert (config.memory_kib, config.vcpus) == (64 << 10, 2)

@@ -74,6 +74,33 @@ def load_config(path: str | Path) -> DomainConfig:
 
 log = logging.getLogger(__name__)
 
+def debian(
+    name: str = "debian",
+    kernel: str | None = None,
+    *,
+    memory_mib: int = 256,
+    vcpus: int = 1,
+    arguments: str = "",
+    devices: bool = False,
+) -> DomainConfig:
+    """A domain of Debian's stock kernel with a shell on its console, obtained when it is first wanted.
+
+    `kernel` is a version, a suite or a package, as `xenolith guest debian` takes them; `arguments` are added to its
+    command line; with `devices` its initramfs has the drivers of disks and networks. Raises ToolstackError.
+    """
+    from xenolith.toolstack import guests
+
+    guest = guests.debian(kernel or guests.DEFAULT_KERNEL, devices=devices)
+    return DomainConfig(
+        name,
+        kernel=str(guest.elf),
+        ramdisk=str(guest.initramfs),
+        cmdline=f"{guest.arguments} {arguments}".strip(),
+        memory_mib=memory_mib,
+        vcpus=vcpus,
+    )
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
