@@ -115,7 +115,7 @@ CATALOGUE: tuple[Guest, ...] = (
 )
 
 # These need devices; see test_blkfront.py.
-WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"))
+WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"), checks("blkfront-records"))
 
 # In no run of their own; see test_isolation.py and test_endless.py.
 PARTS_OF_TESTS: tuple[str, ...] = ("reach.elf", "endless.elf")

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from struct import Struct
 from typing import IO, Final, NoReturn
@@ -24,6 +25,7 @@ from typing import IO, Final, NoReturn
 from xenolith.dom0.disks import SECTOR, Buffers, DiskError, rest
 
 ANSWER_SECONDS: Final = 60.0
+LOCKED_SECONDS: Final = 3.0  # that qemu-nbd of a process that was killed has to finish with the image
 
 NBDMAGIC: Final = b"NBDMAGIC"
 IHAVEOPT: Final = b"IHAVEOPT"
@@ -189,15 +191,21 @@ class QemuDisk(NbdDisk):
         options = [f"--format={format}", "--shared=1", f"--discard={'unmap' if discard else 'ignore'}"]
         if not writable:
             options.append("--read-only")
-        with tempfile.TemporaryFile() as complaints:
-            stream, self._server = _start([program, *options, os.path.abspath(path)], complaints)
-            try:
-                super().__init__(stream, writable, discard)
-            except OSError as error:
-                self._server.wait()
-                complaints.seek(0)
-                said = complaints.read(2000).decode("utf-8", "replace").strip()
-                raise DiskError(f"qemu-nbd cannot serve {path}: {said or error}") from error
+        command = [program, *options, os.path.abspath(path)]
+        deadline = time.monotonic() + LOCKED_SECONDS
+        while True:
+            with tempfile.TemporaryFile() as complaints:
+                stream, self._server = _start(command, complaints)
+                try:
+                    super().__init__(stream, writable, discard)
+                    return
+                except OSError as error:
+                    self._server.wait()
+                    complaints.seek(0)
+                    said = complaints.read(2000).decode("utf-8", "replace").strip()
+                    if " lock" not in said or time.monotonic() > deadline:
+                        raise DiskError(f"qemu-nbd cannot serve {path}: {said or error}") from error
+            time.sleep(0.05)
 
     def close(self) -> None:
         super().close()
