@@ -27,6 +27,8 @@ from xenolith.debian.initramfs import Node
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import Apt, GuestUnavailable, Package, cache_directory, file_of_deb, obtain, refresh
 from xenolith.dom0.image import load_image
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.reader import parse_domain_config
 
 # Serves $FAKE/lists (stanzas by package) and $FAKE/pool (files); each call is logged. With -c (private lists) it
 # serves $FAKE/fresh instead of $FAKE/lists, once `update` has put them there; $FAKE/SUITE if the configuration has
@@ -373,15 +375,29 @@ def test_a_package_that_is_not_for_xen_is_refused_and_leaves_nothing_half_done(a
 def test_the_command_prints_paths_and_makes_an_initramfs(archive: Archive) -> None:
     result = CliRunner().invoke(guest, ["debian", "--kernel-version", "6.12"])
     assert result.exit_code == 0, result.output
-    paths = dict(line.split(maxsplit=1) for line in result.output.splitlines())
+    paths = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert paths["package"] == "linux-image-6.12.9+deb12-amd64"
     assert Path(paths["initramfs"]).read_bytes().startswith(b"070701")
+
+
+def test_the_command_writes_a_configuration_and_replaces_none(archive: Archive, tmp_path: Path) -> None:
+    file = tmp_path / "web.cfg"
+    line = ["debian", "--kernel-version", "6.12", "--cfg", str(file)]
+    assert CliRunner().invoke(guest, line).exit_code == 0
+    config, _ = parse_domain_config(file.read_text(), str(file), HostTopology.of_this_machine())
+    assert config.name == "web"
+    assert Path(config.kernel or "").read_bytes() == linux(guest_version="linux-image-6.12.9+deb12-amd64")
+    assert "console=hvc0" in (config.cmdline or "")
+    before = file.read_text()
+    again = CliRunner().invoke(guest, line)
+    assert (again.exit_code, file.read_text()) == (1, before)
+    assert "exists already" in again.output
 
 
 def test_the_command_fails_with_the_reason_alone(archive: Archive) -> None:
     result = CliRunner().invoke(guest, ["debian", "--kernel-version", "5.99"])
     assert result.exit_code == 1
-    assert result.output.startswith("Error: apt's sources")
+    assert "Error: apt's sources" in result.output
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xenolith.machine.engines.select import ENGINES
 from xenolith.toolstack.daemon.run_directory import Leftovers, RunDirectory, default_socket
+from xenolith.toolstack.host import ENGINES, power_on
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0
@@ -126,10 +126,8 @@ def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
 
 
 def _switched_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
-    from xenolith.dom0.power import power_on
-
     try:
-        return power_on([memory_mib], engine, pcpus)
+        return power_on(memory_mib, engine, pcpus)
     except (OSError, MemoryError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "no memory left"
         raise click.ClickException(

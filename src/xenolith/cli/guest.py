@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from xenolith.cli.progress import tell_of_downloads
 from xenolith.toolstack import guests
 
 
@@ -44,6 +45,7 @@ def debian(kernel: str, update: bool, devices: bool, cfg: Path | None, as_json: 
     apt downloads them and checks their signatures; they are kept in the XDG cache directory, with an initramfs
     that starts a shell on the console.
     """
+    tell_of_downloads()
     if cfg is not None and cfg.exists():
         raise click.ClickException(f"{cfg} exists already; name another file")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,12 @@ from rich.progress import Progress as Bar
 from xenolith.toolstack.client import OnProgress, Progress, no_progress
 
 PATIENCE_S: Final = 1.0  # what is done sooner needs no bar
+
+
+def tell_of_downloads() -> None:
+    """Say on standard error what is being fetched."""
+    logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
+    logging.getLogger("xenolith.debian.packages").setLevel(logging.INFO)
 
 
 @contextmanager

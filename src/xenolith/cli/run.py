@@ -23,6 +23,7 @@ from typing import Final
 
 import click
 
+from xenolith.cli.progress import tell_of_downloads
 from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
 from xenolith.toolstack import run_disks
 from xenolith.toolstack.errors import RunError, UsageError
@@ -183,7 +184,7 @@ def run(
 
 def _log_to_standard_error(verbose: bool) -> None:
     """What the choice of an engine and the building of native code have to say, for -v; without, only failures."""
-    logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
+    tell_of_downloads()
     for name in ("xenolith.machine", "xenolith.hypervisor", "xenolith.debian"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 

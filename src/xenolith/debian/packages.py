@@ -34,6 +34,7 @@ import fcntl
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -65,6 +66,9 @@ _WAYS_OUT = (
     "install the packages linux-image-amd64 and busybox-static, or pass a kernel of your own with --kernel "
     "(a bzImage or ELF built for Xen PV) and its --ramdisk"
 )
+
+
+_log = logging.getLogger(__name__)  # what takes seconds is told at the level INFO
 
 
 class GuestUnavailable(Exception):
@@ -315,6 +319,7 @@ class Apt:
     def download(self, package: Package, into: Path) -> Path:
         """Downloads the package's .deb, its digest checked against the signed index by apt."""
         command = ["apt-get", "-q", "download", f"{package.name}={package.version}"]
+        _log.info("fetching %s %s from Debian's archive", package.name, package.version)
         result = self._run(command, cwd=into)
         if result.returncode and not any(into.glob("*.deb")):
             # Most often the archive has moved on since the lists were fetched.
@@ -339,6 +344,7 @@ class Apt:
             sources.write_text(self._sources_of_suite())
             settings += f'Dir::Etc::sourcelist "{sources}";\nDir::Etc::sourceparts "-";\n'
         attempt.write_text(settings)
+        _log.info("fetching package lists%s", self._suite and f" of {self._suite}")
         result = self._run(["apt-get", "-q", "update"], conf=attempt)
         # One broken third-party source must not keep us from Debian's; what is missing shows when asked for.
         # Without any network apt-get still ends with status 0: whether there are lists is what tells.

@@ -1,0 +1,59 @@
+"""The machine underneath: which engines it offers, and switching one on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from xenolith.machine.engines.select import ENGINES as ENGINES
+
+if TYPE_CHECKING:
+    from xenolith.dom0.services import Dom0
+
+_FRAMES: Final = 1024  # of a machine to try an engine on
+
+
+def survey() -> Iterator[tuple[str, str]]:
+    """(name, what is to be said) of each engine and of native code, and in the end of what `auto` takes."""
+    from xenolith.machine.engines.select import choose
+
+    logging.getLogger("xenolith").setLevel(logging.ERROR)  # the reasons are told here
+    for name in ENGINES:
+        if name != "auto":
+            yield name, _found(name)
+    yield "native", _native()
+    choice = choose()
+    yield "auto", f"{choice.name}: {choice.reason}"
+
+
+def _native() -> str:
+    """Whether the commonest traps are handled in native code, or what that lacks."""
+    from xenolith.hypervisor import ring0
+
+    reason = ring0.missing()
+    return f"traps are Python's: {reason.splitlines()[0]}" if reason else "the commonest traps are handled in C"
+
+
+def _found(name: str) -> str:
+    """Whether an engine works here, and what kind it is or what it lacks."""
+    from xenolith.machine.engines.protocol import EngineError
+    from xenolith.machine.engines.select import choose
+    from xenolith.machine.memory import MachineMemory
+
+    memory = MachineMemory(_FRAMES)
+    try:
+        choice = choose(name)
+        choice.factory(memory).close()
+    except EngineError as error:
+        return f"refused: {error}"
+    finally:
+        memory.close()
+    return f"works: {choice.title}{choice.kind and ': '}{choice.kind}"
+
+
+def power_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
+    """A machine for domains of this size together. Raises EngineError, OSError and MemoryError."""
+    from xenolith.dom0 import power
+
+    return power.power_on([memory_mib], engine, pcpus)
