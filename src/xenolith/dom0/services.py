@@ -33,10 +33,9 @@ from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
 from xenolith.dom0.migration.restore import Received
 from xenolith.dom0.migration.services import put
-from xenolith.dom0.network.network import Network
+from xenolith.dom0.network.link import UplinkError
+from xenolith.dom0.network.network import Network, chosen_uplink
 from xenolith.dom0.network.port import PortStatistics
-from xenolith.dom0.network.router import AddressError
-from xenolith.dom0.network.rules import RuleError
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.dom0.xenstore.connection import ConnectionState
@@ -147,7 +146,7 @@ class Dom0:
         self.xenstore = XenstoreService()
         self.xenstore.start()
         self.xenbus = Xenbus(self.xenstore, self.domain.log)
-        self.network = Network(self.domain.log)
+        self.network = Network(self.domain.log, chosen_uplink())
         self.xenstore.write("/local/domain/0/name", "Domain-0", ["n0"])
         self.xenstore.write("/local/domain/0/domid", "0", ["n0"])
         port = self.domain.bind_virq(VIRQ_DOM_EXC)
@@ -356,7 +355,7 @@ class Dom0:
             except ValueError:
                 backend.close()
                 raise
-        except (RuleError, AddressError, ValueError) as error:
+        except (UplinkError, ValueError) as error:
             raise DomainCreateError(str(error)) from error
 
     def unplug_net(

@@ -63,7 +63,7 @@ MAX_PASST_FRAME: Final = 65535
 _ARP: Final = Struct("!HHBBH6sI6sI")
 _MARTIANS: Final = tuple(
     (int(network.network_address), int(network.netmask))
-    for network in map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "240.0.0.0/4"))
+    for network in map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "192.0.0.0/24", "224.0.0.0/3"))
 )
 
 
@@ -89,6 +89,8 @@ class Router:
         self.clock: Final = clock
         self.flows: Final = Flows()
         self.uplink: UplinkPort | None = None
+        self.open_uplink: Callable[[], UplinkPort | None] = lambda: None
+        """Called in a turn when a domain that may reach the outside does so for the first time."""
         self.resolver: Resolver | None = None
         self.vifs: Final[dict[int, VifPort]] = {}  # by address
         self._generation = 0  # of the rules
@@ -138,7 +140,7 @@ class Router:
         self.change_policy(vif, vif.policy)
 
     def attach_uplink(self, uplink: UplinkPort, publications: Iterable[tuple[VifPort, Publication]] = ()) -> None:
-        """Let a way to the outside be used, for these published ports too."""
+        """Let a way to the outside be used for these published ports."""
         for vif, publication in publications:
             uplink.published[publication.protocol, publication.host_port] = (vif, publication.guest_port)
 
@@ -227,7 +229,7 @@ class Router:
             return
         if ethertype != ETHERTYPE_IPV4:
             raise Drop("not IPv4")
-        if data[0:6] != uplink.own_mac:
+        if data[0:6] not in (uplink.own_mac, bytes(6)):  # passt sends so until it has heard from us
             raise Drop("multicast" if data[0] & 1 else "another's MAC")
         packet = read_ipv4(frame, uplink.mtu)
         if packet.destination != uplink.address or packet.source & self.netmask == int(self.network.network_address):
@@ -270,15 +272,23 @@ class Router:
                 raise Drop("no host")
             path = self.flows.open(vif, target, packet, self._generation, self.clock())
         else:
-            if any(destination & mask == network for network, mask in _MARTIANS) or destination >> 28 == 0xE:
+            if any(destination & mask == network for network, mask in _MARTIANS):
                 raise Drop("martian")
-            uplink = vif.uplink or self.uplink
-            if uplink is None:
-                raise Drop("no uplink")
+            uplink = vif.uplink or self.uplink or self._uplink_for(vif, packet)
             if packet.protocol == TCP and packet.flags & (TCP_SYN | TCP_ACK) != TCP_SYN:
                 raise Drop("no connection")
             path = self.flows.open_outwards(vif, uplink, uplink.address, packet, self._generation, self.clock())
         return self._judged(path, packet)
+
+    def _uplink_for(self, vif: VifPort, packet: Packet) -> UplinkPort:
+        """Open the way to the outside, for a packet that may go there. Raises Drop."""
+        peer = Peer(packet.destination, None, vif.names.of)
+        if not vif.policy.verdict(Direction.OUT, packet.protocol, packet.destination_port, peer)[0]:
+            raise Drop("denied")
+        self.uplink = self.open_uplink()
+        if self.uplink is None:
+            raise Drop("no uplink")
+        return self.uplink
 
     def _new_path_inwards(self, uplink: UplinkPort, packet: Packet) -> Path:
         """A connection to a published port."""
