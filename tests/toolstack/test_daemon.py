@@ -473,6 +473,13 @@ def test_a_new_domain_whose_maker_has_gone_is_taken_away_again(served: Served, r
     events.close()
 
 
+def test_nothing_is_made_beside_a_file_that_is_no_socket(tmp_path: Path) -> None:
+    (tmp_path / "web.cfg").write_text("mine")
+    with pytest.raises(ToolstackError, match="is no socket but a file; it is left as it is"):
+        RunDirectory(tmp_path / "web.cfg").acquire()
+    assert [path.name for path in tmp_path.iterdir()] == ["web.cfg"]
+
+
 def test_a_directory_of_somebodys_own_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "web.d").mkdir()
     (tmp_path / "web.d" / "state.json").write_text("mine")

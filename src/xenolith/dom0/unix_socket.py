@@ -91,14 +91,21 @@ class ListeningSocket:
                 self.path.unlink()
 
 
-def clear(path: Path, serving: str) -> None:
-    """Remove the socket of somebody who has ended. Raises InTheWay for anything else that is there."""
+def is_there(path: Path) -> bool:
+    """Whether there is a socket at `path`. Raises InTheWay for anything else."""
     try:
         status = path.lstat()
     except FileNotFoundError:
-        return
+        return False
     if not stat.S_ISSOCK(status.st_mode):
         raise InTheWay(f"{path} is no socket but {_kind(status.st_mode)}; it is left as it is: name another")
+    return True
+
+
+def clear(path: Path, serving: str) -> None:
+    """Remove the socket of somebody who has ended. Raises InTheWay for anything else that is there."""
+    if not is_there(path):
+        return
     try:
         connect(path, timeout=0).close()
     except ConnectionRefusedError:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xenolith.dom0 import unix_socket
 from xenolith.toolstack.client import ToolstackError
 
 SOCKET_VARIABLE: Final = "XENOLITH_SOCKET"
@@ -114,6 +115,10 @@ class RunDirectory:
 
     def prepare(self) -> None:
         """Make the directories, for this user only. Raises UnsafeDirectory and UnusableDirectory."""
+        try:
+            unix_socket.is_there(self.socket_path)
+        except OSError as error:
+            raise UnusableDirectory(str(error)) from error
         for directory in (self.socket_path.parent, self.path):
             try:
                 directory.mkdir(mode=0o700, exist_ok=True)
