@@ -1,18 +1,14 @@
 """Domains in files: `xl save` and `xl restore`.
 
-A file is written beside the one it is to replace and takes its place when it is complete and on the disk, so that a
-crash leaves the old one or the new.  What the toolstack needs besides to make the domain again, its configuration,
-goes into the description at the beginning.
+A file is complete or as it was before (`whole_file`). What the toolstack needs besides to make the domain again, its
+configuration, goes into the description at the beginning.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.restore import Received, Receiver
@@ -22,6 +18,7 @@ from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.daemon.codec import CodecError, decode, encode
+from xenolith.toolstack.whole_file import whole_file
 
 
 def save_domain(
@@ -30,31 +27,12 @@ def save_domain(
     """Write a domain to a file; it is paused once more afterwards. Raises ToolstackError, then without the pause."""
     on_pages = _reporter("saving the domain", progress)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            aside = Path(file.name)
-            try:
-                out = cast(BinaryIO, file)
-                save(dom0, domain, stream.Writer(out, compress), {"config": encode(config)}, on_pages)
-                file.flush()
-                os.fsync(file.fileno())
-                aside.replace(path)
-                _sync_directory(path.parent)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
+        with whole_file(path) as file:
+            save(dom0, domain, stream.Writer(file, compress), {"config": encode(config)}, on_pages)
     except RecordError as error:
         raise ToolstackError(f"Domain {domain.domid} cannot be saved: {error}.") from error
     except OSError as error:
         raise ToolstackError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # some file systems have nothing to do for a directory
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reporter(stage: str, progress: OnProgress) -> Callable[[int, int], None]:
