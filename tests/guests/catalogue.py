@@ -33,8 +33,8 @@ class Guest:
     shutdown_reason: int = POWEROFF
     console: tuple[re.Pattern[str], ...] = (PASSED,)  # each must be found in the console's output
     # Checks by unprivileged instructions that read descriptor tables (LAR, a load of a selector that the host has too).
-    # They cannot be trapped, and where KVM is paravirtual they see the host's tables; nor can reads of CS and SS, which
-    # are always the same there, for a vCPU that is not alone and so cannot go elsewhere.
+    # They cannot be trapped, and on KVM they see the engine's table, or where it is paravirtual the host's; nor can
+    # reads of CS and SS, which are always the same there, for a vCPU that is not alone and so cannot go elsewhere.
     of_descriptor_tables: tuple[str, ...] = ()
 
     @property

@@ -159,7 +159,6 @@ def _set_up(domain: Domain, shares_info: bool, limits: Limits) -> None:
         vcpu.info = domain.shared_info + vcpu.vcpu_id * layout.VCPU_INFO_SIZE
         vcpu.state.gdt_va = descriptors.gdt_va(vcpu.vcpu_id)
         vcpu.state.gdt_limit = (layout.FIRST_RESERVED_GDT_PAGE + 1) * PAGE_SIZE - 1
-        vcpu.state.xcr0 = 1
     entries = domain.xen_l4_entries
     entries[descriptors.WINDOW_SLOT - layout.XEN_FIRST_SLOT] = l3 << 12 | WINDOW_TABLE
     for slot, entry in {**domain.view.m2p_l4_entries, **engine.l4_entries}.items():
