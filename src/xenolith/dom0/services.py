@@ -92,6 +92,7 @@ class GuestDomain:
         self.disks = disks  # by virtual device number
         self.nets = nets  # by handle
         self.undo = undo  # takes the domain apart, in the reverse order of its making
+        self.started = False  # it was let run
         self._ended = threading.Condition()
         self._end: DomainInfo | None = None
 
@@ -369,6 +370,7 @@ class Dom0:
 
     def start(self, domain: GuestDomain) -> None:
         """Let a created domain run."""
+        domain.started = True
         self.control.unpause(domain.domid)
 
     def resume(self, domain: GuestDomain) -> None:
