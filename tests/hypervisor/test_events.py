@@ -105,6 +105,21 @@ def test_a_flood_of_events_leaves_one_entry_to_drain(machine: BareMachine) -> No
     assert len(domain.posted) == 1
 
 
+def test_a_flood_of_writes_to_a_domains_frames_leaves_one_entry_a_frame_to_drain(machine: BareMachine) -> None:
+    """As many as others copy into its grants while it is paused."""
+    domain = machine.domain()
+    looked_at: list[int] = []
+    domain.executable_mapped = looked_at.append
+    for number in range(1000):
+        events.post_code_written(domain, 5 + number % 2)
+    assert len(domain.posted) == 2
+    events.drain(domain)
+    assert sorted(looked_at) == [5, 6]
+    events.post_code_written(domain, 5)
+    events.drain(domain)
+    assert looked_at[2:] == [5], "written again since"
+
+
 def test_dom0_gets_its_events_by_handler_even_those_that_came_first(machine: BareMachine) -> None:
     domain = machine.domain()
     seen: list[int] = []

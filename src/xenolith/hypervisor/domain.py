@@ -405,6 +405,7 @@ class Domain(DomainFields):
         self.grants: GrantTable
         # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
         self.posted: deque[int] = deque()
+        self.code_written: set[int] = set()  # frames that others have written to; see events.post_code_written
 
         # Life cycle.
         self.paused_by_control = 0

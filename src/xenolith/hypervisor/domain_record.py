@@ -431,6 +431,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "events": BY_HAND,
         "grants": BY_HAND,
         "posted": REBUILT,  # none is left
+        "code_written": REBUILT,  # likewise
         "paused_by_control": HOST,
         "shutdown_reason": REBUILT,  # one that has shut down does not travel
         "dying": HOST,

@@ -55,7 +55,7 @@ PER_VCPU_VIRQS: Final = frozenset((VIRQ_TIMER, VIRQ_DEBUG, VIRQ_XENOPROF, VIRQ_X
 
 # Domain.posted holds ports, ~vcpu_id for a poll whose time is up, and these:
 _WATCHDOG: Final = -(1 << 31)
-_CODE_WRITTEN: Final = -(1 << 40)  # minus an MFN
+_CODE_WRITTEN: Final = -(1 << 40)  # of a frame in Domain.code_written
 
 Handler = Callable[[int], None]
 
@@ -302,8 +302,9 @@ def post_watchdog(domain: Domain) -> None:
 
 def post_code_written(domain: Domain, mfn: int) -> None:
     """Somebody outside the domain has written to one of its frames: code translated from it is stale."""
-    if domain.executable_mapped is not None:
-        domain.posted.append(_CODE_WRITTEN - mfn)
+    if domain.executable_mapped is not None and mfn not in domain.code_written:
+        domain.code_written.add(mfn)
+        domain.posted.append(_CODE_WRITTEN)
         domain.hypervisor.scheduler.kick(domain.vcpus[0])
 
 
@@ -325,9 +326,11 @@ def drain(domain: Domain) -> None:
 
 
 def _apply_request(domain: Domain, request: int) -> None:
-    if request <= _CODE_WRITTEN:
-        if domain.executable_mapped is not None:
-            domain.executable_mapped(_CODE_WRITTEN - request)
+    if request == _CODE_WRITTEN:
+        if domain.code_written:  # two threads may have posted the same frame
+            mfn = domain.code_written.pop()
+            if domain.executable_mapped is not None:
+                domain.executable_mapped(mfn)
         return
     if request == _WATCHDOG:
         domain_shutdown(domain, SHUTDOWN_watchdog)

@@ -173,6 +173,7 @@ class GrantTable:
     def unpin(self, ref: int, writable: bool) -> None:
         """Undo one `pin`. No TLB may know the frame by it any more."""
         active = self._active[ref]
+        assert active.writers if writable else active.readers, f"{self.domain!r}: grant {ref} is not pinned so"
         if writable:
             active.writers -= 1
             paging.put_page_and_type(self.domain, active.mfn)
