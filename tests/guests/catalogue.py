@@ -97,6 +97,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("smp", vcpus=3),
     checks("smp-paging", vcpus=2),
     checks("grants"),
+    checks("strays", cmdline="seed=3 runs=500"),
     *(fuzz(seed, calls=2000) for seed in (1, 2, 3)),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),

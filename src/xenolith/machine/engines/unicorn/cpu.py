@@ -357,12 +357,14 @@ class UnicornCpu:
                 self._failure = failure
                 return False
 
-        step_from = -1  # RIP after a system call that began single-stepping: Unicorn reports a step too early there
+        # RIP after a system call that began single-stepping, or a SYSENTER that ended it: Unicorn reports a step there.
+        step_from = -1
 
         def system_call(vector: int, error_code: int, address: int) -> bool:
             nonlocal step_from
+            stepped = regs[RFLAGS] & EFLAGS_TF  # this bit, unlike the status flags, is always current
             more = deliver(vector, error_code, address)
-            if regs[RFLAGS] & EFLAGS_TF:  # this bit, unlike the status flags, is always current
+            if regs[RFLAGS] & EFLAGS_TF or (stepped and vector == TRAP_SYSENTER):
                 step_from = regs[RIP]
             return more
 
