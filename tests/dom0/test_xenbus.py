@@ -262,3 +262,19 @@ def test_an_error_of_the_front_ends_while_it_is_served_closes_the_device(guest: 
     guest.says(S.INITIALISED, ring_ref="8")
     guest.sees(S.CLOSING)
     assert guest.device.failure == "its front-end broke the protocol: its ring lies"
+
+
+def test_a_host_that_gives_no_thread_costs_the_device_and_leaves_nothing(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = len(os.listdir("/proc/self/fd")), guest.store.statistics()["watches"]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ValueError, match="new thread"):
+            guest.xenbus.plug(7, 9, Toy(), {}, {})
+    assert not guest.store.exists("/local/domain/7/device/toy/9")
+    assert not guest.store.exists("/local/domain/0/backend/toy/7/9")
+    assert before == (len(os.listdir("/proc/self/fd")), guest.store.statistics()["watches"])

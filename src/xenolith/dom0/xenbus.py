@@ -135,7 +135,12 @@ class Device(Generic[Kind]):
         self._over = False  # nothing is called any more
         self._watch = self._store.watch(f"{self.frontend}/state", self._frontend_changed)
         self._thread: Final = threading.Thread(target=self._run, name=self.name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the host gives no thread
+            self._watch.cancel()
+            self._bell.close()
+            raise
 
     @property
     def state(self) -> XenbusState:
@@ -330,7 +335,7 @@ class Xenbus:
         """Give a domain a device, before it runs or while it does.
 
         `front` and `back` are nodes of the two directories besides those that every device has.  Raises ValueError
-        where the domain has a device of that kind and number.
+        where the domain has a device of that kind and number, or the host has no thread or descriptor for it.
         """
         frontend = f"/local/domain/{domid}/device/{backend.kind}/{number}"
         directory = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
@@ -360,12 +365,19 @@ class Xenbus:
                 store.write(f"{frontend}/{name}", value)
 
         self.store.transact(write)
-        return Device(self, domid, number, backend)
+        return self._made(domid, number, backend, frontend, directory)
+
+    def _made(self, domid: int, number: int, backend: Kind, frontend: str, directory: str) -> Device[Kind]:
+        try:
+            return Device(self, domid, number, backend)
+        except (OSError, RuntimeError) as error:
+            self._forget(frontend, directory)
+            raise ValueError(f"the host gives nothing for another device: {error}") from error
 
     def adopt(self, domid: int, number: int, backend: Kind) -> Device[Kind]:
         """A device of a domain that came here with its nodes in xenstore. It connects where it was connected.
 
-        Raises ValueError where there are no nodes of such a device.
+        Raises ValueError where there are no nodes of such a device, and as `plug` does.
         """
         frontend = f"/local/domain/{domid}/device/{backend.kind}/{number}"
         directory = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
@@ -381,7 +393,7 @@ class Xenbus:
                 store.write(path, value)
 
         self.store.transact(write)
-        return Device(self, domid, number, backend)
+        return self._made(domid, number, backend, frontend, directory)
 
     def unplug(self, device: Device[Kind], timeout: float = UNPLUG_SECONDS, force: bool = False) -> bool:
         """Take a device from a running domain.
@@ -398,9 +410,11 @@ class Xenbus:
     def remove(self, device: Device[Kind]) -> None:
         """End a device whose front-end has let go of it, or does not run any more."""
         device.stop()
+        self._forget(device.frontend, device.directory)
 
+    def _forget(self, frontend: str, directory: str) -> None:
         def remove(store: HostRequests) -> None:
-            store.rm(device.frontend)
-            store.rm(device.directory)
+            store.rm(frontend)
+            store.rm(directory)
 
         self.store.transact(remove)

@@ -16,6 +16,7 @@ before, a block has what it had at the last flush or what was written since, as 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
 import threading
@@ -176,7 +177,8 @@ class OverlayDisk:
         self._keeps: Final = keeps
         self._lock: Final = threading.Lock()  # of _pending, and of copying parts of blocks up
         self._flushing: Final = threading.Lock()
-        self._layer_of: Final = bytearray(layers[-1].header.blocks)  # by block: 0 the base, 1 the lowest layer, ...
+        # By block: 0 the base, 1 the lowest layer, ... Pages of it that are not touched take no memory.
+        self._layer_of: Final = mmap.mmap(-1, layers[-1].header.blocks)
         self._pending: list[tuple[int, int]] = []  # blocks from .. to that the file's bitmap does not have yet
         self._bitmap = bytearray()
         table = np.frombuffer(self._layer_of, dtype=np.uint8)
@@ -369,9 +371,11 @@ class OverlayDisk:
         self._bitmap = bytearray(layer.header.bitmap_bytes)
 
     def close(self) -> None:
-        if self.writable:
-            self.flush()
-        for layer in self._layers:
-            layer.file.close()
-        if self._base is not None:
-            self._base.close()
+        try:
+            if self.writable:
+                self.flush()
+        finally:
+            for layer in self._layers:
+                layer.file.close()
+            if self._base is not None:
+                self._base.close()
