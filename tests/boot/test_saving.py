@@ -31,8 +31,8 @@ def person(tmp_path: Path) -> Iterator[Person]:
         yield person
 
 
-def _works_as_before(person: Person) -> None:
-    with person.console("deb") as console:
+def _works_as_before(person: Person, name: str = "deb") -> None:
+    with person.console(name) as console:
         console.expect(b"before\r\n", DEADLINE_SECONDS)  # what was printed before it was saved
         console.type(b"echo still-$here-$(cat /kept)\r")
         console.expect(b"still-before-42", DEADLINE_SECONDS)
@@ -86,3 +86,21 @@ def test_a_guest_suspends_itself_and_is_resumed(person: Person) -> None:
     done = person.xl("resume", "deb")
     assert done.returncode == 0, done.stderr
     _works_as_before(person)
+
+
+def test_clones_have_the_shell_of_their_parent_and_a_store_of_their_own(person: Person) -> None:
+    done = person.xl("clone", "--count", "2", "deb", "copy")
+    assert done.stdout.splitlines() == ["2 copy-1", "3 copy-2"], done.stderr
+    _works_as_before(person, "copy-1")
+    with person.console("copy-2") as console:
+        console.expect(b"before\r\n", DEADLINE_SECONDS)
+        console.type(b"rm /kept; echo gone\r")
+        console.expect(b"gone\r\n", DEADLINE_SECONDS)
+    assert person.xl("clone", "-p", "copy-1", "copy-3").stdout == "4 copy-3\n"
+    for number, name in ((2, "copy-1"), (3, "copy-2")):
+        asked = person.xl("shutdown", "-w", name)
+        assert asked.stderr.splitlines()[-1] == f"Domain {number} has been shut down, reason code 0"
+    _works_as_before(person)
+    person.xl("unpause", "copy-3")
+    _works_as_before(person, "copy-3")
+    assert person.xl("clone", "deb", "copy-3").returncode != 0

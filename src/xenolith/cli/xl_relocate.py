@@ -1,4 +1,4 @@
-"""The `xl` commands that take a domain away from where it is: save, restore, suspend, resume."""
+"""The `xl` commands that take a domain away from where it is: save, restore, clone, suspend, resume."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import click
+
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
 from xenolith.toolstack.client import AfterSave, ToolstackError
 from xenolith.toolstack.config.domain import absolute_paths
 
+MOST_CLONES: Final = 10_000
 _FORMAT: Final = "new xl format"
 
 
@@ -62,6 +65,36 @@ def restore(session: Session, options: Options, operands: Sequence[str]) -> int:
     except ToolstackError as error:
         raise Failure(str(error), STATUS_FAIL) from error
     return start(session, options, domid, session.client.config(domid).name)
+
+
+@command(
+    "[options] <Domain> [<Name>]",
+    "Make copies of a running domain that share its memory",
+    Option("n", "Make so many, called Name-1, Name-2, ... (Xenolith's own).", long="count", value="N"),
+    Option("p", "Leave the copies paused."),
+    operands=1,
+)
+def clone(session: Session, options: Options, operands: Sequence[str]) -> int:
+    domid = resolve(session, operands[0])
+    client, supervision = session.toolstack.client, session.toolstack.supervision
+    name = operands[1] if len(operands) > 1 else f"{session.client.config(domid).name}-clone"
+    names = [name]
+    if "n" in options:
+        if not options["n"].isascii() or not options["n"].isdigit() or not 1 <= int(options["n"]) <= MOST_CLONES:
+            raise Failure(f"The number of clones must be 1 to {MOST_CLONES}, not {options['n']}.")
+        names = [f"{name}-{number}" for number in range(1, int(options["n"]) + 1)]
+    try:
+        with progress_bar() as progress:
+            made = client.clone(domid, names, progress)
+    except ToolstackError as error:
+        raise Failure(str(error), STATUS_FAIL) from error
+    for each in made:
+        supervision.supervise(each)
+        if "p" not in options:
+            client.unpause(each)
+    for each, called in zip(made, names, strict=True):
+        click.echo(f"{each} {called}")
+    return 0
 
 
 @command("<Domain>", "Have the guest suspend itself, keeping its memory", operands=1)

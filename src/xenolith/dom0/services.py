@@ -31,8 +31,9 @@ from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.disks.overlay import OverlayDisk
 from xenolith.dom0.event_thread import EventThread
 from xenolith.dom0.image import KernelImage
+from xenolith.dom0.migration.clone import FrozenDomain, introduce
 from xenolith.dom0.migration.restore import Received
-from xenolith.dom0.migration.services import put
+from xenolith.dom0.migration.services import ServicesRecord, put
 from xenolith.dom0.network.link import UplinkError
 from xenolith.dom0.network.network import Network, chosen_uplink
 from xenolith.dom0.network.port import PortStatistics
@@ -189,10 +190,23 @@ class Dom0:
 
         `spec` says what it is called here and which disks it has; its sizes are what they were.
         """
-        theirs = received.services
+        sizes = received.vcpus, received.max_pages
+        domid = self.control.restore_domain(spec.uuid.bytes, *sizes, received.arrival, spec.limits)
+        return self._connect(spec, domid, received.services)
+
+    def clone(self, spec: DomainSpec, frozen: FrozenDomain, number: int) -> GuestDomain:
+        """Make a copy of a domain that was frozen, the clone of this number, and leave it paused.
+
+        `spec` as in `restore`.  Raises DomainCreateError.
+        """
+        domid = self.control.copy(frozen.frozen, spec.uuid.bytes, spec.limits)
+        domain = self._connect(spec, domid, frozen.services)
+        self.xenstore.transact(lambda store: introduce(store, domid, number, frozen.name))
+        return domain
+
+    def _connect(self, spec: DomainSpec, domid: int, theirs: ServicesRecord) -> GuestDomain:
+        """Connect a domain that came from elsewhere to dom0's services."""
         with ExitStack() as undo:
-            sizes = received.vcpus, received.max_pages
-            domid = self.control.restore_domain(spec.uuid.bytes, *sizes, received.arrival, spec.limits)
             undo.callback(self.control.destroy, domid)
             built = BuiltDomain(
                 domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
@@ -33,7 +34,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.hypervisor import domain_record, inspection, lifecycle, paging, time, view
 from xenolith.hypervisor.domain import UNLIMITED_WORK, Domain
-from xenolith.hypervisor.domain_record import FrameRecord, Plain, RecordError
+from xenolith.hypervisor.domain_record import FrameRecord, FrameTypes, Plain, RecordError
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
@@ -42,7 +43,7 @@ from xenolith.hypervisor.runstate import running_time
 from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.statistics import Counters, counters, cpu_time
 from xenolith.machine.cpuid import native_cpuid
-from xenolith.machine.memory import Frames, MachineMemory, OutOfMemory
+from xenolith.machine.memory import Frames, Image, MachineMemory, OutOfMemory
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
@@ -107,13 +108,28 @@ class MachineInfo:
 class StillDomain:
     """A domain that stands still: its record, its frames, and its machine memory to read their contents from.
 
-    `populated`: where that can hold anything but zeros, (first, end) of each run of frames.
+    `populated`: of each frame of it, whether that can hold anything but zeros.
     """
 
     record: Plain
     frames: FrameRecord
-    populated: list[tuple[int, int]]
+    populated: npt.NDArray[np.bool_]
     memory: memoryview
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a domain was at one moment, and its memory then."""
+
+    max_pages: int
+    vcpus: int
+    record: Plain
+    frames: FrameRecord
+    types: FrameTypes
+    image: Image
+
+    def close(self) -> None:
+        self.image.close()
 
 
 class Control:
@@ -330,6 +346,41 @@ class Control:
             record = domain_record.state(domain)
             frames = domain_record.frame_record(domain)
             yield StillDomain(record, frames, domain.memory.populated(), domain.memory.b.toreadonly())
+
+    def freeze(self, domid: int) -> Frozen:
+        """What a paused domain is at this moment, to make copies of. Close it when there are to be no more.
+
+        Its back-ends must leave its memory alone meanwhile.  Raises RecordError where it cannot be copied.
+        """
+        domain = self._domain(domid)
+        self._hypervisor.scheduler.store_states(domain)
+        with domain.lock:
+            record, frames = domain_record.state(domain), domain_record.frame_record(domain)
+            if domain.grants.used_by_others:
+                raise RecordError("another domain has frames of it mapped")
+            try:
+                image = domain.memory.image(frames.mfns)
+            except OSError as error:
+                raise RecordError(f"its memory cannot be sealed: {error.strerror}") from error
+            types = domain_record.frame_types(domain, frames.mfns)
+            return Frozen(domain.max_pages, len(domain.vcpus), record, frames, types, image)
+
+    def copy(self, frozen: Frozen, uuid: bytes, limits: Limits = USUAL) -> int:
+        """Make a domain that is a copy of a frozen one and shares its memory until it writes; its domid. It is paused.
+
+        Raises DomainCreateError.
+        """
+        try:
+            memory = view.memory_for(self._hypervisor.memory, frozen.max_pages, frozen.image)
+        except OutOfMemory as error:
+            raise DomainCreateError(f"not enough machine memory: {error}") from error
+        arrival = Arrival(memory, frozen.record, frozen.frames, frozen.types)
+        return self.restore_domain(uuid, frozen.vcpus, frozen.max_pages, arrival, limits)
+
+    def private_frames(self, domid: int) -> int:
+        """How many frames of a clone, or of what clones were made of, are in nobody else's use."""
+        memory = self._domain(domid).memory
+        return memory.private_frames() if memory.private else memory.frames
 
     def memory_for_arrival(self, max_pages: int) -> MachineMemory:
         """Where the frames of a domain that arrives go, at the MFNs that they had. Raises DomainCreateError."""

@@ -55,6 +55,7 @@ from xenolith.hypervisor.frames import (
     TYPE_MASK,
     TYPE_SHIFT,
     TYPE_WRITABLE,
+    VALIDATED,
 )
 from xenolith.hypervisor.grants import GrantTable
 from xenolith.hypervisor.guest_memory import address_ok
@@ -681,6 +682,29 @@ class FrameRecord:
     given_up: Frames
 
 
+@dataclass(frozen=True)
+class FrameTypes:
+    """What the frame table says of a domain's frames, for a copy on the same machine, which need not validate anew.
+
+    `types` and `counts` of each of its frames, without the references of the domain's own state; `linear` as in Domain.
+    """
+
+    types: Frames
+    counts: Frames
+    linear: dict[int, int]
+
+
+def frame_types(domain: Domain, mfns: Frames) -> FrameTypes:
+    """The frame table's entries for these frames of a domain's. The caller holds its lock."""
+    frames = domain.frames
+    types, counts = frames.type_infos.copy(), frames.count_infos.copy()
+    for mfn, kind in domain.references():
+        counts[mfn] -= _U64(1)
+        if kind is not None:
+            types[mfn] -= _U64(1)
+    return FrameTypes(types[mfns], counts[mfns], dict(domain.linear))
+
+
 def frame_record(domain: Domain) -> FrameRecord:
     """Which frames a domain has. The caller holds its lock."""
     frames = domain.frames
@@ -740,9 +764,10 @@ def check_features(record: Record, domain: Domain) -> None:
             )
 
 
-def load(domain: Domain, plain: Plain, frames: FrameRecord) -> None:
+def load(domain: Domain, plain: Plain, frames: FrameRecord, types: FrameTypes | None = None) -> None:
     """Give a domain that was just made, on memory with these frames' contents, its state.
 
+    With the `types` of a domain of this machine, of which it is a copy, page tables are not validated anew.
     Raises RecordError; the domain can then only be destroyed.
     """
     record = Record(plain, "the domain")
@@ -750,16 +775,18 @@ def load(domain: Domain, plain: Plain, frames: FrameRecord) -> None:
     check_features(record, domain)
     _unpack(domain, record)
     _load_memory_map(domain, record)
-    _take_frames(domain, record, frames)
+    _take_frames(domain, record, frames, types)
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _unpack(vcpu, its)
         _load_vcpu(vcpu, its)
-    _pin(domain, frames)
+    if types is None:
+        _pin(domain, frames)
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _take_references(vcpu, its)
         _load_cpu(vcpu, its.record("cpu"))
-    for mfn in frames.given_up.tolist():
-        remove_pages(domain, mfn)
+    if types is None:
+        for mfn in frames.given_up.tolist():
+            remove_pages(domain, mfn)
     _load_ports(domain, record)
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _load_timers(vcpu, its)
@@ -774,7 +801,7 @@ def _load_memory_map(domain: Domain, record: Record) -> None:
     domain.memory_map = [tuple(entry) for entry in entries]
 
 
-def _take_frames(domain: Domain, record: Record, frames: FrameRecord) -> None:
+def _take_frames(domain: Domain, record: Record, frames: FrameRecord, types: FrameTypes | None) -> None:
     """The domain has these frames, and as yet none of them is in use but by its allocation."""
     table, view = domain.frames, domain.view
     mfns = frames.mfns
@@ -790,6 +817,8 @@ def _take_frames(domain: Domain, record: Record, frames: FrameRecord) -> None:
     for mfn in shared:
         table.share_with_guest(mfn, domain.domid)
         view.m2p[mfn] = INVALID_M2P_ENTRY
+    if types is not None:
+        _copy_types(domain, frames, types, shared)
     domain.total_pages = len(mfns) - len(shared)
     domain.shared_info_mfn, domain.grants.frames = shared_info, grants
     domain.shared_info = shared_info * PAGE_SIZE
@@ -797,6 +826,19 @@ def _take_frames(domain: Domain, record: Record, frames: FrameRecord) -> None:
         vcpu.shared_info = domain.shared_info
         vcpu.info = domain.shared_info + vcpu.vcpu_id * VCPU_INFO_SIZE
     _withdraw_grants(domain)
+
+
+def _copy_types(domain: Domain, frames: FrameRecord, types: FrameTypes, shared: list[int]) -> None:
+    table, memory = domain.frames, domain.memory
+    table.type_infos[frames.mfns], table.count_infos[frames.mfns] = types.types, types.counts
+    for mfn in shared:
+        table.type_info[mfn] += 1
+        table.count_info[mfn] += 1
+    domain.linear = dict(types.linear)
+    domain.odd_references = True
+    kinds = types.types & _U64(TYPE_MASK | VALIDATED)
+    for mfn in frames.mfns[kinds == _U64(TYPE_L4 | VALIDATED)].tolist():
+        memory.table(mfn)[layout.XEN_FIRST_SLOT : layout.XEN_LAST_SLOT + 1] = domain.xen_l4_entries
 
 
 def _withdraw_grants(domain: Domain) -> None:

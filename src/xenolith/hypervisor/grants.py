@@ -210,6 +210,11 @@ class GrantTable:
         return handle
 
     @property
+    def used_by_others(self) -> bool:
+        """Whether another domain than dom0, which reaches its frames where they are, uses an entry."""
+        return any(active.domid for active in self._active.values())
+
+    @property
     def maps_others(self) -> bool:
         """Whether the domain has any grant mapped."""
         return bool(self._mappings)

@@ -16,7 +16,7 @@ from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, descriptors, domain_record, paging, ring0
 from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
-from xenolith.hypervisor.domain_record import FrameRecord, Plain, Record, RecordError
+from xenolith.hypervisor.domain_record import FrameRecord, FrameTypes, Plain, Record, RecordError
 from xenolith.hypervisor.events import DEFAULT_MAX_PORT, EventChannels
 from xenolith.hypervisor.grants import DEFAULT_MAX_FRAMES, DEFAULT_MAX_MAPPINGS, GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
@@ -75,6 +75,8 @@ class Arrival:
     memory: MachineMemory
     record: Plain
     frames: FrameRecord
+    types: FrameTypes | None = None
+    """Of a copy of a domain of this machine, which is believed; anything else is checked."""
 
 
 def restore_domain(
@@ -121,8 +123,8 @@ def _create(
             _set_up(domain, arrival is None, limits)
             if arrival is not None:
                 undo.callback(_stop_timers, domain)
-                domain_record.load(domain, arrival.record, arrival.frames)
-                problems = audit.check_domain(domain)
+                domain_record.load(domain, arrival.record, arrival.frames, arrival.types)
+                problems = audit.check_domain(domain) if arrival.types is None else []
                 if problems:
                     raise RecordError(f"its frames do not add up: {problems[0]}")
         except EngineError as error:

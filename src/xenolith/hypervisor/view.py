@@ -20,7 +20,7 @@ from xenolith.abi import layout
 from xenolith.abi.x86 import PAGE_SHIFT, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenolith.hypervisor.descriptors import FLAT_DESCRIPTORS
 from xenolith.hypervisor.frames import INVALID_M2P_ENTRY, FrameTable
-from xenolith.machine.memory import MachineMemory, MemoryBudget
+from xenolith.machine.memory import Image, MachineMemory, MemoryBudget
 
 M2P_ALIAS_SLOT: Final = 258  # L4 slot of the machine-to-physical table's second mapping
 M2P_ALIAS_VA: Final = 0xFFFF_8100_0000_0000
@@ -29,11 +29,11 @@ XEN_FRAMES: Final = 4096  # MFNs beyond the domain's maximum: Xen's frames, and 
 ALIASES: Final = 1024  # frames of others that a domain may have mapped at a time (Xen: max_maptrack_frames, smaller)
 
 
-def memory_for(budget: MemoryBudget, max_pages: int) -> MachineMemory:
-    """Empty memory for a domain that may have so many frames. Raises OutOfMemory."""
+def memory_for(budget: MemoryBudget, max_pages: int, image: Image | None = None) -> MachineMemory:
+    """Memory for a domain that may have so many frames: empty, or a private copy of an image. Raises OutOfMemory."""
     frames = max_pages + XEN_FRAMES
     m2p_frames = -(-frames * 8 >> 21) << 21 - PAGE_SHIFT
-    return MachineMemory(frames + m2p_frames, budget, ALIASES)
+    return MachineMemory(frames + m2p_frames, budget, ALIASES, image)
 
 
 class View:

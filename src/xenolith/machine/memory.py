@@ -9,12 +9,16 @@ Above the domain's own frames lie *alias* frames: places where single frames of 
 while they are mapped by grant.  An alias that is to be read only is a private mapping: what is written there all the
 same, by whoever got past every other check, reaches a copy.
 
+A memory object can become an *image*: sealed, so that nobody can change it any more, and mapped privately by the domain
+that it was of and by all that are to begin as copies of it.  What none of them has written since, all share.
+
 `MemoryBudget` is what the host lends to all domains together.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import threading
@@ -38,6 +42,12 @@ MAP_FIXED: Final = 0x10  # what Python's mmap module does not name
 MAP_NORESERVE: Final = 0x4000
 _PROTECTION: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+FEWEST_REMAPPED: Final = 64  # private frames that are cleared by a new mapping, of which there may not be too many
+_PAGEMAP_PRESENT: Final = 1 << 63
+_PAGEMAP_SWAPPED: Final = 1 << 62
+_PAGEMAP_FILE: Final = 1 << 61  # of a file's (or memory object's) page cache
+_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -82,6 +92,24 @@ class MemoryBudget:
     def give_back_alias(self) -> None:
         with self._lock:
             self.free_aliases += 1
+
+
+def _memory_object(frames: int) -> int:
+    descriptor = os.memfd_create("xenolith-domain-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, frames << PAGE_SHIFT)
+    return descriptor
+
+
+class Image:
+    """A sealed memory object: what a domain's frames held at one moment. Close it when no more copies are wanted."""
+
+    def __init__(self, fd: int, frames: int) -> None:
+        self.fd = fd
+        self.frames = frames
+
+    def close(self) -> None:
+        """Copies that were made keep it alive."""
+        os.close(self.fd)
 
 
 class BuddyAllocator:
@@ -164,12 +192,19 @@ class MachineMemory:
     any thread.  What is allocated is charged to `budget`, if there is one.
     """
 
-    def __init__(self, frames: int, budget: MemoryBudget | None = None, aliases: int = 0) -> None:
+    def __init__(
+        self, frames: int, budget: MemoryBudget | None = None, aliases: int = 0, image: Image | None = None
+    ) -> None:
+        """With an image the memory begins as a private copy of it."""
         self.frames = frames
         self.span = frames + aliases
         self.size = self.span << PAGE_SHIFT
-        self.fd = os.memfd_create("xenolith-domain-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, frames << PAGE_SHIFT)
+        self.private = image is not None
+        """Its frames are not (all) in the memory object, which is an image."""
+        if image is None:
+            self.fd = _memory_object(frames)
+        else:
+            self.fd = os.dup(image.fd)
         # One mapping of Python's, which lives as long as any view of it: at first all of it is private and empty.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, self.size, flags, _PROTECTION)
@@ -179,7 +214,7 @@ class MachineMemory:
         self.q = self.b.cast("Q")
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype=np.uint64)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._map_at(0, frames, mmap.MAP_SHARED, self.fd, 0)
+        self._map_at(0, frames, mmap.MAP_PRIVATE if self.private else mmap.MAP_SHARED, self.fd, 0)
         self._budget = budget
         self._charged = 0
         self._lock = threading.Lock()  # nothing but the budget's own is taken under it
@@ -299,26 +334,90 @@ class MachineMemory:
         self._charged += count
 
     def _punch(self, first: int, count: int) -> None:
+        if self.private:
+            self._clear(first, count)
+            return
         flags = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
         if _libc.fallocate(self.fd, flags, first << PAGE_SHIFT, count << PAGE_SHIFT):
             raise OSError(ctypes.get_errno(), "cannot release a domain's memory to the host")
 
-    def populated(self) -> list[tuple[int, int]]:
-        """Where frames may hold anything but zeros: (first, end) of each run."""
-        runs: list[tuple[int, int]] = []
+    def _clear(self, first: int, count: int) -> None:
+        """Clear private frames. There is no giving one back to the host without the image's showing through."""
+        if count >= FEWEST_REMAPPED:
+            self._map_at(first, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        else:
+            ctypes.memset(self.address + (first << PAGE_SHIFT), 0, count << PAGE_SHIFT)
+
+    def populated(self) -> npt.NDArray[np.bool_]:
+        """Of each frame, whether it may hold anything but zeros."""
+        found = np.zeros(self.frames, dtype=bool)
         end = 0
         while True:
             try:
                 start = os.lseek(self.fd, end, os.SEEK_DATA)
             except OSError:  # ENXIO: nothing from here on
-                return runs
+                break
             end = os.lseek(self.fd, start, os.SEEK_HOLE)
-            runs.append((start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)))
+            found[start >> PAGE_SHIFT : -(-end >> PAGE_SHIFT)] = True
+        if self.private:
+            found |= (self._pagemap() & np.uint64(_PAGEMAP_PRESENT | _PAGEMAP_SWAPPED)) != 0
+        return found
+
+    def private_frames(self) -> int:
+        """How many frames of a private memory are its own by now, and not the image's."""
+        entries = self._pagemap()
+        there = (entries & np.uint64(_PAGEMAP_PRESENT | _PAGEMAP_SWAPPED)) != 0
+        return int(np.count_nonzero(there & ((entries & np.uint64(_PAGEMAP_FILE)) == 0)))
+
+    def _pagemap(self) -> npt.NDArray[np.uint64]:
+        """What the host's kernel says of each frame (proc(5), /proc/pid/pagemap)."""
+        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(descriptor, self.frames * 8, (self.address >> PAGE_SHIFT) * 8)
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(data, dtype=np.uint64)
+
+    # --- images ----------------------------------------------------------------------------------------
+
+    def image(self, mfns: Frames) -> Image:
+        """An image of these frames as they are now. Nothing may write to the memory meanwhile.
+
+        The first time the memory object itself becomes the image, and this memory a private copy of it; after that an
+        image is a copy.  Raises OSError where the frames cannot be sealed: somebody else maps one writable.
+        """
+        if self.private:
+            return self._copied_image(mfns)
+        self._map_at(0, self.frames, mmap.MAP_PRIVATE, self.fd, 0)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError:
+            self._map_at(0, self.frames, mmap.MAP_SHARED, self.fd, 0)
+            raise
+        self.private = True
+        return Image(os.dup(self.fd), self.frames)
+
+    def _copied_image(self, mfns: Frames) -> Image:
+        fd = _memory_object(self.frames)
+        try:
+            wanted = mfns[self.populated()[mfns]]
+            breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+            for run in np.split(wanted, breaks) if len(wanted) else ():
+                start, end = int(run[0]) << PAGE_SHIFT, int(run[-1]) + 1 << PAGE_SHIFT
+                while start < end:
+                    start += os.pwrite(fd, self.b[start:end], start)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Image(fd, self.frames)
 
     # --- frames of others ------------------------------------------------------------------------------
 
     def map_alias(self, other: MachineMemory, mfn: int, writable: bool) -> int:
         """Let frame `mfn` of another memory object appear here; at which alias MFN. Raises OutOfMemory."""
+        if other.private:
+            raise OutOfMemory("a frame of a clone, or of what clones were made of, is in no memory object")
         with self._lock:
             if self._budget is not None:
                 self._budget.take_alias()
@@ -350,8 +449,9 @@ class MachineMemory:
             raise OSError(error, f"cannot map {count} frames of a domain's memory: {os.strerror(error)}")
 
     def close(self) -> None:
-        """Release the memory object itself (views held elsewhere keep the mapping alive until dropped)."""
+        """Release the memory object. Views of it that are held elsewhere show zeros."""
         if self.fd >= 0:
+            self._map_at(0, self.frames, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
             os.close(self.fd)
             self.fd = -1
             with self._lock:

@@ -362,10 +362,18 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> int:
+    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> NewDomid:
         """Make a domain of a file that it was saved to and leave it paused; its domid.
 
         With another configuration than the saved one its name, disks and what becomes of it in the end are those.
+        """
+
+    @abstractmethod
+    def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
+        """Make copies of a running domain, which goes on, and leave them paused; their domids.
+
+        They share its memory until they write, and have their own xenstore. Their disks are the same, so those
+        must be read-only.
         """
 
     @abstractmethod

@@ -23,6 +23,7 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
+from xenolith.dom0.migration.clone import FrozenDomain, freeze
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
@@ -478,14 +479,14 @@ class EmbeddedToolstack(Client):
         elif after is AfterSave.RUN:
             self._control.unpause(domid)
 
-    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> int:
+    def restore(self, path: Path, config: DomainConfig | None = None, progress: OnProgress = no_progress) -> NewDomid:
         if not path.is_absolute():
             raise InvalidRequest(f"The path of a saved domain must be absolute: {path}.")
         with open_saved(path) as source:
             progress(Progress("restoring the domain", 0, 1))
             domid = self._receive(Arriving(self.dom0, source), config)
         progress(Progress("restoring the domain", 1, 1))
-        return domid
+        return NewDomid(domid)
 
     def _receive(self, arriving: Arriving, config: DomainConfig | None = None) -> int:
         """Make a domain that comes in a stream, paused; its domid."""
@@ -506,6 +507,44 @@ class EmbeddedToolstack(Client):
         finally:
             with self._lock:
                 self._creating.discard(config.name)
+
+    def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
+        with self._of_domain(domid) as domain:
+            config = self.config(domid)
+            _check_clonable(config)
+            try:
+                frozen = freeze(self.dom0, domain)
+            except RecordError as error:
+                raise ToolstackError(f"Domain {domid} cannot be cloned: {error}.") from error
+        made: list[int] = []
+        try:
+            for number, name in enumerate(names, 1):
+                made.append(self._clone(config, frozen, name, number))
+                progress(Progress("cloning the domain", number, len(names)))
+        except BaseException:
+            for each in made:
+                with contextlib.suppress(ToolstackError):
+                    self.destroy(each)
+            raise
+        finally:
+            frozen.close()
+        return made
+
+    def _clone(self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int) -> int:
+        config = copy.deepcopy(config)
+        config.name, config.uuid = name, uuids.uuid4()
+        self._claim_name(name)
+        try:
+            domain = self.dom0.clone(_described(config), frozen, number)
+            with self._lock:
+                self._records[domain.domid] = _Record(config, time.time())
+            self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
+            return domain.domid
+        except (DomainCreateError, RecordError) as error:
+            raise ToolstackError(f"{name} cannot be made: {error}.") from error
+        finally:
+            with self._lock:
+                self._creating.discard(name)
 
     def suspend(self, domid: int) -> None:
         domain = self._guest(domid)
@@ -594,6 +633,15 @@ def _check_supported(config: DomainConfig) -> None:
         lacking.append("bootloader")
     if lacking:
         raise NotSupported(f"A domain cannot be given: {', '.join(lacking)}.")
+
+
+def _check_clonable(config: DomainConfig) -> None:
+    """Raises NotSupported."""
+    if config.nics:
+        raise NotSupported("A domain with a vif cannot be cloned: its clones would have the same address.")
+    writable = [disk.vdev for disk in config.disks if disk.writable and not disk.is_cdrom]
+    if writable:
+        raise NotSupported(f"A domain with a disk that it can write to ({writable[0]}) cannot be cloned.")
 
 
 def _spec(config: DomainConfig, progress: OnProgress) -> DomainSpec:

@@ -74,10 +74,7 @@ def save(dom0: Dom0, domain: GuestDomain, writer: Writer, description: Plain, on
 def write_pages(writer: Writer, still: StillDomain, on_pages: OnPages) -> None:
     """Every frame of a domain's that is not all zeros."""
     words = np.frombuffer(still.memory, dtype=np.uint64)
-    populated = np.zeros(len(still.memory) >> PAGE_SHIFT, dtype=bool)
-    for first, end in still.populated:
-        populated[first:end] = True
-    mfns = still.frames.mfns[populated[still.frames.mfns]]
+    mfns = still.frames.mfns[still.populated[still.frames.mfns]]
     total = len(mfns)
     for done, (first, count) in _runs(mfns):
         on_pages(done, total)

@@ -1,0 +1,55 @@
+"""Cloning: domains that begin as copies of one that stands still, and share its memory until they write.
+
+A `FrozenDomain` is what a save file is, kept in this process: the record, the list of frames, and the contents of the
+memory, sealed.  The domain that it was taken of goes on upon a private view of the same memory, like its clones.  A
+clone that was not let run costs nothing but its tables and a few pages.
+
+Each clone is told who it is, in its xenstore directory: `clone/number` (from 1 on), `clone/parent` (a name) and
+`clone/seed` (random, in hexadecimal digits).  What in the guest has to differ (host name, machine-id, keys, the state
+of its random numbers) is the same in all clones until somebody in the guest makes use of that.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xenolith.dom0.domain_tree import home
+from xenolith.dom0.migration.save import held
+
+if TYPE_CHECKING:
+    from xenolith.dom0.migration.services import ServicesRecord
+    from xenolith.dom0.services import Dom0, GuestDomain
+    from xenolith.dom0.xenstore import HostRequests
+    from xenolith.hypervisor.control import Frozen
+
+SEED_BYTES = 32
+
+
+@dataclass(frozen=True)
+class FrozenDomain:
+    """What a domain was at one moment. Close it when no more clones are wanted."""
+
+    name: str
+    frozen: Frozen
+    services: ServicesRecord
+
+    def close(self) -> None:
+        self.frozen.close()
+
+
+def freeze(dom0: Dom0, domain: GuestDomain) -> FrozenDomain:
+    """Take a domain as it is; it goes on. Raises RecordError where that cannot be."""
+    try:
+        with held(dom0, domain) as services:
+            return FrozenDomain(domain.spec.name, dom0.control.freeze(domain.domid), services)
+    finally:
+        dom0.control.unpause(domain.domid)
+
+
+def introduce(store: HostRequests, domid: int, number: int, parent: str) -> None:
+    """Tell a clone who it is."""
+    readable = ["n0", f"r{domid}"]
+    for name, value in {"number": str(number), "parent": parent, "seed": os.urandom(SEED_BYTES).hex()}.items():
+        store.write(f"{home(domid)}/clone/{name}", value, readable)

@@ -1,0 +1,86 @@
+"""Clones go on from where their parent was, share its memory, and meet nobody else's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+
+from machines import Machine, missing
+from relocating import check, counting, follow
+from xenolith.dom0.migration.clone import FrozenDomain, freeze
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
+def engine(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if reason := missing(name):
+        pytest.skip(f"no {name} engine here: {reason}")
+    return name
+
+
+def clone(dom0: Dom0, spec: DomainSpec, frozen: FrozenDomain, number: int) -> GuestDomain:
+    spec = replace(spec, name=f"clone-{number}", uuid=uuid4(), image=None, ramdisk=b"")
+    return dom0.clone(spec, frozen, number)
+
+
+def last(printed: str) -> int:
+    return max(int(line.split()[1]) for line in printed.splitlines() if line.startswith("a ") and line[2:].isdigit())
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_parent_and_clones_go_on_each_for_itself(engine: str, vcpus: int) -> None:
+    spec, names = counting(vcpus, memory_mib=96), "ab"[:vcpus]
+    machine = Machine(600, engine)
+    with machine.dom0 as dom0:
+        free = dom0.control.machine().free_pages
+        parent = dom0.create(spec)
+        dom0.start(parent)
+        follow(parent.console, "a 20")
+        frozen = freeze(dom0, parent)
+        clones = [clone(dom0, spec, frozen, number) for number in (1, 2)]
+        frozen.close()
+        machine.check_invariants()  # which pauses them all
+        for domain in (*clones, parent):
+            if domain is not parent:
+                dom0.start(domain)
+            dom0.control.unpause(domain.domid)
+        goal = last(parent.console.scrollback.decode()) + 100
+        for domain in (parent, *clones):
+            check(follow(domain.console, f"a {goal}"), names)
+        machine.check_invariants()
+        assert dom0.xenstore.read(f"/local/domain/{clones[1].domid}/clone/number") == "2"
+        # The second generation: what a clone is by now.
+        young = freeze(dom0, clones[0])
+        grandchild = clone(dom0, spec, young, 1)
+        young.close()
+        dom0.destroy(clones[0])
+        dom0.destroy(parent)
+        dom0.start(grandchild)
+        goal = last(grandchild.console.scrollback.decode()) + 60
+        check(follow(grandchild.console, f"a {goal}"), names)
+        machine.check_invariants()
+        dom0.destroy(grandchild)
+        dom0.destroy(clones[1])
+        assert dom0.control.machine().free_pages == free
+
+
+def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine: str) -> None:
+    spec = counting(1, memory_mib=96)
+    machine = Machine(400, engine)
+    with machine.dom0 as dom0:
+        parent = dom0.create(spec)
+        dom0.start(parent)
+        follow(parent.console, "a 20")
+        frozen = freeze(dom0, parent)
+        one, two = (clone(dom0, spec, frozen, number) for number in (1, 2))
+        frozen.close()
+        own = dom0.control.private_frames(one.domid)
+        assert own < 1024, f"{own} frames of 24576"
+        dom0.control.write_frames(one.domid, one.built.console_mfn, 3000, b"written here")
+        assert b"written here" not in dom0.control.read_frames(two.domid, two.built.console_mfn, 1)
+        assert b"written here" not in dom0.control.read_frames(parent.domid, parent.built.console_mfn, 1)
