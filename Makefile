@@ -45,6 +45,7 @@ sanitize: $(READY)
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/mypy --config-file tests/mypy.ini tests bench docs/howto
 	@$(VENV)/bin/lint-imports
 
 docs: $(READY)

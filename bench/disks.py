@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from xenolith.debian.initramfs import HostFile, build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, HostFile, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.block import VbdSpec
@@ -67,8 +67,7 @@ def measure_xenolith(engine: str, program: Path, disk: Path, seconds: float) -> 
     guest = obtain()
     ramdisk = build_initramfs(
         guest.busybox,
-        command=["sh", "-c", script("/dev/xvda", seconds)],
-        nonce="bench",
+        command=Command(["sh", "-c", script("/dev/xvda", seconds)], "bench"),
         files=[HostFile.parse(f"{program}:/disk")],
         modules=kernel_modules(guest, ["xen-blkfront"]),
     )
@@ -79,7 +78,7 @@ def measure_xenolith(engine: str, program: Path, disk: Path, seconds: float) -> 
                 image=load_image(guest.elf),
                 kernel=str(guest.elf),
                 ramdisk=ramdisk,
-                cmdline=kernel_arguments(1, command=True) + " xen_blkfront.max_indirect_segments=256",
+                cmdline=kernel_arguments(1) + " xen_blkfront.max_indirect_segments=256",
                 memory_kib=MEMORY_MIB << 10,
                 disks=(VbdSpec(number=51712, name="xvda", source=DiskSource(path=disk)),),
             )
@@ -106,8 +105,7 @@ def measure_qemu(program: Path, disk: Path, seconds: float) -> None:
     load = "modprobe virtio_pci; modprobe virtio_blk\n"
     ramdisk = build_initramfs(
         guest.busybox,
-        command=["sh", "-c", load + script("/dev/vda", seconds)],
-        nonce="bench",
+        command=Command(["sh", "-c", load + script("/dev/vda", seconds)], "bench"),
         files=[HostFile.parse(f"{program}:/disk")],
         modules=modules,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from machines import DEADLINE_SECONDS
-from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.console import Console, Overflow
@@ -35,8 +35,8 @@ count() {
 @cache
 def _guest(script: str) -> tuple[object, bytes]:
     guest = obtain("6.1")
-    command = ["/bin/sh", "-c", script]
-    return load_image(guest.elf), build_initramfs(guest.busybox, command=command, nonce="")
+    command = Command(["/bin/sh", "-c", script], nonce="")
+    return load_image(guest.elf), build_initramfs(guest.busybox, command=command)
 
 
 def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Sequence[VbdSpec] = ()) -> DomainSpec:
@@ -48,7 +48,7 @@ def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Seq
         image=image,  # type: ignore[arg-type]
         kernel="vmlinuz",
         ramdisk=ramdisk,
-        cmdline=kernel_arguments(vcpus, command=True),
+        cmdline=kernel_arguments(vcpus),
         memory_kib=memory_mib << 10,
         vcpus=vcpus,
         disks=tuple(disks),

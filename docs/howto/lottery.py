@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import ClassVar
 
-from xenolith.debian.initramfs import build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.packages import obtain
 from xenolith.dom0.image import load_image
 from xenolith.dom0.power import power_on
@@ -41,10 +41,10 @@ class Lottery(Simple):
 def main(engine: str = "auto") -> None:
     """Two domains on one pCPU."""
     guest = obtain()
-    image, arguments = load_image(guest.kernel), kernel_arguments(1, command=True)
+    image, arguments = load_image(guest.kernel), kernel_arguments(1)
     with power_on([256, 256], engine, pcpus=1, policy=Lottery) as dom0:
         for name in ("heads", "tails"):
-            ramdisk = build_initramfs(guest.busybox, command=["echo", f"{name} ran under lottery scheduling"])
+            ramdisk = build_initramfs(guest.busybox, command=Command(["echo", f"{name} ran"], "nonce"))
             spec = DomainSpec(
                 name=name, image=image, kernel="", ramdisk=ramdisk, cmdline=arguments, memory_kib=256 << 10
             )
