@@ -21,6 +21,7 @@ SUBCOMMANDS: Final = {
     "demo": ("xenolith.cli.demo", "demo", "Boot several domains side by side and show that they are isolated."),
     "engines": ("xenolith.cli.engines", "engines", "Say which engines work on this host, and which is the default."),
     "guest": ("xenolith.cli.guest", "guest", "Obtain a guest operating system to boot."),
+    "net": ("xenolith.cli.net", "net", "Look at the network: who is attached, rules and their counters, packets."),
     "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
     "help": ("xenolith.cli.main", "help_", "Print this list, or how to use a subcommand."),
 }

@@ -32,6 +32,7 @@ from xenolith.toolstack.client import (
     EventStream,
     HostInfo,
     InvalidRequest,
+    NetworkInfo,
     OnProgress,
     ShutdownRequest,
     Supervision,
@@ -43,8 +44,9 @@ from xenolith.toolstack.client import (
 from xenolith.toolstack.config.cpus import HostTopology
 from xenolith.toolstack.config.disk import Disk, DiskSpecError, parse_disk
 from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
-from xenolith.toolstack.config.grammar import ConfigFile
+from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 from xenolith.toolstack.config.reader import parse_domain_config
+from xenolith.toolstack.config.vif import Nic, parse_vif
 from xenolith.toolstack.guest_shell import ShellResult, run_at_shell
 from xenolith.toolstack.xenstore_client import XenstoreClient
 
@@ -174,6 +176,24 @@ class Domain:
 
     detach_disk = _verb(Client.detach_disk)
     measure_disk = _verb(Client.measure_disk)
+
+    detach_network = _verb(Client.detach_network)
+    set_network_rules = _verb(Client.set_network_rules)
+
+    @property
+    def nets(self) -> list[NetworkInfo]:
+        """Its virtual network interfaces, with their rules and what each did. Raises DomainNotFound."""
+        return self.client.networks(self.domid)
+
+    def attach_network(self, nic: Nic | str = "") -> None:
+        """Give it another network interface, also by what xl.cfg would say of it: "mac=00:16:3e:1:2:3,rate=1Mb/s"."""
+        if isinstance(nic, str):
+            file = ConfigFile("attach_network")
+            try:
+                nic = parse_vif(file, nic, 1 + max((each.devid for each in self.nets), default=-1))
+            except ConfigError:
+                raise InvalidRequest("\n".join(file.diagnostics)) from None
+        self.client.attach_network(self.domid, nic)
 
     @property
     def disks(self) -> list[DiskInfo]:

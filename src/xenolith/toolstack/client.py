@@ -25,6 +25,7 @@ from uuid import UUID
 
 from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.errors import Closed as Closed
 from xenolith.toolstack.errors import ConnectionLost as ConnectionLost
 from xenolith.toolstack.errors import DomainNotFound as DomainNotFound
@@ -182,6 +183,40 @@ class DiskInfo:
     errors: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleInfo:
+    """A rule of the firewall-router in words, and what it decided."""
+
+    text: str
+    packets: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkInfo:
+    """A virtual interface of a domain's, as `xl network-list` shows it, and what it did since it was plugged in."""
+
+    devid: int
+    mac: str
+    backend_domid: int = 0
+    state: int  # the front-end's, of xenbus
+    event_channel: int  # -1: not connected, as the rings
+    tx_ring_ref: int
+    rx_ring_ref: int
+    backend_path: str
+    address: str  # IPv4, that DHCP tells it
+    mtu: int
+    bridge: str
+    published: tuple[str, ...]  # [ADDRESS:]HOST:GUEST[/udp]
+    rules: tuple[RuleInfo, ...]
+    received_packets: int  # by the domain
+    received_bytes: int
+    received_dropped: int  # it did not take them
+    sent_packets: int
+    sent_bytes: int
+    dropped: dict[str, int]  # what it sent and the router did not forward, by reason
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a long operation has come; `total` 0 means that nobody knows how far it is."""
@@ -323,6 +358,29 @@ class Client(ABC):
     @abstractmethod
     def disks(self, domid: int) -> list[DiskInfo]:
         """The virtual block devices of a domain, by number."""
+
+    @abstractmethod
+    def networks(self, domid: int) -> list[NetworkInfo]:
+        """The virtual network interfaces of a domain, by number."""
+
+    @abstractmethod
+    def attach_network(self, domid: int, nic: Nic) -> None:
+        """Give a domain another network interface.
+
+        Its number must be free; None for the MAC means a random one.
+        """
+
+    @abstractmethod
+    def detach_network(self, domid: int, devid: int, force: bool = False) -> None:
+        """Take a network interface from a domain; by force also where the guest does not let go of it."""
+
+    @abstractmethod
+    def set_network_rules(self, domid: int, devid: int, rules: str) -> None:
+        """Give an interface other rules, from its next packet on."""
+
+    @abstractmethod
+    def capture_network(self, domid: int, devid: int) -> ConsoleStream:
+        """Copies of all frames of an interface from now on, in pcap's format."""
 
     @abstractmethod
     def attach_disk(self, domid: int, disk: Disk) -> None:

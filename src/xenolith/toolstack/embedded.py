@@ -23,7 +23,11 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
+<<<<<<< HEAD
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
+=======
+from xenolith.dom0.network.port import PortStatistics
+>>>>>>> 0082349 (Network verbs: xl network-attach, -detach, -list; xenolith net show, rules, dump; Domain.nets; xl top has real figures)
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
@@ -43,6 +47,7 @@ from xenolith.toolstack.client import (
     EventStream,
     HostInfo,
     InvalidRequest,
+    NetworkInfo,
     NewDomid,
     NotAcknowledged,
     NotSupported,
@@ -56,6 +61,7 @@ from xenolith.toolstack.client import (
 )
 from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
+from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
 from xenolith.toolstack.saving import Arriving, open_saved, save_domain
@@ -258,12 +264,15 @@ class EmbeddedToolstack(Client):
             raise DomainNotFound(info.domid) from None
         domain = self.dom0.domains.get(info.domid)
         disks = domain.disk_statistics() if domain else BlockStatistics()
+        nets = domain.net_statistics() if domain else PortStatistics()
         return DomainStatistics(
             domid=info.domid,
             cpu_time_ns=info.cpu_time_ns,
             vcpu_times_ns=vcpu_times,
             traps=counters.total_traps,
             hypercalls=sum(counters.hypercalls.values()),
+            network_received_bytes=nets.rx_bytes,
+            network_sent_bytes=nets.tx_bytes,
             disk_read_bytes=disks.read_bytes,
             disk_written_bytes=disks.written_bytes,
             disk_reads=disks.reads,
@@ -439,6 +448,28 @@ class EmbeddedToolstack(Client):
             return []
         with self._of_domain(domid) as domain:
             return devices.disk_infos(self.dom0, domain)
+
+    def networks(self, domid: int) -> list[NetworkInfo]:
+        if not domid:
+            return []
+        with self._of_domain(domid) as domain:
+            return networks.network_infos(self.dom0, domain)
+
+    def attach_network(self, domid: int, nic: Nic) -> None:
+        with self._of_domain(domid) as domain:
+            networks.attach_network(self.dom0, domain, self._records[domid].config, copy.deepcopy(nic))
+
+    def detach_network(self, domid: int, devid: int, force: bool = False) -> None:
+        with self._of_domain(domid) as domain:
+            networks.detach_network(self.dom0, domain, self._records[domid].config, devid, force)
+
+    def set_network_rules(self, domid: int, devid: int, rules: str) -> None:
+        with self._of_domain(domid) as domain:
+            networks.set_network_rules(self.dom0, domain, self._records[domid].config, devid, rules)
+
+    def capture_network(self, domid: int, devid: int) -> ConsoleStream:
+        with self._of_domain(domid) as domain:
+            return networks.Capturing(self.dom0, domain, devid)
 
     def attach_disk(self, domid: int, disk: Disk) -> None:
         with self._of_domain(domid) as domain:

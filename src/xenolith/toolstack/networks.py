@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 import secrets
 from ipaddress import IPv4Address
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xenolith.dom0.backends.net import VifSpec
-from xenolith.dom0.network.frame import MTU, TCP, UDP
-from xenolith.dom0.network.port import Publication
-from xenolith.toolstack.client import InvalidRequest, NotSupported
+from xenolith.dom0.network.frame import MTU, TCP, UDP, address_text, mac_text
+from xenolith.dom0.network.port import Capture, Publication, VifPort
+from xenolith.dom0.network.rules import Policy, Rule, RuleError, parse_rules
+from xenolith.hypervisor.control import DomainCreateError
+from xenolith.toolstack.client import InvalidRequest, NetworkInfo, NotSupported, RuleInfo, ToolstackError
 from xenolith.toolstack.config.vif import Nic
+
+if TYPE_CHECKING:
+    from xenolith.dom0.backends.net import NetBackend
+    from xenolith.dom0.services import Dom0, GuestDomain
+    from xenolith.dom0.xenbus import Device
+    from xenolith.toolstack.config.domain import DomainConfig
 
 XEN_OUI: Final = b"\x00\x16\x3e"
 MIN_MTU: Final = 576  # that every IPv4 host takes
@@ -63,3 +71,110 @@ def publication(text: str) -> Publication:
     except ValueError as error:
         raise InvalidRequest(f"{text!r}: {error}.") from error
     return Publication(UDP if protocol == "udp" else TCP, address or "127.0.0.1", int(host), int(guest))
+
+
+def _device(domain: GuestDomain, devid: int) -> Device[NetBackend]:
+    """Raises InvalidRequest."""
+    device = domain.nets.get(devid)
+    if device is None:
+        raise InvalidRequest(f"Domain {domain.domid} has no network interface {devid}.")
+    return device
+
+
+def network_infos(dom0: Dom0, domain: GuestDomain) -> list[NetworkInfo]:
+    """All interfaces of a domain."""
+    return [_info(dom0, device) for _, device in sorted(domain.nets.items())]
+
+
+def _info(dom0: Dom0, device: Device[NetBackend]) -> NetworkInfo:
+    def node(*names: str) -> int:
+        for name in names:
+            value = dom0.xenstore.get(f"{device.frontend}/{name}") or ""
+            if value.isascii() and value.isdigit() and len(value) < 11:
+                return int(value)
+        return -1
+
+    spec, vif = device.backend.spec, device.backend.vif
+    with dom0.network.router.turns:
+        rules = tuple(RuleInfo(text=str(each), packets=each.packets, bytes=each.bytes) for each in vif.policy.rules)
+        dropped = dict(vif.drops)
+    return NetworkInfo(
+        devid=device.number,
+        mac=mac_text(spec.mac),
+        state=node("state"),
+        event_channel=node("event-channel", "event-channel-tx"),
+        tx_ring_ref=node("tx-ring-ref"),
+        rx_ring_ref=node("rx-ring-ref"),
+        backend_path=device.directory,
+        address=address_text(vif.address),
+        mtu=spec.mtu,
+        bridge=spec.bridge,
+        published=tuple(map(_publication_text, spec.publications)),
+        rules=rules,
+        received_packets=vif.statistics.rx_packets,
+        received_bytes=vif.statistics.rx_bytes,
+        received_dropped=vif.statistics.rx_dropped,
+        sent_packets=vif.statistics.tx_packets,
+        sent_bytes=vif.statistics.tx_bytes,
+        dropped=dropped,
+    )
+
+
+def _publication_text(each: Publication) -> str:
+    return f"{each.host_address}:{each.host_port}:{each.guest_port}" + "/udp" * (each.protocol == UDP)
+
+
+def attach_network(dom0: Dom0, domain: GuestDomain, known: DomainConfig, nic: Nic) -> None:
+    """Also into the configuration, so that the domain has it in its next life. Raises ToolstackError."""
+    nic.mac = nic.mac or random_mac()
+    try:
+        dom0.plug_net(domain, virtual_interface(nic))
+    except DomainCreateError as error:
+        raise ToolstackError(str(error)) from error
+    known.nics.append(nic)
+
+
+def detach_network(dom0: Dom0, domain: GuestDomain, known: DomainConfig, devid: int, force: bool) -> None:
+    """Raises ToolstackError."""
+    _device(domain, devid)
+    if not dom0.unplug_net(domain, devid, force=force):
+        raise ToolstackError(f"The guest does not let go of interface {devid}: it has no driver that listens.")
+    known.nics[:] = [nic for nic in known.nics if nic.devid != devid]
+
+
+def set_network_rules(dom0: Dom0, domain: GuestDomain, known: DomainConfig, devid: int, rules: str) -> None:
+    """Raises ToolstackError."""
+    vif = _device(domain, devid).backend.vif
+    policy = Policy(_parsed(rules))
+    router = dom0.network.router
+    with router.turns:
+        router.change_policy(vif, policy)
+    for nic in known.nics:
+        if nic.devid == devid:
+            nic.rules = str(policy)
+
+
+def _parsed(rules: str) -> tuple[Rule, ...]:
+    try:
+        return parse_rules(rules)
+    except RuleError as error:
+        raise InvalidRequest(f"{error}.") from error
+
+
+class Capturing:
+    """A capture of an interface, as a stream of bytes that cannot be written to."""
+
+    def __init__(self, dom0: Dom0, domain: GuestDomain, devid: int) -> None:
+        """Raises InvalidRequest."""
+        self._router: Final = dom0.network.router
+        self._vif: Final[VifPort] = _device(domain, devid).backend.vif
+        self._capture: Final[Capture] = self._router.capture(self._vif)
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        return self._capture.read(timeout)
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        self._router.end_capture(self._vif, self._capture)

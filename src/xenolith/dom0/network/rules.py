@@ -160,7 +160,7 @@ def parse_rule(text: str) -> Rule:
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
     """Rules with semicolons or ends of lines between. Raises RuleError."""
-    rules = tuple(parse_rule(part) for part in re.split(r"[;\n]", text) if part.strip())
+    rules = tuple(parse_rule(part.strip()) for part in re.split(r"[;\n]", text) if part.strip())
     if len(rules) > MAX_RULES:
         raise RuleError(f"{len(rules)} rules are more than {MAX_RULES}")
     return rules
