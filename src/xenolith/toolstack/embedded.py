@@ -23,11 +23,8 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
-<<<<<<< HEAD
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
-=======
 from xenolith.dom0.network.port import PortStatistics
->>>>>>> 0082349 (Network verbs: xl network-attach, -detach, -list; xenolith net show, rules, dump; Domain.nets; xl top has real figures)
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
