@@ -679,6 +679,9 @@ def test_no_name_commands_the_terminal(xl: Xl) -> None:
         answer = xl(*words)
         assert answer.status == 0
         assert SHOWN in answer.out, words
+    xl.add("csi\x9b2J", kernel="\x9b\x7f")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", xl("list", "-l").out)
+    assert [each["config"]["c_info"]["name"] for each in json.loads(xl("list", "-l").out)][-1] == "csi\x9b2J"
     assert xl("dmesg").out == "(d1) \\x1b[2J\n"
     assert xl("top", "-b", "-i", "1", "-d", "0.1").out.count("\x1b") == 0
     assert "\x1b" not in xl("list", "\x1b[2J").err

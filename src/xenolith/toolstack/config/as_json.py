@@ -335,4 +335,7 @@ def _string(text: str) -> str:
 def _escape(character: str) -> str:
     if character in _SHORT_ESCAPES:
         return _SHORT_ESCAPES[character]
-    return f"\\u{ord(character):04X}" if character < " " else character
+    # yajl leaves the second as they are, which command terminals too, and the third, which stand for bytes of no UTF-8.
+    if character < " " or "\x7f" <= character <= "\x9f" or "\ud800" <= character <= "\udfff":
+        return f"\\u{ord(character):04X}"
+    return character
