@@ -36,6 +36,7 @@ from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
 from xenolith.hypervisor.shutdown import domain_crash
 from xenolith.hypervisor.time import Timer, TimerQueue, update_time
 from xenolith.machine.clock import Clock
+from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.tsc import TscClock
 
 if TYPE_CHECKING:
@@ -287,6 +288,8 @@ class Scheduler:
         while not context.stopping:
             try:
                 self._step(context)
+            except EngineError as error:  # the host refuses what the guest is in
+                domain_crash(context.domain, f"{context.domain!r}: its engine cannot go on: {error}")
             except Exception:
                 domain_crash(context.domain, f"{context.domain!r}: Xenolith failed:\n{traceback.format_exc()}")
         self._fall_idle()

@@ -196,7 +196,10 @@ class DebugRegisters:
         addresses = [address if _may_watch(address) else 0 for address in addresses]
         dr6, dr7 = dr6 & _LOW_HALF or _DR6_INITIAL, dr7 & _LOW_HALF & ~_DR7_GD or _DR7_INITIAL
         registers = api.DEBUGREGS.pack(*addresses, dr6, dr7, 0)
-        ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))
+        try:
+            ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))
+        except OSError as error:
+            raise EngineError(f"KVM refuses the vCPU's debug registers: {error.strerror}") from error
 
 
 def _may_watch(address: int) -> bool:
@@ -230,7 +233,10 @@ class ExtendedState:
         (mxcsr,) = unpack_from("<I", image, _MXCSR)
         pack_into("<I", image, _MXCSR, mxcsr & self._mxcsr_mask)
         image[_HEADER] = bytes(_HEADER.stop - _HEADER.start)
-        ioctl(self._fd, api.KVM_SET_XSAVE, image)
+        try:
+            ioctl(self._fd, api.KVM_SET_XSAVE, image)
+        except OSError as error:
+            raise EngineError(f"KVM refuses the vCPU's extended state: {error.strerror}") from error
         self.set_xcr0(state.xcr0)
 
     def set_xcr0(self, value: int) -> None:
