@@ -7,10 +7,11 @@
 #include "traps.h"
 
 #define LAST_PAGE 0xfffffffffffff000ul
+#define VECTOR_SS 12
 #define HOLE 0x800000000000ul /* the first address that is not canonical */
 
 static u8 *page; /* what is mapped at LAST_PAGE */
-u64 saved_rsp;
+u64 saved_rsp, saved_rbp;
 
 static void map_last_page(void)
 {
@@ -94,6 +95,11 @@ static void operands(void)
     check_eq("  cr2", (long)fault.cr2, 0);
     TRY("mov (%0), %%rax", : : "b"(HOLE) : "rax", "memory");
     check_eq("a load from an address that is not canonical: #GP", (long)fault.vector, VECTOR_GP);
+    check_eq("  error code", (long)fault.error, 0);
+    bool emulated = option("emulated-end"); /* an emulator makes no difference */
+    TRY("mov %%rbp, saved_rbp(%%rip)\n mov %0, %%rbp\n mov (%%rbp), %%rax", : : "c"(HOLE) : "rax", "memory");
+    __asm__ volatile("mov saved_rbp(%%rip), %%rbp" : : : "memory");
+    check_eq("by way of RBP: #SS", (long)fault.vector, emulated ? VECTOR_GP : VECTOR_SS);
     check_eq("  error code", (long)fault.error, 0);
     TRY("mov (%0), %%rax", : : "b"(HOLE - 4) : "rax", "memory");
     check_eq("a load that reaches into the hole: #GP or #PF", fault.vector == VECTOR_GP || fault.vector == VECTOR_PF, 1);

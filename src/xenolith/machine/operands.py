@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from iced_x86 import Decoder, Instruction, Register, RegisterExt
+from iced_x86 import Decoder, Instruction, MemorySizeExt, OpKind, Register, RegisterExt
 
 from xenolith.abi.x86 import (
     CS,
@@ -30,11 +30,13 @@ from xenolith.abi.x86 import (
     PTE_P,
     PTE_RW,
     PTE_US,
+    RSP,
     SEGMENT_BASE,
     SS,
     VECTOR_GP,
     VECTOR_PF,
     VECTOR_SS,
+    advanced,
     is_canonical_range,
 )
 from xenolith.machine import page_walk
@@ -152,6 +154,22 @@ def effective_address(regs: memoryview, instruction: Instruction, wide: bool) ->
 def of_stack(instruction: Instruction) -> bool:
     """Whether a bad address of its memory operand is #SS, not #GP."""
     return instruction.memory_segment == Register.SS
+
+
+def is_stack_fault(regs: memoryview, instruction: Instruction, wide: bool) -> bool:
+    """Whether an instruction that raised a fault without an error code was refused a stack address: #SS, not #GP.
+
+    64-bit code alone: that its stack pointer, or a memory operand by way of RSP or RBP, is not canonical.
+    """
+    if not wide or not instruction:
+        return False
+    moved = instruction.stack_pointer_increment
+    if moved and not is_canonical_range(advanced(regs[RSP], min(moved, 0)), abs(moved)):
+        return True
+    if not of_stack(instruction) or OpKind.MEMORY not in (instruction.op0_kind, instruction.op1_kind):
+        return False
+    size = MemorySizeExt.size(instruction.memory_size) or 1
+    return not is_canonical_range(effective_address(regs, instruction, wide), size)
 
 
 def _address_mask(instruction: Instruction) -> int:

@@ -34,6 +34,7 @@ from xenolith.abi.x86 import (
     VECTOR_DB,
     VECTOR_GP,
     VECTOR_PF,
+    VECTOR_SS,
     VECTOR_UD,
     advanced,
 )
@@ -55,7 +56,7 @@ from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import buffer_address, function_address
-from xenolith.machine.operands import GuestFault, GuestView
+from xenolith.machine.operands import GuestFault, GuestView, decode, is_stack_fault
 from xenolith.machine.tsc import scale
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
@@ -373,6 +374,8 @@ class UnicornCpu:
             if vector == VECTOR_DB and step_from == regs[RIP]:
                 step_from = -1
                 return True
+            if vector == VECTOR_GP and not error_code and self._is_stack_fault():
+                vector = VECTOR_SS  # to QEMU, all addresses that are not canonical are the same
             return deliver(vector, error_code, address)
 
         def invalid(vector: int, error_code: int, address: int) -> bool:
@@ -433,6 +436,14 @@ class UnicornCpu:
         """Bytes of the instruction at RIP."""
         linear = self.regs[RIP] + self.regs[CS + SEGMENT_BASE] + offset & MASK64
         return page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, linear, size)
+
+    def _is_stack_fault(self) -> bool:
+        """Whether the #GP of the instruction at RIP is a #SS."""
+        rip, wide = self.regs[RIP], self.runs_64_bit_code
+        try:
+            return wide and is_stack_fault(self.regs, decode(self.view.fetch(rip), rip, wide), wide)
+        except GuestFault:
+            return False
 
     # --- parts of load and store --------------------------------------------------------------------
 
