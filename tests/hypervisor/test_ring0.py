@@ -634,6 +634,23 @@ def test_who_waits_for_native_code_lets_other_threads_go_on() -> None:
     pair.close()
 
 
+@pytest.mark.parametrize("natively", [True, False])
+def test_a_reference_that_nothing_holds_ends_the_domain_and_is_not_dropped(natively: bool) -> None:
+    subject = Subject(natively, caches_tables=False)
+    index, frames = subject.entry_index(DATA + PAGE_SIZE), subject.domain.frames
+    page = subject.domain.memory.q[index] >> 12 & (1 << 40) - 1
+    frames.type_info[page] -= 1
+    before = frames.type_info[page]
+    subject.write(ARGUMENTS, pack("<QQ", index << 3, 0))
+    regs = subject.cpu.regs
+    regs[RAX], regs[RDI], regs[RSI], regs[RDX], regs[R10] = abi.HYPERVISOR_mmu_update, ARGUMENTS, 1, 0, abi.DOMID_SELF
+    with pytest.raises(AssertionError):
+        subject.trap(TRAP_SYSCALL)
+    assert frames.type_info[page] == before
+    subject.machine.close()
+    subject.machine.hypervisor.close()
+
+
 def grow_tree(subject: Subject) -> tuple[int, int]:
     """Frames that are to be page tables: an L4 with two L3s, whose L2s link eight L1s.
 
