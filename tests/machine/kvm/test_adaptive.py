@@ -528,7 +528,8 @@ def test_the_task_switched_flag_concerns_wide_instructions_too(machine: Adaptive
     cpu = machine.adaptive_cpu()
     machine.on(cpu, "kvm", "0f 05")
     cpu.set_task_switched(True)
-    for code in ("c5 fe 6f 07", "0f ae 27", "66 0f ef c0"):
+    wide = ["c5 fe 6f 07"] if machine.engine.xcr0_mask & 4 else []
+    for code in (*wide, "0f ae 27", "66 0f ef c0"):
         trap = machine.on(cpu, "kvm", code)
         if trap[0] == VECTOR_PF and code == "0f ae 27" and machine.engine.kvm.traits.traps_task_switched:
             pytest.skip("an emulated processor, QEMU's: its XSAVE does not look at CR0.TS")
