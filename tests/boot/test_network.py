@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING
@@ -176,3 +178,70 @@ def test_an_interface_comes_and_goes_while_the_domain_runs(network: Network) -> 
     assert dom0.unplug_net(guest.domain, 1)
     assert "1 packets transmitted, 1 packets received" in guest.finish()
     assert list(guest.domain.nets) == [0]
+
+
+# --- the outside
+
+needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed (apt install passt)")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def own_address() -> str:
+    """This host's, to which no packet leaves it. A datagram socket is connected without sending anything."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))
+        except OSError:
+            pytest.skip("this host has no address but the loopback device's")
+        return str(probe.getsockname()[0])
+
+
+@needs_passt
+def test_a_published_port_leads_to_the_guest(network: Network) -> None:
+    from xenolith.dom0.network.port import Publication
+
+    port = free_port()
+    spec = VifSpec(number=0, mac=mac(1), rules="deny out", publications=(Publication(6, "127.0.0.1", port, 7),))
+    guest = network.boot("while :; do echo LISTENING; nc -l -p 7 -e cat; done", [spec])
+    guest.wait_for("LISTENING")
+    data = b"".join(at.to_bytes(4, "big") for at in range(4096))
+    with socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS) as connection:
+        connection.settimeout(DEADLINE_SECONDS)
+        connection.sendall(data)
+        got = b""
+        while len(got) < len(data):
+            part = connection.recv(1 << 16)
+            assert part, len(got)
+            got += part
+    assert got == data
+    network.machine.dom0.destroy(guest.domain)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), 5).close()
+
+
+@needs_passt
+def test_the_outside_is_reached_as_far_as_the_rules_allow(network: Network) -> None:
+    """To a server on this host's own address; the host's loopback device is out of reach whatever the rules say."""
+    address = own_address()
+    with socket.create_server((address, 0)) as allowed, socket.create_server((address, 0)) as denied:
+        port, other = allowed.getsockname()[1], denied.getsockname()[1]
+        guest = network.boot(
+            f"until nc -w 5 {address} {port} </dev/null; do sleep 1; done; nc -w 3 {address} {other} </dev/null ||"
+            f" echo DENIED; nc -w 3 127.0.0.1 {other} </dev/null || nc -w 3 192.0.0.1 {other} </dev/null || echo ALONE",
+            [vif(1, rules=f"allow out tcp/{port} to {address}; allow out to 192.0.0.1")],
+        )
+        allowed.settimeout(DEADLINE_SECONDS)
+        connection, _ = allowed.accept()
+        with connection:
+            connection.sendall(b"WELCOME\n")
+        text = guest.finish()
+        denied.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            denied.accept()
+    assert "WELCOME" in text and "DENIED" in text and "ALONE" in text
+    drops = guest.domain.nets[0].backend.vif.drops
+    assert drops["denied"] and drops["martian"]

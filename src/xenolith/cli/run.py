@@ -25,7 +25,7 @@ import click
 
 from xenolith.cli.progress import tell_of_downloads
 from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
-from xenolith.toolstack import run_disks
+from xenolith.toolstack import run_disks, run_network
 from xenolith.toolstack.errors import RunError, UsageError
 from xenolith.toolstack.foreground import (
     Completed,
@@ -115,6 +115,8 @@ class CannotRun(click.ClickException):
     help="Put a module of the Debian kernel into the initramfs, with those it needs, for modprobe; may be repeated.",
 )
 @click.option("--disk", "disks", multiple=True, metavar="FILE[,ro|cow]", help=run_disks.HELP)
+@click.option("--net", is_flag=False, flag_value="", metavar="[RULES]", help=run_network.NET_HELP)
+@click.option("--publish", multiple=True, metavar="[ADDRESS:]HOST:GUEST[/udp]", help=run_network.PUBLISH_HELP)
 @click.option(
     "--env",
     "environment",
@@ -145,6 +147,8 @@ def run(
     files: Sequence[str],
     modules: Sequence[str],
     disks: Sequence[str],
+    net: str | None,
+    publish: Sequence[str],
     environment: Sequence[str],
     directory: str,
     user: str,
@@ -172,6 +176,8 @@ def run(
         files=files,
         modules=modules,
         disks=disks,
+        net=net,
+        publish=publish,
         environment=_terminal_type(on_terminal) | dict(map(_variable, environment)),
         directory=directory,
         user=user,

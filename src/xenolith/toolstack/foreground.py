@@ -43,6 +43,7 @@ from xenolith.hypervisor.control import DomainCreateError, DomainInfo
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.toolstack.errors import RunError, ToolstackError, UsageError
 from xenolith.toolstack.run_disks import DISK_MODULES, parse_disks
+from xenolith.toolstack.run_network import NET_MODULES, parse_network
 
 END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
 INPUT_BYTES: Final = 64 << 10  # of a command's input at once
@@ -69,7 +70,7 @@ class RunSpec:
     """What to run, and in which domain.
 
     `kernel` is a file built for Xen PV or one of Debian's (see `debian.packages.obtain`). `files` are HOST[:GUEST],
-    `disks` FILE[,ro|cow][,FORMAT].
+    `disks` FILE[,ro|cow][,FORMAT]; `net` are the rules of its network ("": none), None: it has none.
     `size` is that of the terminal, in rows and columns, where a person sees what the guest prints; with `terminal` the
     command has it as its own.
     """
@@ -84,6 +85,8 @@ class RunSpec:
     files: Sequence[str] = ()
     modules: Sequence[str] = ()
     disks: Sequence[str] = ()
+    net: str | None = None
+    publish: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: str = "/root"
     user: str = ""
@@ -121,6 +124,8 @@ def run(
     files: Sequence[str] = (),
     modules: Sequence[str] = (),
     disks: Sequence[str] = (),
+    net: str | None = None,
+    publish: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     directory: str = "/root",
     user: str = "",
@@ -141,6 +146,8 @@ def run(
         files=files,
         modules=modules,
         disks=disks,
+        net=net,
+        publish=publish,
         environment=environment or {},
         directory=directory,
         user=user,
@@ -292,6 +299,7 @@ def _domain_spec(spec: RunSpec, nonce: str) -> DomainSpec:
         memory_kib=spec.memory_mib << 10,
         vcpus=spec.vcpus,
         disks=parse_disks(spec.disks),
+        nets=parse_network(spec.net, spec.publish),
     )
 
 
@@ -300,7 +308,12 @@ def _initramfs(spec: RunSpec, nonce: str) -> bytes:
     if spec.modules and own_kernel:
         raise UsageError("modules are taken from the package of one of Debian's kernels, not for one of your own")
     guest = obtain(DEFAULT_KERNEL if own_kernel else spec.kernel)
-    modules = [*spec.modules, *(DISK_MODULES if spec.disks and not own_kernel else ())]
+    networked = spec.net is not None or spec.publish
+    modules = [
+        *spec.modules,
+        *(DISK_MODULES if spec.disks and not own_kernel else ()),
+        *(NET_MODULES if networked and not own_kernel else ()),
+    ]
     command = None
     if spec.command:
         command = Command(spec.command, nonce, spec.environment, spec.directory, spec.user, spec.terminal)
