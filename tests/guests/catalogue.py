@@ -80,6 +80,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("paging-abuse"),
     replace(checks("descriptors"), of_descriptor_tables=("lar sees the code segment", "its last entry")),
     checks("selectors"),
+    checks("iopl"),
     checks("m2p"),
     checks("m2p-smp", "m2p.elf", vcpus=2),
     checks("mini"),

@@ -28,6 +28,13 @@ static void enter(struct vcpu *v, u64 handler, u64 stack, u64 rflags, bool mask_
         ((u8 *)words(v->domain_address))[v->info + VCPU_INFO_UPCALL_MASK] = 1;
 }
 
+/* RFLAGS as a frame shows them. */
+static u64 saved_flags(struct vcpu *v, u64 rflags)
+{
+    bool masked = ((u8 *)words(v->domain_address))[v->info + VCPU_INFO_UPCALL_MASK];
+    return (rflags & SAVED_FLAGS) | (v->architectural_iopl ? v->iopl * (EFLAGS_IOPL / 3) : 0) | (masked ? 0 : EFLAGS_IF);
+}
+
 static bool bounce(struct vcpu *v, u64 handler, bool has_error_code, u64 error_code, bool mask_events)
 {
     u64 *regs = v->calls->regs, rsp = regs[RSP];
@@ -51,7 +58,7 @@ static bool bounce(struct vcpu *v, u64 handler, bool has_error_code, u64 error_c
         *f++ = error_code;
     *f++ = regs[RIP];
     *f++ = selector;
-    *f++ = (rflags & SAVED_FLAGS) | (mask ? 0 : EFLAGS_IF);
+    *f++ = saved_flags(v, rflags);
     *f++ = rsp;
     *f++ = regs[SS] & 0xffff;
     __builtin_memcpy(memory + at, frame, 8 * count);
@@ -70,7 +77,7 @@ static bool bounce_syscall(struct vcpu *v)
         return false;
     u64 rflags = v->calls->get_rflags(v->calls->context), mask = memory[v->info + VCPU_INFO_UPCALL_MASK];
     u64 frame[7] = {
-        regs[RIP], rflags, regs[RIP], FLAT_RING3_CS64 | mask << 32, (rflags & SAVED_FLAGS) | (mask ? 0 : EFLAGS_IF),
+        regs[RIP], rflags, regs[RIP], FLAT_RING3_CS64 | mask << 32, saved_flags(v, rflags),
         regs[RSP], FLAT_RING3_SS64,
     };
     regs[RCX] = regs[RIP];

@@ -74,6 +74,12 @@ def enter_user_mode(vcpu: Vcpu, cpu: Cpu) -> None:
     cpu.switch_mode(vcpu.user_l4, True)
 
 
+def saved_flags(vcpu: Vcpu, rflags: int) -> int:
+    """RFLAGS as a frame shows them: IF tells of upcalls, IOPL of the virtual level if the domain wants to see that."""
+    shown = vcpu.iopl * EFLAGS_IOPL // 3 if vcpu.architectural_iopl else 0
+    return rflags & SAVED_FLAGS | shown | (0 if vcpu.domain.memory.b[vcpu.info + 1] else EFLAGS_IF)
+
+
 def bounce(vcpu: Vcpu, cpu: Cpu, handler: int, error_code: int | None, mask_events: bool) -> None:
     """Build a bounce frame on the guest-kernel stack and go on at `handler` (Xen: create_bounce_frame)."""
     regs = cpu.regs
@@ -81,7 +87,7 @@ def bounce(vcpu: Vcpu, cpu: Cpu, handler: int, error_code: int | None, mask_even
     info = vcpu.info
     rflags = cpu.get_rflags()
     upcall_mask = memory[info + 1]
-    saved_rflags = rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF)
+    saved_rflags = saved_flags(vcpu, rflags)
     rsp = regs[RSP]
     if vcpu.kernel_mode:
         stack = rsp & ~15
@@ -120,7 +126,7 @@ def bounce_failsafe(vcpu: Vcpu, cpu: Cpu, selectors: tuple[int, int, int, int]) 
     else:
         stack = vcpu.kernel_sp & ~15
         enter_kernel_mode(vcpu, cpu)
-    saved_rflags = rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF)
+    saved_rflags = saved_flags(vcpu, rflags)
     frame = _failsafe_frame(
         regs[RCX], regs[R11], *selectors, regs[RIP], selector | upcall_mask << 32, saved_rflags, rsp, regs[SS] & 0xFFFF
     )
@@ -168,7 +174,7 @@ def bounce_syscall(vcpu: Vcpu, cpu: Cpu) -> None:
     regs[GS_BASE], vcpu.other_gs_base = vcpu.other_gs_base, regs[GS_BASE]
     cpu.switch_mode(vcpu.kernel_l4, False)
     stack = advanced(vcpu.kernel_sp & ~15, -56)
-    saved = rflags & SAVED_FLAGS | (0 if upcall_mask else EFLAGS_IF)
+    saved = saved_flags(vcpu, rflags)
     if stack & 0xFFF <= 0xFC8 and (address := translate(vcpu, stack, WRITE)) >= 0:
         _pack_frame(memory, address, rip, rflags, rip, GUEST_CS | upcall_mask << 32, saved, rsp, GUEST_SS)
     else:

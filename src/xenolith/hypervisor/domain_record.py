@@ -277,6 +277,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "compatibility": FLAG,
         "syscall_masks_events": FLAG,
         "nmi_masked": FLAG,
+        "architectural_iopl": FLAG,
         "may_run": REBUILT,
         "new_space": REBUILT,
     },

@@ -28,7 +28,7 @@ static bool general_protection(struct vcpu *v, u64 error_code)
 {
     u64 *rip = &v->calls->regs[RIP], at = translate(v, *rip, 1, READ);
     u8 code;
-    if (error_code || !v->kernel_mode || !v->iopl || v->compatibility || at == NOWHERE)
+    if (error_code || !v->kernel_mode || (!v->iopl && !v->architectural_iopl) || v->compatibility || at == NOWHERE)
         return false;
     fetch(&code, (u8 *)words(v->domain_address) + at, 1);
     if (code != OPCODE_CLI && code != OPCODE_STI)

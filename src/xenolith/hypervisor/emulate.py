@@ -69,7 +69,9 @@ def cpuid(vcpu: Vcpu, regs: memoryview) -> None:
 
 def io_allowed(vcpu: Vcpu) -> bool:
     """Whether the vCPU's I/O privilege level allows CLI, STI and port instructions (Xen: iopl_ok)."""
-    return vcpu.iopl >= (1 if vcpu.kernel_mode else 3)
+    if vcpu.kernel_mode:
+        return vcpu.iopl > 0 or vcpu.architectural_iopl  # as in ring 1, or in ring 0
+    return vcpu.iopl == 3
 
 
 def privileged_instruction(vcpu: Vcpu, cpu: Cpu) -> bool:

@@ -69,6 +69,7 @@ class Modes:
     syscall_callback: int = KERNEL
     syscall_masks_events: bool = True
     nmi_masked: bool = False
+    architectural_iopl: bool = False
     compatibility: bool = False
     flat_selectors: set[tuple[int, int]] = field(default_factory=lambda: {FLAT})
 

@@ -30,6 +30,8 @@ static bool do_iret(struct vcpu *v)
     regs[R11] = in_syscall ? rflags : frame.r11;
     regs[RSP] = frame.rsp;
     regs[RIP] = rip;
+    if (v->architectural_iopl)
+        v->iopl = rflags >> 12 & 3;
     v->calls->set_rflags((rflags & IRET_FLAGS) | ALWAYS_SET, v->calls->context);
     regs[CS] = cs | 3;
     regs[SS] = ss | 3;

@@ -78,6 +78,8 @@ def do_iret(vcpu: Vcpu) -> int:
     ss |= 3
     regs[RSP] = rsp
     regs[RIP] = rip
+    if vcpu.architectural_iopl:
+        vcpu.iopl = rflags >> 12 & 3
     cpu.set_rflags(rflags & IRET_FLAGS | ALWAYS_SET)
     if (cs, ss) in vcpu.flat_selectors and not vcpu.compatibility:
         regs[CS] = cs

@@ -31,6 +31,7 @@ from xenolith.abi.hypercalls import (
     VCPUOP_stop_periodic_timer,
     VCPUOP_stop_singleshot_timer,
     VCPUOP_up,
+    VMASST_TYPE_architectural_iopl,
 )
 from xenolith.abi.layout import U64, VCPU_INFO_SIZE
 from xenolith.abi.vcpu_context import VcpuContext
@@ -124,6 +125,8 @@ def set_context(vcpu: Vcpu, context: VcpuContext) -> int:
         vcpu.state.xsave[512] = 3  # XSTATE_BV: x87 and SSE
     if vcpu.vcpu_id == 0:
         vcpu.domain.vm_assist = context.vm_assist
+        for each in vcpu.domain.vcpus:
+            each.architectural_iopl = bool(context.vm_assist >> VMASST_TYPE_architectural_iopl & 1)
     vcpu.initialised = True
     if context.flags & vcpu_context.VGCF_online:
         vcpu.online = True

@@ -45,4 +45,6 @@ def do_vm_assist(vcpu: Vcpu, cmd: int, kind: int) -> int:
         vcpu.domain.vm_assist &= ~(1 << kind)
     else:
         return -ENOSYS
+    for each in vcpu.domain.vcpus:
+        each.architectural_iopl = bool(vcpu.domain.vm_assist >> VMASST_TYPE_architectural_iopl & 1)
     return 0

@@ -45,6 +45,7 @@ class ModeFields(ctypes.Structure):
     compatibility: bool  # runs on CS/SS that are not 64-bit flat
     syscall_masks_events: bool
     nmi_masked: bool
+    architectural_iopl: bool  # frames show the I/O privilege level, and iret loads it: no engine does that
     may_run: bool  # False makes it leave the engine at the next trap boundary
     native_handler: int
     """Address of `int handler(struct vcpu *, u32 vector, u64 error_code, u64 address)`, 0: none.
@@ -87,6 +88,7 @@ class ModeFields(ctypes.Structure):
         ("compatibility", c_bool),
         ("syscall_masks_events", c_bool),
         ("nmi_masked", c_bool),
+        ("architectural_iopl", c_bool),
         ("may_run", c_bool),
         ("new_space", c_bool),
     )

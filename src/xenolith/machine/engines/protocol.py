@@ -90,6 +90,7 @@ class GuestModes(Protocol):
     shared_info: int
     syscall_masks_events: bool
     nmi_masked: bool
+    architectural_iopl: bool
     compatibility: bool
     info: int
     vcpu_id: int

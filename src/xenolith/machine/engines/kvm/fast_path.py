@@ -156,6 +156,7 @@ class FastPath:
             or modes.info != shared.info
             or modes.syscall_callback != shared.callback
             or modes.syscall_masks_events != shared.masks_events
+            or (shared.on and modes.architectural_iopl)
         ):
             self._configure(modes)
         if not shared.on:
@@ -368,7 +369,7 @@ class FastPath:
         shared.info, shared.callback = modes.info, modes.syscall_callback
         shared.masks_events = modes.syscall_masks_events
         shared.info_mapped = modes.info == self._info
-        if not (user and kernel and modes.syscall_callback and modes.syscall_masks_events):
+        if not (user and kernel and modes.syscall_callback and modes.syscall_masks_events) or modes.architectural_iopl:
             return
         if not (self._has_view(kernel, area.KERNEL_VIEW) and self._has_view(user, area.USER_VIEW)):
             return

@@ -202,8 +202,9 @@ static bool enter_fast_path(struct kvm_cpu *k, struct vcpu *v)
     u64 *data = k->data;
     if (v->info != k->info || v->syscall_callback != k->callback)
         return false;
-    if (v->kernel_l4 != k->kernel_l4 || v->user_l4 != k->user_l4 || v->syscall_masks_events != k->masks_events) {
-        bool on = v->kernel_l4 && v->user_l4 && v->syscall_callback && v->syscall_masks_events
+    if (v->kernel_l4 != k->kernel_l4 || v->user_l4 != k->user_l4 || v->syscall_masks_events != k->masks_events
+        || (k->on && v->architectural_iopl)) {
+        bool on = !v->architectural_iopl && v->kernel_l4 && v->user_l4 && v->syscall_callback && v->syscall_masks_events
             && has_view(k, v->kernel_l4, true) && has_view(k, v->user_l4, false);
         if (on && !k->info_mapped)
             return false;
