@@ -10,15 +10,17 @@ each. With --qemu the same kernel, program and file on QEMU TCG's q35 and virtio
 from __future__ import annotations
 
 import argparse
+import re
+import stat
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from xenolith.debian.initramfs import Command, HostFile, build_initramfs, kernel_arguments
+from xenolith.debian.initramfs import Command, HostFile, Node, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
-from xenolith.debian.packages import obtain
+from xenolith.debian.packages import kernel_package_files, obtain
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.console import Overflow
 from xenolith.dom0.disks import DiskSource
@@ -27,6 +29,7 @@ from xenolith.dom0.power import power_on
 from xenolith.dom0.services import DomainSpec
 
 SOURCE = Path(__file__).parent / "workloads" / "disk.c"
+VIRTIO = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
 DISK_MIB = 256
 MEMORY_MIB = 256
 
@@ -101,13 +104,16 @@ def measure_xenolith(engine: str, program: Path, disk: Path, seconds: float) -> 
 
 def measure_qemu(program: Path, disk: Path, seconds: float) -> None:
     guest = obtain()
-    modules = kernel_modules(guest, ["virtio_blk", "virtio_pci"])
-    load = "modprobe virtio_pci; modprobe virtio_blk\n"
+    wanted = re.compile(rf".*/({'|'.join(VIRTIO)})\.ko(\.xz)?")
+    files = kernel_package_files(guest, lambda path: bool(wanted.match(path)))
+    found = {PurePosixPath(path).name.partition(".")[0]: data for path, data in files}
+    nodes = [Node(f"m/{name}.ko", stat.S_IFREG | 0o644, data) for name, data in found.items()]
+    load = "".join(f"insmod /m/{name}.ko\n" for name in VIRTIO if name in found)
     ramdisk = build_initramfs(
         guest.busybox,
         command=Command(["sh", "-c", load + script("/dev/vda", seconds)], "bench"),
         files=[HostFile.parse(f"{program}:/disk")],
-        modules=modules,
+        modules=nodes,
     )
     archive = program.with_name("initrd")
     archive.write_bytes(ramdisk)
