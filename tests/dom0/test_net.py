@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -296,6 +297,52 @@ def test_random_entries(plug: Plug, seed: int) -> None:
     while not two.receive()[0].endswith(b"alive"):
         two.offer_buffers(1)
     assert failures > 10
+
+
+def test_requests_and_grants_that_change_while_they_are_served(plug: Plug) -> None:
+    """Somebody writes into the ring and takes grants away all the while, as another vCPU of the guest could."""
+    two, three, one = plug(), plug(), plug()
+    stop = threading.Event()
+    victim = [one]
+
+    def meddle() -> None:
+        chance = random.Random(7)
+        while not stop.is_set():
+            front = victim[0]
+            at = chance.randrange(64, 4096)
+            front.tx.bytes[at] = chance.randrange(256)
+            front.rx.bytes[at] = chance.randrange(256)
+            front.dom0.frames.pop(TX_DATA + chance.randrange(8), None)
+
+    meddler = threading.Thread(target=meddle)
+    meddler.start()
+    try:
+        entries = 0
+        while entries < 20_000:
+            if one.device.failure is not None:
+                assert "broke the protocol" in one.device.failure, one.dom0.lines
+                one.stop()
+                victim[0] = one = plug()
+            sent = one.datagram(two)
+            for ref in range(TX_DATA, TX_DATA + 8):
+                one.dom0.grant(ref, sent)
+            for at in range(200):
+                one.put(netif.TX_REQUEST.pack(TX_DATA + at % 8, 0, 0, at, len(sent)))
+            one.push()
+            one.settle()
+            entries += one.tx.words[RSP_PROD] - one.tx_consumed
+            one.tx_consumed = one.tx_produced
+            two.send(two.datagram(one))
+            two.responses(1)
+    finally:
+        stop.set()
+        meddler.join()
+    three.send(three.datagram(two, b"alive"))
+    two.offer_buffers(two.received())
+    two.rx_consumed = two.rx.words[RSP_PROD]
+    three.send(three.datagram(two, b"alive"))
+    while not two.receive()[0].endswith(b"alive"):
+        two.offer_buffers(1)
 
 
 def test_a_rate_is_kept() -> None:
