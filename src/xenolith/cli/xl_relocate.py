@@ -1,4 +1,4 @@
-"""The `xl` commands that take a domain away from where it is: save, restore, clone, suspend, resume."""
+"""The `xl` commands that take a domain away from where it is: save, restore, migrate, clone, suspend, resume."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Final
 
 import click
 
+from xenolith.cli.passage import Passage
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
-from xenolith.toolstack.client import AfterSave, ToolstackError
+from xenolith.toolstack.client import AfterSave, Progress, ToolstackError
 from xenolith.toolstack.config.domain import absolute_paths
 
 MOST_CLONES: Final = 10_000
@@ -65,6 +66,69 @@ def restore(session: Session, options: Options, operands: Sequence[str]) -> int:
     except ToolstackError as error:
         raise Failure(str(error), STATUS_FAIL) from error
     return start(session, options, domid, session.client.config(domid).name)
+
+
+def _say_stage(stage: Progress) -> None:
+    complain(f"migration sender: {stage.stage}")
+
+
+_BANNER: Final = b"xl migration receiver ready, send binary domain data.\n"
+_NO_PAUSE: Final = Option("p", "Leave the domain paused when it has come.")
+
+
+@command(
+    "[options] <Domain> <host>",
+    "Relocate a running domain to another host",
+    Option("C", "Send this configuration instead of the domain's.", value="CONFIG"),
+    Option("s", "Reach the host by this command instead of ssh; by none, the host is itself a command.", value="SSH"),
+    Option("e", "Have nobody look after the domain there when it ends."),
+    _NO_PAUSE,
+    Option("d", "Accepted for scripts, without effect.", long="debug"),
+    operands=2,
+)
+def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
+    domid = resolve(session, operands[0])
+    if "C" in options:
+        session.client.set_config(domid, absolute_paths(read_config_file(options["C"]), Path.cwd()))
+    shell = options.get("s", "ssh")
+    flags = "".join(f" -{flag}" for flag in "ep" if flag in options)
+    line = f"exec {shell} {operands[1]} xl migrate-receive{flags}" if shell else operands[1]
+    with Passage() as passage, passage.to_command(line) as far:
+        if far.banner(len(_BANNER)) != _BANNER:
+            raise Failure("migration sender: unexpected answer of the other side\nmigration failed", STATUS_FAIL)
+        complain("migration target: Ready to receive domain.")
+        complain(f"Saving to migration stream {_FORMAT}")
+        far.pass_on()
+        try:
+            session.client.send(domid, passage.socket, _say_stage)
+        except ToolstackError as error:
+            raise Failure(f"{error}\nMigration failed", STATUS_FAIL) from error
+    complain("migration sender: Target reports successful startup.\nMigration successful.")
+    return 0
+
+
+@command(
+    "[options]",
+    "Receive a domain on stdin and stdout; `xl migrate` on another host calls this",
+    Option("e", "Do not look after the domain when it ends."),
+    _NO_PAUSE,
+    Option("d", "Accepted for scripts, without effect."),
+)
+def migrate_receive(session: Session, options: Options, operands: Sequence[str]) -> int:
+    session.makes_domains = True
+    client, supervision = session.toolstack.client, session.toolstack.supervision
+    with Passage() as passage, passage.to_standard_streams() as far:
+        far.say(_BANNER)
+        far.pass_on()
+        try:
+            domid = client.receive(passage.socket, "p" in options)
+        except ToolstackError as error:
+            said = f"migration target: {error}\nmigration target: Domain creation failed"
+            raise Failure(said, STATUS_FAIL) from error
+    if "e" not in options:
+        supervision.supervise(domid)
+    complain("migration target: Domain started successsfully.")
+    return 0
 
 
 @command(

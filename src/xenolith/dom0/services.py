@@ -306,6 +306,16 @@ class Dom0:
         except (DiskError, ValueError) as error:
             raise DomainCreateError(str(error)) from error
 
+    def let_go_of_disks(self, domain: GuestDomain) -> None:
+        """Close the disks of a domain that is paused, and whose devices go on elsewhere or by `take_disks`."""
+        _stop_all(domain.disks)
+
+    def take_disks(self, domain: GuestDomain, devices: Mapping[int, Device[BlockBackend]]) -> None:
+        """Open again the disks that were let go of. Raises DomainCreateError."""
+        for number, device in devices.items():
+            device.stop()
+            domain.disks[number] = self._adopt(domain.domid, device.backend.spec)
+
     def unplug_disk(
         self, domain: GuestDomain, number: int, timeout: float = UNPLUG_SECONDS, force: bool = False
     ) -> bool:

@@ -131,6 +131,7 @@ class Device(Generic[Kind]):
         self._connected = False  # the back-end has the front-end's rings
         self._busy = False  # there is more to serve, of which no event will tell
         self._unplugging = False
+        self._going_on = threading.Event()  # of the hold that it is in
         self._stopping = False
         self._over = False  # nothing is called any more
         self._watch = self._store.watch(f"{self.frontend}/state", self._frontend_changed)
@@ -179,7 +180,8 @@ class Device(Generic[Kind]):
 
         Returns what lets the device go on.
         """
-        held, going_on = threading.Event(), threading.Event()
+        held = threading.Event()
+        self._going_on = going_on = threading.Event()
 
         def stand() -> None:
             try:
@@ -218,6 +220,7 @@ class Device(Generic[Kind]):
     def stop_soon(self) -> None:
         """End the device without asking the front-end, which does not run any more."""
         self._stopping = True
+        self._going_on.set()
         self._bell.ring()
 
     def stop(self) -> None:

@@ -44,6 +44,7 @@ from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.statistics import Counters, counters, cpu_time
 from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.memory import Frames, Image, MachineMemory, OutOfMemory
+from xenolith.machine.write_tracking import NotTracked, WriteTracking
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
@@ -347,6 +348,20 @@ class Control:
             frames = domain_record.frame_record(domain)
             yield StillDomain(record, frames, domain.memory.populated(), domain.memory.b.toreadonly())
 
+    def track_writes(self, domid: int) -> WriteTracking:
+        """Follow what is written to a domain's memory. Raises NotTracked where the host cannot."""
+        return WriteTracking(self._domain(domid).memory)
+
+    def running_frames(self, domid: int, written: npt.NDArray[np.bool_] | None = None) -> tuple[Frames, memoryview]:
+        """The MFNs of a domain's frames that can hold anything but zeros, or were written to; and its memory to read.
+
+        It may be running: what is read is worth something only if it was not written to meanwhile.
+        """
+        domain = self._domain(domid)
+        wanted = domain.memory.populated() if written is None else written
+        owned = domain.frames.owners[: len(wanted)] == domain.domid
+        return np.flatnonzero(owned & wanted).astype(np.uint64), domain.memory.b.toreadonly()
+
     def freeze(self, domid: int) -> Frozen:
         """What a paused domain is at this moment, to make copies of. Close it when there are to be no more.
 
@@ -496,6 +511,7 @@ __all__ = [
     "Limits",
     "MachineInfo",
     "NoSuchDomain",
+    "NotTracked",
     "RecordError",
     "StillDomain",
     "VcpuInfo",

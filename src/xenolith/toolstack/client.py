@@ -427,6 +427,20 @@ class Client(ABC):
         """
 
     @abstractmethod
+    def send(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+        """Relocate a running domain, by way of whoever listens at the UNIX socket of this absolute path.
+
+        It has left when this returns.  While it is under way it has the name NAME--migratedaway here.
+        """
+
+    @abstractmethod
+    def receive(self, path: Path, paused: bool = False) -> NewDomid:
+        """Take a domain from whoever listens at the UNIX socket of this absolute path; its domid.
+
+        It runs when this returns, or is paused.
+        """
+
+    @abstractmethod
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
         """Make copies of a running domain, which goes on, and leave them paused; their domids.
 

@@ -16,7 +16,7 @@ import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from xenolith.abi import layout
 from xenolith.dom0 import domain_tree
@@ -24,6 +24,7 @@ from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
+from xenolith.dom0.migration.live import READY, STARTED, Undetermined
 from xenolith.dom0.network.port import PortStatistics
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
@@ -61,6 +62,7 @@ from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
+from xenolith.toolstack.relocation import connected, send_domain
 from xenolith.toolstack.saving import Arriving, open_saved, save_domain
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
@@ -535,6 +537,53 @@ class EmbeddedToolstack(Client):
         finally:
             with self._lock:
                 self._creating.discard(config.name)
+
+    def send(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+        with self._of_domain(domid) as domain:
+            config = self.config(domid)
+
+            def step_aside() -> None:
+                self.rename(domid, config.name + "--migratedaway")
+
+            try:
+                send_domain(self.dom0, domain, config, path, step_aside, progress)
+            except ToolstackError as error:
+                if not isinstance(error.__cause__, Undetermined):
+                    with contextlib.suppress(ToolstackError):
+                        self.rename(domid, config.name)
+                raise
+        self.destroy(domid)
+
+    def receive(self, path: Path, paused: bool = False) -> NewDomid:
+        with connected(path) as (source, out):
+            try:
+                arriving = Arriving(self.dom0, source)
+                config = copy.deepcopy(arriving.config)
+                config.name += "--incoming"
+                domid = self._receive(arriving, config)
+            except ToolstackError as error:
+                self._answer(out, f"{error}\n".encode())
+                raise
+            try:
+                self._answer(out, READY)
+                arriving.wait_for_word()
+                if not paused:
+                    self.unpause(domid)
+                self._answer(out, STARTED)
+            except (ToolstackError, OSError) as error:
+                if isinstance(error, OSError) and not self._control.info(domid).paused:
+                    pass  # it was given to us and runs; the sender does not know, and keeps its own paused
+                else:
+                    self.destroy(domid)
+                    raise ToolstackError(f"The domain did not come: {error}") from error
+        with contextlib.suppress(ToolstackError):
+            self.rename(domid, arriving.config.name)
+        return NewDomid(domid)
+
+    @staticmethod
+    def _answer(out: BinaryIO, line: bytes) -> None:
+        out.write(line)
+        out.flush()
 
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
         with self._of_domain(domid) as domain:

@@ -51,6 +51,13 @@ class Arriving:
         except (RecordError, CodecError) as error:
             raise ToolstackError(f"This is no domain that can be restored: {error}.") from error
 
+    def wait_for_word(self) -> None:
+        """Wait until the sender gives the domain away."""
+        try:
+            self._receiver.wait_for_word()
+        except RecordError as error:
+            raise ToolstackError(f"The sender has kept the domain: {error}.") from error
+
     def receive(self) -> Received:
         """Read the rest."""
         try:

@@ -76,17 +76,17 @@ def write_pages(writer: Writer, still: StillDomain, on_pages: OnPages) -> None:
     words = np.frombuffer(still.memory, dtype=np.uint64)
     mfns = still.frames.mfns[still.populated[still.frames.mfns]]
     total = len(mfns)
-    for done, (first, count) in _runs(mfns):
+    for done, (first, count) in runs(mfns):
         on_pages(done, total)
         rows = words[first * WORDS_PER_PAGE : (first + count) * WORDS_PER_PAGE].reshape(-1, WORDS_PER_PAGE)
         filled = np.flatnonzero(rows.any(axis=1)).astype(np.uint64)
-        for _, (offset, length) in _runs(filled):
+        for _, (offset, length) in runs(filled):
             start = first + offset
             writer.pages(start, still.memory[start << PAGE_SHIFT : (start + length) << PAGE_SHIFT])
     on_pages(total, total)
 
 
-def _runs(numbers: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> Iterator[tuple[int, tuple[int, int]]]:
+def runs(numbers: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> Iterator[tuple[int, tuple[int, int]]]:
     """Runs of consecutive numbers among ascending ones, MOST_PAGES at most: where each begins, its first and length."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     begin = 0

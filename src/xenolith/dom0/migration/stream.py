@@ -31,6 +31,7 @@ PAGES: Final = 2
 FRAMES: Final = 3
 STATE: Final = 4  # JSON: the records of the hypervisor and of dom0's services
 END: Final = 5
+GO: Final = 6  # between daemons: the domain is the receiver's
 
 ZSTD: Final = 1  # flag: the section is one frame of zstd
 LEVEL: Final = 1
@@ -76,6 +77,9 @@ class Writer:
 
     def end(self) -> None:
         self.section(END, b"")
+        self.flush()
+
+    def flush(self) -> None:
         self._out.flush()
 
     def section(self, kind: int, payload: bytes | memoryview, first: int = 0) -> None:

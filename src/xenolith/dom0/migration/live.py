@@ -1,0 +1,202 @@
+"""Live relocation: a domain goes to another daemon while it runs (Clark et al., NSDI 2005).
+
+Pre-copy: all pages are sent while the domain runs, then those that were written to meanwhile, and so on, until there
+are few left or no fewer come: the *writable working set*, which is sent in vain while the domain runs.  Then the domain
+stands still, and the rest goes with its state.  Where the host's kernel cannot say what was written (write_tracking),
+the domain stands still for all of it.
+
+Who runs it.  The receiver makes the domain, paused, says so and waits.  Only then does the sender give the word, by
+which the domain is the receiver's; the receiver lets it run and says so, and the sender ends its own.  Whatever goes
+wrong before the word leaves the domain running here and nothing there.  If the connection breaks between the word and
+the answer, the sender cannot know; its domain stays paused (`Undetermined`), for two must never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+import numpy as np
+
+from xenolith.abi.x86 import PAGE_SHIFT
+from xenolith.dom0.migration import stream
+from xenolith.dom0.migration.save import held, runs, write_pages
+from xenolith.dom0.migration.stream import Writer
+from xenolith.hypervisor.control import NotTracked
+
+if TYPE_CHECKING:
+    from xenolith.dom0.migration.services import ServicesRecord
+    from xenolith.dom0.services import Dom0, GuestDomain
+    from xenolith.hypervisor.control import StillDomain
+    from xenolith.hypervisor.domain_record import Plain
+    from xenolith.machine.memory import Frames
+    from xenolith.machine.write_tracking import WriteTracking
+
+FEW_PAGES: Final = 64  # so few are sent at a standstill, in no time
+MOST_ROUNDS: Final = 30
+MOST_TIMES: Final = 3  # of the domain's memory sent while it runs
+SHRINKS: Final = 0.8  # a round has to leave so much of what the last one left, or less
+
+READY: Final = b"ready\n"
+STARTED: Final = b"started\n"
+_LINE: Final = 1000
+
+OnRound = Callable[[str], None]
+
+
+class Refused(Exception):
+    """The other side did not take the domain; the text is what it said. It runs here."""
+
+
+class Undetermined(Exception):
+    """The connection broke when the word was given: the other side may run the domain. It is paused here."""
+
+
+@dataclass
+class Figures:
+    """What a relocation took."""
+
+    rounds: int = 0
+    pages: int = 0  # sent while the domain ran
+    last_pages: int = 0  # and while it stood still
+    down_ns: int = 0  # from the standstill to the answer
+
+
+def send(
+    dom0: Dom0,
+    domain: GuestDomain,
+    out: BinaryIO,
+    answers: BinaryIO,
+    description: Plain,
+    on_round: OnRound,
+    on_ready: Callable[[], None],
+) -> Figures:
+    """Send a domain to whoever reads `out`. It is paused here afterwards, to be ended.
+
+    `on_ready` is called when the other side has it, before it may run there.  Raises Refused, RecordError and OSError,
+    after which it goes on here as if nothing had been, and Undetermined.
+    """
+    control, domid = dom0.control, domain.domid
+    writer, figures = Writer(out), Figures()
+    info = control.info(domid)
+    sizes = {"max_pages": info.max_pages, "vcpus": info.max_vcpus, "engine": info.engine}
+    writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
+    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
+    try:
+        tracking: WriteTracking | None = control.track_writes(domid)
+    except NotTracked as reason:
+        on_round(f"the domain has to stand still: {reason}")
+        tracking = None
+    try:
+        if tracking is not None:
+            try:
+                sent = _rounds(dom0, domid, writer, tracking, figures, on_round)
+            except NotTracked as reason:
+                on_round(f"the domain has to stand still: {reason}")
+                tracking.close()
+                tracking = None
+        _hand_over(dom0, domain, writer, answers, tracking, sent, figures, on_ready)
+    finally:
+        if tracking is not None:
+            tracking.close()
+    return figures
+
+
+def _rounds(
+    dom0: Dom0, domid: int, writer: Writer, tracking: WriteTracking, figures: Figures, on_round: OnRound
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Send pages while the domain runs; of each frame, whether it was sent at all."""
+    mfns, memory = dom0.control.running_frames(domid)
+    sent = np.zeros(len(memory) >> PAGE_SHIFT, dtype=bool)
+    limit = MOST_TIMES * max(len(mfns), FEW_PAGES)
+    while True:
+        figures.rounds += 1
+        on_round(f"round {figures.rounds}: {len(mfns)} pages")
+        _send_pages(writer, memory, mfns)
+        sent[mfns] = True
+        figures.pages += len(mfns)
+        before = len(mfns)
+        written = tracking.written()
+        mfns, memory = dom0.control.running_frames(domid, written)
+        enough = len(mfns) <= FEW_PAGES or figures.rounds >= MOST_ROUNDS or figures.pages + len(mfns) > limit
+        if enough or (figures.rounds > 1 and len(mfns) > SHRINKS * before):
+            tracking.put_back(written)
+            return sent
+
+
+def _send_pages(writer: Writer, memory: memoryview, mfns: Frames) -> None:
+    for _, (first, count) in runs(mfns):
+        writer.pages(first, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
+
+
+def _hand_over(
+    dom0: Dom0,
+    domain: GuestDomain,
+    writer: Writer,
+    answers: BinaryIO,
+    tracking: WriteTracking | None,
+    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None,
+    figures: Figures,
+    on_ready: Callable[[], None],
+) -> None:
+    """The standstill. Ends with the domain paused if all went well or nobody knows, and running otherwise."""
+    word_given = False
+    clock = dom0.hypervisor.clock
+    began = clock.now()
+    disks = dict(domain.disks)
+    try:
+        with held(dom0, domain) as services:
+            with dom0.control.standing_still(domain.domid) as still:
+                _last_pages(writer, still, tracking, sent, figures)
+                _write_state(writer, still, services)
+            dom0.let_go_of_disks(domain)  # they are for one at a time
+            writer.end()
+            _expect(answers, READY)
+            on_ready()
+            writer.section(stream.GO, b"")
+            word_given = True
+            writer.flush()
+            try:
+                _expect(answers, STARTED)
+            except (OSError, Refused) as error:
+                if isinstance(error, Refused) and str(error):
+                    word_given = False  # it says that it does not run the domain
+                    raise
+                raise Undetermined(str(error) or "the connection broke") from error
+        figures.down_ns = clock.now() - began
+    except BaseException:
+        if not word_given:
+            with suppress(Exception):
+                dom0.take_disks(domain, disks)
+            dom0.control.unpause(domain.domid)
+        raise
+
+
+def _last_pages(
+    writer: Writer,
+    still: StillDomain,
+    tracking: WriteTracking | None,
+    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None,
+    figures: Figures,
+) -> None:
+    if tracking is None or sent is None:
+        write_pages(writer, still, lambda done, total: None)
+        figures.last_pages = writer.pages_written
+        return
+    own = still.frames.mfns
+    wanted = tracking.written()[own] | (sent[: len(still.populated)][own] & ~still.populated[own])
+    figures.last_pages = int(np.count_nonzero(wanted))
+    _send_pages(writer, still.memory, own[wanted])
+
+
+def _write_state(writer: Writer, still: StillDomain, services: ServicesRecord) -> None:
+    writer.frames(still.frames)
+    writer.json(stream.STATE, {"domain": still.record, "services": services.plain()})
+
+
+def _expect(answers: BinaryIO, wanted: bytes) -> None:
+    line = answers.readline(_LINE)
+    if line != wanted:
+        raise Refused(line.decode("utf-8", "replace").strip())
