@@ -10,9 +10,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from xenolith.dom0.network.dns import BadMessage, Forwarder, Question, addresses, name_servers, read_name, read_question
+from xenolith.dom0.network.dns import (
+    NOERROR,
+    SERVFAIL,
+    BadMessage,
+    Forwarder,
+    Question,
+    addresses,
+    name_servers,
+    read_name,
+    read_question,
+)
 from xenolith.dom0.network.frame import Drop
-from xenolith.dom0.network.port import VifPort
+from xenolith.dom0.network.port import MAX_NAMES_OF_ADDRESS, Names, VifPort
 from xenolith.dom0.network.router import Router
 from xenolith.dom0.network.rules import Direction, Peer, Policy, parse_rules
 
@@ -282,3 +292,28 @@ def test_name_servers_are_read_from_resolv_conf(tmp_path: object) -> None:
     path.write_text("# comment\nsearch example\nnameserver 192.0.2.53\nnameserver fd00::53 \nnameserver\n")
     assert name_servers(path) == ["192.0.2.53", "fd00::53"]
     assert name_servers(path / "missing") == []
+
+
+def test_an_address_has_only_so_many_names_and_loses_those_that_are_over() -> None:
+    now = 0.0
+    names = Names(lambda: now)
+    for at in range(1000):
+        names.tell(1, f"name{at}", 60)
+    assert set(names.of(1)) == {f"name{at}" for at in range(1000 - MAX_NAMES_OF_ADDRESS, 1000)}
+    now = 61.0
+    names.tell(1, "last", 60)
+    assert names._told == {1: {"last": 121.0}}
+
+
+@without_rules
+def test_a_host_without_a_socket_to_spare_fails_that_query_alone(
+    domain: Domain, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    server.behave = lambda asked: [answer(asked, a("www.debian.org", "192.0.2.7"))]
+    with monkeypatch.context() as patch:
+        patch.setattr("xenolith.dom0.network.dns.socket.socket", refuse)
+        assert code(domain.ask(query("www.debian.org"))) == SERVFAIL
+    assert code(domain.ask(query("www.debian.org"))) == NOERROR

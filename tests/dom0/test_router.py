@@ -561,3 +561,16 @@ def test_a_udp_checksum_of_nothing_is_written_as_ones() -> None:
     fill_checksum(frame)
     assert frame.data[40:42] != b"\0\0"
     assert frame.data[23] == UDP
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_nobody_is_made_to_cut_packets_into_crumbs(world: World, outside: bool) -> None:
+    one, two, uplink = world.vif("one"), world.vif("two"), world.uplink()
+    peer, port = (OUTSIDE, uplink) if outside else (two.address, two)
+    world.send(one, tcp_segment((one.address, 40000), (peer, 80), TCP_SYN))
+    taken(port)
+    crumbs = tcp_segment((one.address, 40000), (peer, 80), TCP_ACK, bytes(1000))
+    world.send(one, crumbs, gso_size=47)
+    assert (one.drops["malformed"], bool(port.queue)) == (1, False)
+    world.send(one, crumbs, gso_size=48)
+    assert port.queue

@@ -458,3 +458,29 @@ def test_domains_are_made_until_the_budget_is_used_and_all_of_it_comes_back(mach
         if machine.hypervisor.domain(domid) is not None:
             machine.control.destroy(domid)
     assert budget.free_frames == free
+
+
+def test_a_frame_given_back_while_its_owner_dies_is_counted_once(machine: BareMachine) -> None:
+    free = machine.hypervisor.memory.free_frames
+    granter = machine.domain()
+    grant(granter, REF, 0, frame(granter, 1))
+    mapped = machine.dom0.map_grant(granter.domid, REF)
+    keep_only = granter.memory.keep_only
+
+    def unmap_if_nobody_has_the_lock() -> None:
+        if granter.lock.acquire(blocking=False):
+            machine.dom0.unmap_grant(mapped)
+            granter.lock.release()
+
+    def while_it_dies(mfns: list[int]) -> None:
+        other = threading.Thread(target=unmap_if_nobody_has_the_lock)
+        other.start()
+        other.join()
+        keep_only(mfns)
+
+    granter.memory.keep_only = while_it_dies  # type: ignore[method-assign]
+    machine.control.destroy(granter.domid)
+    if mapped.address:
+        machine.dom0.unmap_grant(mapped)
+    assert machine.hypervisor.memory.free_frames == free
+    assert granter.memory.fd == -1, "its memory object is closed"

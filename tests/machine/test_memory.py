@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from xenolith.machine.memory import MachineMemory, OutOfMemory
+from xenolith.machine.memory import FEWEST_REMAPPED, MachineMemory, OutOfMemory
 
 FRAMES = 256
 
@@ -144,3 +144,21 @@ def test_threads_never_get_the_same_frame() -> None:
     both = taken[0] + taken[1]
     assert len(set(both)) == len(both) == 2 * 300 * 4
     assert memory.free_frames == 4095 - len(both)
+
+
+def test_a_host_without_a_mapping_to_spare_has_private_frames_cleared_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = MachineMemory(256)
+    mfns = memory.allocate(FEWEST_REMAPPED)
+    memory.b[int(mfns[0]) << 12] = 1
+    image = memory.image(mfns)
+    memory.b[int(mfns[-1]) << 12] = 2
+
+    def refuse(*_: object) -> None:
+        raise OSError(12, "no mapping is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_map_at", refuse)
+        memory.free(int(mfns[0]), len(mfns))
+    assert not memory.words.any()
+    image.close()
+    memory.close()

@@ -219,18 +219,17 @@ def destroy(domain: Domain) -> None:
         domain.engine.close()
         domain.engine = None
     domain.executable_mapped = domain.entry_changed = None
-    held: list[int] = []
     try:
         with domain.lock:
             paging.relinquish(domain)
         domain.grants.release_all()
-        with domain.lock:
+        with domain.lock:  # to the end: those who map its frames give them back one by one under it
             for mfn in (domain.shared_info_mfn, *domain.grants.frames):
                 domain.frames.end_sharing(mfn)
-            held = domain.frames.referenced(domain.domid)
+            domain.memory.keep_only(domain.frames.referenced(domain.domid))
     except (AssertionError, IndexError, ValueError):  # all its memory goes, whatever its frame table says
         hypervisor.log(f"{domain!r}: its frame table is inconsistent:\n{traceback.format_exc()}")
-    domain.memory.keep_only(held)
+        domain.memory.keep_only([])
     with hypervisor.lock:
         del hypervisor.domains[domain.domid]
     hypervisor.log(f"{domain!r}: destroyed")

@@ -22,6 +22,7 @@ import fcntl
 import mmap
 import os
 import threading
+from contextlib import suppress
 from heapq import heappop, heappush
 from typing import Final
 
@@ -344,9 +345,10 @@ class MachineMemory:
     def _clear(self, first: int, count: int) -> None:
         """Clear private frames. There is no giving one back to the host without the image's showing through."""
         if count >= FEWEST_REMAPPED:
-            self._map_at(first, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        else:
-            ctypes.memset(self.address + (first << PAGE_SHIFT), 0, count << PAGE_SHIFT)
+            with suppress(OSError):  # the host has no more mappings for us
+                self._map_at(first, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+                return
+        ctypes.memset(self.address + (first << PAGE_SHIFT), 0, count << PAGE_SHIFT)
 
     def populated(self) -> npt.NDArray[np.bool_]:
         """Of each frame, whether it may hold anything but zeros."""

@@ -6,7 +6,8 @@ import io
 import os
 import random
 from dataclasses import replace
-from struct import pack_into, unpack_from
+from resource import RUSAGE_SELF, getrusage
+from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ from machines import Machine, missing
 from xenolith.dom0.image import load_image
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
-from xenolith.dom0.migration.stream import Writer
+from xenolith.dom0.migration.stream import DESCRIPTION, ZSTD, Reader, Writer
 from xenolith.dom0.services import DomainSpec
 from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainCreateError, RecordError
@@ -106,3 +107,19 @@ def test_mutated_files_are_refused_or_make_a_sound_domain(small: tuple[Machine, 
         assert dom0.xenstore.statistics() == nodes
     print(outcomes)
     assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize("says", [1 << 30, 1 << 62])
+def test_a_section_that_unpacks_to_more_than_it_says_gets_no_room(says: int) -> None:
+    blocks = says >> 17 if says == 1 << 30 else 1
+    bomb = b"\x28\xb5\x2f\xfd\xe0" + pack("<Q", says)  # a frame of zstd: 128 KiB of one byte, again and again
+    bomb += b"".join(pack("<I", 1 << 20 | 2 | (at == blocks - 1))[:3] + b" " for at in range(blocks))
+    stream = io.BytesIO()
+    Writer(stream)
+    stream.write(pack("<IIQQQ", DESCRIPTION, ZSTD, len(bomb), 1 << 20, 0) + bomb)
+    stream.seek(0)
+    reader = Reader(stream)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RecordError, match="another length"):
+        reader.json(reader.expect(DESCRIPTION))
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 512 << 10, "KiB"

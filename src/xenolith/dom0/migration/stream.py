@@ -35,6 +35,7 @@ GO: Final = 6  # between daemons: the domain is the receiver's
 
 ZSTD: Final = 1  # flag: the section is one frame of zstd
 LEVEL: Final = 1
+_NOT_SAID: Final = -1  # by a frame of zstd, how long it is when unpacked
 MOST_PAGES: Final = 1024  # in a section
 MOST_JSON: Final = 64 << 20
 
@@ -163,8 +164,11 @@ class Reader:
         if not section.flags:
             self._fill(room)
             return
+        packed = self._read(section.stored)
         try:
-            unpacked = zstandard.ZstdDecompressor().decompress(self._read(section.stored), max_output_size=len(room))
+            if zstandard.frame_content_size(packed) not in (len(room), _NOT_SAID):  # room is made for what it says
+                raise RecordError("a section has another length when it is unpacked than it says")
+            unpacked = zstandard.ZstdDecompressor().decompress(packed, max_output_size=len(room))
         except zstandard.ZstdError as error:
             raise RecordError(f"a section cannot be unpacked: {error}") from None
         if len(unpacked) != len(room):

@@ -282,7 +282,10 @@ class Forwarder:
         while query.servers:
             server = query.servers.pop(0)
             family = socket.AF_INET6 if ":" in server else socket.AF_INET
-            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            try:
+                sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            except OSError:  # no descriptor is free, or the host has no such addresses
+                continue
             try:
                 sock.connect((server, self._port))  # so that none but this server's answers come
                 sock.send(query.number.to_bytes(2, "big") + query.message[2:])
@@ -320,9 +323,10 @@ class Forwarder:
         if len(answer) > query.vif.mtu - 28:
             self._finish(query, reply(query.message, query.question, NOERROR, truncated=True))
             return
-        for address, ttl in found:
-            if not any(IPv4Address(address) in network for network in NEIGHBOURS):
-                query.vif.names.tell(address, question.name, max(MIN_TTL, min(ttl, MAX_TTL)))
+        with self._router.turns:
+            for address, ttl in found:
+                if not any(IPv4Address(address) in network for network in NEIGHBOURS):
+                    query.vif.names.tell(address, question.name, max(MIN_TTL, min(ttl, MAX_TTL)))
         self._finish(query, query.message[:2] + answer[2:])
 
     def _finish(self, query: _Query, answer: bytes) -> None:

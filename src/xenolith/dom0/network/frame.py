@@ -22,6 +22,7 @@ IPV4_HEADER: Final = 20  # packets with options are dropped
 L4: Final = ETHERNET_HEADER + IPV4_HEADER
 MAX_FRAME: Final = ETHERNET_HEADER + 65535
 MTU: Final = 1500
+LEAST_SEGMENT: Final = 48  # of TCP data: no sender cuts finer (Linux: TCP_MIN_SND_MSS), and cutting takes our time
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_ARP: Final = 0x0806
@@ -158,7 +159,7 @@ def _read_transport(packet: Packet, mtu: int) -> None:
                 raise Drop("malformed")
             if length - header <= packet.frame.gso_size:
                 packet.frame.gso_size = 0  # it is one packet
-            elif packet.flags & (TCP_SYN | TCP_RST):
+            elif packet.flags & (TCP_SYN | TCP_RST) or packet.frame.gso_size < LEAST_SEGMENT:
                 raise Drop("malformed")
     elif packet.frame.gso_size:
         raise Drop("malformed")

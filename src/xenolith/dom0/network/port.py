@@ -16,6 +16,7 @@ from xenolith.dom0.network.rules import Policy
 
 MAX_CAPTURED: Final = 4 << 20  # bytes that wait for the reader of a capture
 MAX_NAMES: Final = 1024  # addresses of DNS names that one interface may have been told
+MAX_NAMES_OF_ADDRESS: Final = 64  # the latest
 
 
 @dataclass(slots=True)
@@ -116,16 +117,21 @@ class Publication:
 
 @dataclass(slots=True)
 class Names:
-    """The addresses that our DNS forwarder told an interface, with their names, as long as they are valid."""
+    """The addresses that our DNS forwarder told an interface, with their names, as long as they are valid.
+
+    Used in the router's turn.
+    """
 
     clock: Callable[[], float]
     _told: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def tell(self, address: int, name: str, seconds: float) -> None:
         """It was told that `name` has this address."""
-        until = self.clock() + seconds
-        known = self._told.pop(address, {})
-        known[name] = max(until, known.get(name, 0.0))
+        now = self.clock()
+        known = {each: until for each, until in self._told.pop(address, {}).items() if until >= now}
+        known[name] = max(now + seconds, known.pop(name, 0.0))
+        while len(known) > MAX_NAMES_OF_ADDRESS:
+            del known[next(iter(known))]
         self._told[address] = known
         while len(self._told) > MAX_NAMES:
             del self._told[next(iter(self._told))]
