@@ -19,6 +19,7 @@ from xenolith.toolstack.api import State, Timeout
 from xenolith.toolstack.client import DiskInfo, DomainEvent, DomainInfo, DomainStatistics, HostInfo
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.errors import ToolstackError
+from xenolith.toolstack.host import DEFAULT_SCHEDULER
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -269,9 +270,11 @@ class Machine:
         await self.close()
 
 
-async def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Machine:
+async def power_on(
+    memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2, scheduler: str = DEFAULT_SCHEDULER
+) -> Machine:
     """Switch a machine on in this process. Raises EngineUnavailable where the engine cannot run here."""
-    return Machine(await asyncio.to_thread(api.power_on, memory_mib, engine, pcpus))
+    return Machine(await asyncio.to_thread(api.power_on, memory_mib, engine, pcpus, scheduler))
 
 
 async def connect(socket: str | Path | None = None) -> Machine:

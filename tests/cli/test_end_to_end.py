@@ -215,9 +215,10 @@ def test_ctrl_c_while_a_daemon_is_started_leaves_none(person: Person) -> None:
     os.close(daemon)
 
 
-def test_engine_and_memory_reach_the_daemon_that_a_command_starts(person: Person) -> None:
-    person.environment |= {"XENOLITH_ENGINE": "unicorn", "XENOLITH_MEMORY": "64"}
+def test_engine_memory_and_scheduler_reach_the_daemon_that_a_command_starts(person: Person) -> None:
+    person.environment |= {"XENOLITH_ENGINE": "unicorn", "XENOLITH_MEMORY": "64", "XENOLITH_SCHEDULER": "bvt"}
     assert person.xl("info", "engine").stdout == "unicorn\n"
+    assert person.xl("info", "xen_scheduler").stdout == "bvt\n"
     assert 64 <= int(person.xl("info", "total_memory").stdout) < 128
     person.end_daemon(signal.SIGTERM)
     person.environment["XENOLITH_ENGINE"] = "steam"

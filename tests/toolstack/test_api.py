@@ -73,6 +73,7 @@ def test_every_error_is_a_toolstack_error(tmp_path: Path) -> None:
         "name must be specified": lambda: xenolith.load_config(tmp_path / "nameless.cfg"),
         "no engine 'steam'": lambda: xenolith.power_on(64, engine="steam"),
         "needs memory": lambda: xenolith.power_on(0),
+        "no scheduler 'lottery'": lambda: xenolith.power_on(64, engine="unicorn", scheduler="lottery"),
         "cannot be used": lambda: xenolith.connect("/proc/nowhere/x.sock"),
         "cannot connect": lambda: xenolith.connect("nul\0byte"),
         "no socket": lambda: xenolith.connect(tmp_path / "bad.cfg"),

@@ -9,14 +9,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from xenolith.toolstack.daemon.run_directory import Leftovers, RunDirectory, default_socket
-from xenolith.toolstack.host import ENGINES, power_on
+from xenolith.toolstack.host import DEFAULT_SCHEDULER, ENGINES, SCHEDULERS, power_on
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0
@@ -75,6 +77,14 @@ class _Ready:
     help="Number of pCPUs. Environment: XENOLITH_PCPUS.",
 )
 @click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULERS),
+    default=DEFAULT_SCHEDULER,
+    envvar="XENOLITH_SCHEDULER",
+    show_default=True,
+    help="The scheduling algorithm. Environment: XENOLITH_SCHEDULER.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
@@ -83,7 +93,13 @@ class _Ready:
 )
 @click.option("--ready-fd", type=int, hidden=True, help="A descriptor to write to when the daemon listens.")
 def daemon(
-    socket_path: Path | None, engine: str, memory_mib: int, pcpus: int, log_level: str, ready_fd: int | None
+    socket_path: Path | None,
+    engine: str,
+    memory_mib: int,
+    pcpus: int,
+    scheduler: str,
+    log_level: str,
+    ready_fd: int | None,
 ) -> None:
     """Run a machine for the xl command, in the foreground.
 
@@ -101,7 +117,7 @@ def daemon(
     try:
         leftovers = directory.acquire()
         _tell_losses(leftovers, ready)
-        _serve(directory, engine, memory_mib, pcpus, ready)
+        _serve(directory, partial(_switched_on, memory_mib, engine, pcpus, scheduler), ready)
     except Exception as error:
         text = error.message if isinstance(error, click.ClickException) else str(error)
         note("the daemon cannot start", logging.ERROR, error=text)
@@ -125,9 +141,9 @@ def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
         ready.say(leftovers.describe())
 
 
-def _switched_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
+def _switched_on(memory_mib: int, engine: str, pcpus: int, scheduler: str) -> Dom0:
     try:
-        return power_on(memory_mib, engine, pcpus)
+        return power_on(memory_mib, engine, pcpus, scheduler)
     except (OSError, MemoryError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "no memory left"
         raise click.ClickException(
@@ -135,16 +151,14 @@ def _switched_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
         ) from error
 
 
-def _serve(directory: RunDirectory, engine: str, memory_mib: int, pcpus: int, ready: _Ready) -> None:
+def _serve(directory: RunDirectory, switch_on: Callable[[], Dom0], ready: _Ready) -> None:
     """Switch a machine on and serve it until a signal comes."""
     from xenolith.toolstack.daemon.server import Daemon, note, shut_guests_down
     from xenolith.toolstack.embedded import EmbeddedToolstack
     from xenolith.toolstack.supervisor import Supervisor
 
     with ExitStack() as cleanup:
-        client = EmbeddedToolstack(
-            _switched_on(memory_mib, engine, pcpus), xenstore_socket=directory.xenstore_socket_path
-        )
+        client = EmbeddedToolstack(switch_on(), xenstore_socket=directory.xenstore_socket_path)
         cleanup.callback(client.close)
         supervisor = Supervisor(client, directory.dump_path)
         server = Daemon(directory, client, supervisor)

@@ -10,8 +10,8 @@ from typing import Final
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.hypercalls import version
+from xenolith.hypervisor.sched.algorithms import ALGORITHMS, DEFAULT
 from xenolith.hypervisor.sched.core import Scheduler
-from xenolith.hypervisor.sched.fair import Fair
 from xenolith.hypervisor.sched.policy import MakePolicy
 from xenolith.hypervisor.time import TimerQueue
 from xenolith.machine.clock import Clock
@@ -20,7 +20,7 @@ from xenolith.machine.memory import MachineMemory, MemoryBudget
 from xenolith.machine.tsc import frequency, host_clock
 
 LOG_LINES: Final = 2048
-DEFAULT_POLICY: Final[MakePolicy] = Fair
+DEFAULT_POLICY: Final[MakePolicy] = ALGORITHMS[DEFAULT]
 
 
 class Hypervisor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
+from xenolith.toolstack import host
 from xenolith.toolstack.client import (
     Client,
     ConsoleStream,
@@ -48,6 +49,7 @@ from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 from xenolith.toolstack.config.reader import parse_domain_config
 from xenolith.toolstack.config.vif import Nic, parse_vif
 from xenolith.toolstack.guest_shell import ShellResult, run_at_shell
+from xenolith.toolstack.host import DEFAULT_SCHEDULER, SCHEDULERS
 from xenolith.toolstack.xenstore_client import XenstoreClient
 
 
@@ -405,19 +407,25 @@ class Machine:
         self.close()
 
 
-def power_on(memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2) -> Machine:
-    """Switch a machine on in this process. Raises EngineUnavailable where the engine cannot run here."""
-    from xenolith.dom0 import power
+def power_on(
+    memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2, scheduler: str = DEFAULT_SCHEDULER
+) -> Machine:
+    """Switch a machine on in this process. Raises EngineUnavailable where the engine cannot run here.
+
+    `scheduler` is the scheduling algorithm, one of those that `xenolith daemon --help` names.
+    """
     from xenolith.machine.engines.protocol import EngineError
     from xenolith.toolstack.embedded import EmbeddedToolstack
     from xenolith.toolstack.supervisor import Supervisor
 
+    if scheduler not in SCHEDULERS:
+        raise InvalidRequest(f"There is no scheduler {scheduler!r}, only {', '.join(SCHEDULERS)}.")
     if memory_mib < 1 or pcpus < 1:
         raise InvalidRequest(f"A machine needs memory and a pCPU, not {memory_mib} MiB and {pcpus}.")
     with ExitStack() as resources:
         try:
             directory = Path(resources.enter_context(TemporaryDirectory(prefix="xenolith-")))
-            dom0 = power.power_on([memory_mib], engine, pcpus)
+            dom0 = host.power_on(memory_mib, engine, pcpus, scheduler)
         except (EngineError, ValueError) as error:
             raise EngineUnavailable(str(error)) from error
         except (OSError, MemoryError) as error:

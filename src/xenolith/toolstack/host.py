@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from xenolith.hypervisor.sched.algorithms import ALGORITHMS, DEFAULT
 from xenolith.machine.engines.select import ENGINES as ENGINES
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0
 
+SCHEDULERS: Final = tuple(ALGORITHMS)
+DEFAULT_SCHEDULER: Final = DEFAULT
 _FRAMES: Final = 1024  # of a machine to try an engine on
 
 
@@ -52,8 +55,11 @@ def _found(name: str) -> str:
     return f"works: {choice.title}{choice.kind and ': '}{choice.kind}"
 
 
-def power_on(memory_mib: int, engine: str, pcpus: int) -> Dom0:
-    """A machine for domains of this size together. Raises EngineError, OSError and MemoryError."""
+def power_on(memory_mib: int, engine: str, pcpus: int, scheduler: str = DEFAULT_SCHEDULER) -> Dom0:
+    """A machine for domains of this size together. Raises EngineError, OSError and MemoryError.
+
+    `scheduler` is one of SCHEDULERS.
+    """
     from xenolith.dom0 import power
 
-    return power.power_on([memory_mib], engine, pcpus)
+    return power.power_on([memory_mib], engine, pcpus, ALGORITHMS[scheduler])

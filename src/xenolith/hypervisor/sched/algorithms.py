@@ -12,7 +12,7 @@ from xenolith.hypervisor.sched.fair import Fair
 from xenolith.hypervisor.sched.policy import MakePolicy
 from xenolith.hypervisor.sched.sfs import SurplusFair
 
-DEFAULT: Final = Credit2.name
+DEFAULT: Final = Fair.name
 ALGORITHMS: Final[Mapping[str, MakePolicy]] = {
     policy.name: policy for policy in (Credit2, BorrowedVirtualTime, SurplusFair, CommunicationAware, Fair)
 }
