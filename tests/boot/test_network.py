@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from dom0.netfront import why_no_passt
 from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
@@ -182,7 +182,7 @@ def test_an_interface_comes_and_goes_while_the_domain_runs(network: Network) -> 
 
 # --- the outside
 
-needs_passt = pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed (apt install passt)")
+needs_passt = pytest.mark.skipif(bool(why_no_passt()), reason=why_no_passt())
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Iterable
@@ -24,6 +25,20 @@ from .frontends import DEADLINE_SECONDS, PAGE, FakeDom0, Follower, state
 TX_REF, RX_REF, TX_PORT, RX_PORT = 8, 9, 3, 4
 TX_DATA, RX_DATA = 100, 500  # grant references from here on
 BUFFERS: Final = 256
+
+
+@functools.cache
+def why_no_passt() -> str:
+    """Why passt does not start here; empty if it does."""
+    from xenolith.dom0.network.link import UplinkError
+    from xenolith.dom0.network.passt import Passt
+    from xenolith.dom0.network.router import Router
+
+    try:
+        Passt(Router()).close()
+    except (UplinkError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def number(text: str) -> int:
