@@ -156,7 +156,19 @@ def test_what_was_discarded_reads_as_zeros_not_as_the_base(tmp_path: Path, base:
     disk.close()
 
 
-@pytest.mark.parametrize("damage", ["short", "magic", "json", "cut", "sectors", "format", "loop"])
+HEADERS = {  # that say what no overlay of ours says
+    "deep": "[" * 4000,
+    "infinite": '{"sectors": 1e999, "backing": null, "format": "raw"}',
+    "vast": '{"sectors": 34359738369, "backing": null, "format": "raw"}',
+    "nul": r'{"sectors": 203, "backing": "a\u0000b", "format": "raw"}',
+    "surrogate": r'{"sectors": 203, "backing": "\ud800", "format": "raw"}',
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["short", "magic", "json", "cut", "sectors", "format", "loop", "deep", "infinite", "vast", "nul", "surrogate"],
+)
 def test_a_damaged_overlay_is_refused_by_name(tmp_path: Path, base: Path, damage: str) -> None:
     path = make(tmp_path / "disk", base)
     data = path.read_bytes()
@@ -172,6 +184,11 @@ def test_a_damaged_overlay_is_refused_by_name(tmp_path: Path, base: Path, damage
         path.write_bytes(data.replace(b'"sectors": 203', b'"sectors": -03', 1))
     elif damage == "format":
         path.write_bytes(data.replace(b'"raw"', b'"sub"', 1))
+    elif damage in HEADERS:
+        header = HEADERS[damage].replace("BASE", str(base)).encode()
+        path.write_bytes((data[: data.index(b"{")] + header).ljust(4096, b"\0") + data[4096:])
+        if damage == "vast":
+            os.truncate(path, 1 << 43)
     else:
         path.unlink()
         make(path, path, format=DiskFormat.OVERLAY)

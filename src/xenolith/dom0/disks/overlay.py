@@ -35,6 +35,7 @@ BLOCK: Final = 4096
 SHIFT: Final = 12
 HEADER_BYTES: Final = 4096
 MAX_LAYERS: Final = 255
+MAX_SECTORS: Final = 1 << 35  # 16 TiB, whose bitmap takes 512 MiB of this process
 _MAGIC: Final = b"Xenolith overlay 1\n"
 _BITMAP_PAGE: Final = 4096
 
@@ -85,15 +86,17 @@ class Header:
             backing = record["backing"]
             named = None if backing is None else str(backing)
             header = cls(int(record["sectors"]), named, DiskFormat(record["format"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DiskError(f"{path} has a damaged header: {error}") from error
-        if header.sectors <= 0:
+        if not 0 < header.sectors <= MAX_SECTORS:
             raise DiskError(f"{path} has a damaged header: {header.sectors} sectors")
         return header
 
 
 def create_overlay(path: Path, backing: DiskSource | None, sectors: int) -> None:
     """Make an overlay that as yet has nothing. Raises DiskError; FileExistsError is one too."""
+    if sectors > MAX_SECTORS:
+        raise DiskError(f"the overlay {path} would have {sectors} sectors, and no more than {MAX_SECTORS} are possible")
     header = Header(
         sectors,
         None if backing is None else str(backing.path),

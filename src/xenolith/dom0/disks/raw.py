@@ -57,6 +57,8 @@ class RawDisk:
             self._descriptor = os.open(path, flags)
         except OSError as error:
             raise DiskError(f"cannot open the disk {path}: {error.strerror}") from error
+        except ValueError as error:  # what an overlay or a table of extents calls a path may be none
+            raise DiskError(f"cannot open the disk {str(path)!r}: {error}") from error
         try:
             self._examine(discard)
             for part in parts:
