@@ -30,7 +30,7 @@ from xenolith.abi.grant_table import (
 from xenolith.abi.hypercalls import GNTTABOP_copy, GNTTABOP_map_grant_ref, GNTTABOP_unmap_grant_ref
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor import audit, paging
-from xenolith.hypervisor.control import DomainCreateError
+from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.frames import TYPE_L1
 from xenolith.hypervisor.guest_memory import WRITE, translate
@@ -39,6 +39,7 @@ from xenolith.hypervisor.hypercalls.grant_table_op import do_grant_table_op
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 from xenolith.hypervisor.python_domain import HypercallError, MappedGrant
 from xenolith.machine.memory import MOST_ALIASES
+from xenolith.machine.write_tracking import NotTracked
 
 from .bare import DATA, BareMachine, read, write
 
@@ -484,3 +485,23 @@ def test_a_frame_given_back_while_its_owner_dies_is_counted_once(machine: BareMa
         machine.dom0.unmap_grant(mapped)
     assert machine.hypervisor.memory.free_frames == free
     assert granter.memory.fd == -1, "its memory object is closed"
+
+
+def test_what_a_mapper_wrote_is_known_to_who_follows_the_granters_memory(machine: BareMachine) -> None:
+    granter, mapper = machine.domain(), machine.domain()
+    vcpu, va = mapper.vcpus[0], DATA + 100 * PAGE_SIZE
+    mfn = frame(granter, 3)
+    grant(granter, REF, mapper.domid, mfn)
+    try:
+        tracking = machine.control.track_writes(granter.domid)
+    except NotTracked as reason:
+        pytest.skip(str(reason))
+    _, handle = map_grant(vcpu, va, REF, granter.domid)
+    tracking.written()
+    write(vcpu, va, b"written")
+    machine.control.pause(granter.domid)
+    with pytest.raises(RecordError, match="mapped"), machine.control.standing_still(granter.domid):
+        pass
+    assert unmap_grant(vcpu, va, handle) == GNTST_okay
+    assert tracking.written()[mfn]
+    tracking.close()

@@ -345,6 +345,8 @@ class Control:
         self._hypervisor.scheduler.store_states(domain)
         with domain.lock:
             record = domain_record.state(domain)
+            if domain.grants.used_by_others:  # who may go on writing
+                raise RecordError("another domain has frames of it mapped")
             frames = domain_record.frame_record(domain)
             yield StillDomain(record, frames, domain.memory.populated(), domain.memory.b.toreadonly())
 

@@ -176,6 +176,8 @@ class GrantTable:
         assert active.writers if writable else active.readers, f"{self.domain!r}: grant {ref} is not pinned so"
         if writable:
             active.writers -= 1
+            if active.domid:  # it may have written by a mapping of its own: let whoever follows writes by ours know
+                compare_exchange_32(self.domain.memory.address + (active.mfn << PAGE_SHIFT), 0, 0)
             paging.put_page_and_type(self.domain, active.mfn)
         else:
             active.readers -= 1
