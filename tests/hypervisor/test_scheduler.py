@@ -27,8 +27,11 @@ from xenolith.abi.hypercalls import (
 )
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.hypervisor.domain import Domain
+from xenolith.hypervisor.sched.bvt import BorrowedVirtualTime
+from xenolith.hypervisor.sched.credit2 import Credit2
 from xenolith.hypervisor.sched.fair import QUANTUM, Fair
 from xenolith.hypervisor.sched.policy import MakePolicy, Unit
+from xenolith.hypervisor.sched.sfs import SurplusFair
 from xenolith.hypervisor.statistics import cpu_time
 
 from .bare import DATA, DEADLINE, BareMachine, Program, pending, write
@@ -94,6 +97,65 @@ def test_two_computing_domains_share_a_pcpu_by_weight(
     expected = [end * share // sum(shares) for share in shares]
     for got, wanted in zip(measured, expected, strict=True):
         assert abs(got - wanted) <= 4 * QUANTUM, (measured, expected)
+
+
+@pytest.mark.parametrize("policy", [Credit2, BorrowedVirtualTime, SurplusFair])
+def test_weights_of_one_two_and_four_are_kept_within_two_percent(make: MakeMachine, policy: MakePolicy) -> None:
+    machine = make(policy=policy)
+    ended = machine.ended()
+    domains = [machine.domain() for _ in range(3)]
+    end = 10_000 * MS
+    both_start_together(machine, *domains)
+    for domain, weight in zip(domains, (128, 256, 512), strict=True):
+        machine.run(domain, computes(machine, domain, end))
+        machine.control.set_scheduling(domain.domid, {"weight": weight})
+    for domain in domains:
+        machine.control.unpause(domain.domid)
+    assert ended.wait(DEADLINE)
+    for domain, share in zip(domains, (1, 2, 4), strict=True):
+        assert abs(running(domain) - end * share // 7) <= end // 50, [running(each) for each in domains]
+
+
+@pytest.mark.parametrize("cap", [10, 25, 50, 90])
+def test_a_cap_of_credit2_is_kept_within_two_percent_on_an_idle_machine(make: MakeMachine, cap: int) -> None:
+    machine = make(policy=Credit2)
+    ended = machine.ended()
+    domain = machine.domain()
+    end = 2000 * MS
+    machine.control.set_scheduling(domain.domid, {"cap": cap})
+    machine.run(domain, computes(machine, domain, end))
+    assert ended.wait(DEADLINE)
+    assert abs(running(domain) - end * cap // 100) <= end // 50
+
+
+def test_a_cap_that_is_set_while_the_domain_runs_counts_from_then_on_and_not_before(make: MakeMachine) -> None:
+    machine = make(policy=Credit2)
+    ended = machine.ended()
+    domain = machine.domain()
+
+    def program() -> Program:
+        for cap, until in ((0, 1000), (25, 3000), (0, 3500)):
+            machine.control.set_scheduling(domain.domid, {"cap": cap})
+            while machine.clock.now() < until * MS:
+                yield machine.compute(MS)
+        yield from shutdown(domain)
+
+    machine.run(domain, program())
+    assert ended.wait(DEADLINE)
+    assert abs(running(domain) - (1000 + 500 + 500) * MS) <= 40 * MS
+
+
+def test_parameters_out_of_range_or_of_other_algorithms_are_refused(make: MakeMachine) -> None:
+    machine = make(policy=Credit2)
+    domain = machine.domain(vcpus=2)
+    control = machine.control
+    for wrong in ({"weight": 0}, {"weight": 65536}, {"cap": -1}, {"cap": 201}, {"warp": 1}, {"weight": 2, "cap": 999}):
+        with pytest.raises(ValueError, match=r"out of range|has no parameter"):
+            control.set_scheduling(domain.domid, wrong)
+    assert control.scheduling(domain.domid) == {"weight": 256, "cap": 0}
+    control.set_scheduling(domain.domid, {"cap": 200})
+    control.set_scheduling(domain.domid, {"weight": 65535})
+    assert control.scheduling(domain.domid) == {"weight": 65535, "cap": 200}
 
 
 def test_a_domain_alone_is_not_interrupted(make: MakeMachine) -> None:

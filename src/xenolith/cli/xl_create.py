@@ -97,7 +97,8 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
     if dry_run:
         return 0
     session.makes_domains = True
-    for sentence in config.without_effect(session.client.host().nr_cpus):
+    host = session.client.host()
+    for sentence in config.without_effect(host.nr_cpus, host.scheduler_parameters):
         complain(f"WARNING: {path}: {sentence}")
     try:
         with progress_bar() as progress:

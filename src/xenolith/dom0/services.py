@@ -70,6 +70,7 @@ class DomainSpec:
     disks: tuple[VbdSpec, ...] = ()
     nets: tuple[VifSpec, ...] = ()
     limits: Limits = USUAL
+    scheduling: Mapping[str, int] = field(default_factory=dict)  # what is other than usual, see sched.policy
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
@@ -166,6 +167,7 @@ class Dom0:
             vcpus = spec.max_vcpus or spec.vcpus
             domid = self.control.create_domain(spec.uuid.bytes, vcpus, max_pages, spec.limits)
             undo.callback(self.control.destroy, domid)
+            self._schedule(domid, spec)
             built = build(self.control, domid, spec.image, pages, spec.ramdisk, spec.cmdline)
             self.control.grant_to_dom0(domid, GNTTAB_RESERVED_CONSOLE, built.console_mfn)
             self.control.grant_to_dom0(domid, GNTTAB_RESERVED_XENSTORE, built.store_mfn)
@@ -208,6 +210,7 @@ class Dom0:
         """Connect a domain that came from elsewhere to dom0's services."""
         with ExitStack() as undo:
             undo.callback(self.control.destroy, domid)
+            self._schedule(domid, spec)
             built = BuiltDomain(
                 domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port
             )
@@ -228,6 +231,12 @@ class Dom0:
         with self._lock:
             self.domains[domid] = domain
         return domain
+
+    def _schedule(self, domid: int, spec: DomainSpec) -> None:
+        try:
+            self.control.set_scheduling(domid, spec.scheduling)
+        except ValueError as error:
+            raise DomainCreateError(str(error)) from error
 
     def _connect_console(self, built: BuiltDomain, undo: ExitStack, scrollback: bytes = b"") -> Console:
         port, notify = self._bind(built.domid, built.console_port, undo)

@@ -6,7 +6,7 @@ Domains are named by domid.  Operations on a domain that does not exist raise No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
 
 E820_RAM: Final = 1
+MAX_WEIGHT: Final = 65535
+MAX_MICROSECONDS: Final = 10_000_000  # of a parameter that is a time
 FEATURE_WORDS: Final = (
     (1, 0, 3), (1, 0, 2), (0x8000_0001, 0, 3), (0x8000_0001, 0, 2), (0xD, 1, 0), (7, 0, 1), (7, 0, 2),
     (0x8000_0007, 0, 3),
@@ -71,6 +73,7 @@ class DomainInfo:
     crash_report: str
     total_pages: int
     max_pages: int
+    ceiling_pages: int  # that it was made with: what max_pages can be at most
     online_vcpus: int
     max_vcpus: int
     cpu_time: int  # ns
@@ -102,6 +105,7 @@ class MachineInfo:
     extra_version: str
     capabilities: str
     scheduler: str
+    scheduler_parameters: tuple[str, ...]
     features: tuple[int, ...]  # CPUID words 1.edx 1.ecx e1.edx e1.ecx Da1.eax 7b0.ebx 7c0.ecx e7.edx (Xen: hw_cap)
 
 
@@ -187,6 +191,37 @@ class Control:
                 raise ValueError(f"domain {domid} has no vCPU {vcpu_id} that is online")
             vcpu_op.send_nmi(domain.vcpus[vcpu_id])
 
+    def scheduling(self, domid: int) -> dict[str, int]:
+        """The scheduler's parameters of a domain (Xen: XEN_DOMCTL_SCHEDOP_getinfo)."""
+        return {**self._hypervisor.scheduler.policy.parameters, **self._domain(domid).scheduling}
+
+    def set_scheduling(self, domid: int, parameters: Mapping[str, int]) -> None:
+        """Change some of them (Xen: XEN_DOMCTL_SCHEDOP_putinfo). Raises ValueError."""
+        domain = self._domain(domid)
+        policy = self._hypervisor.scheduler.policy
+        for name, value in parameters.items():
+            if name not in policy.parameters:
+                raise ValueError(f"the scheduler {policy.name} has no parameter {name}")
+            least, most = 0, MAX_MICROSECONDS
+            if name == "weight":
+                least, most = 1, MAX_WEIGHT
+            elif name == "cap":
+                most = 100 * len(domain.vcpus)
+            if not least <= value <= most:
+                raise ValueError(f"{name} out of range, valid values are from {least} to {most}")
+        self._hypervisor.scheduler.adjust(domain, parameters)
+
+    def set_max_pages(self, domid: int, pages: int) -> None:
+        """Let the domain have no more than so many frames (Xen: XEN_DOMCTL_max_mem); those that it has stay.
+
+        Raises ValueError beyond what it was made with: its machine addresses end there.
+        """
+        domain = self._domain(domid)
+        ceiling = domain.view.max_pages
+        if not 1 <= pages <= ceiling:
+            raise ValueError(f"domain {domid} can have 1 to {ceiling} pages, not {pages}")
+        domain.max_pages = pages
+
     def crash(self, domid: int, why: str) -> None:
         """Shut the domain down as crashed."""
         domain = self._domain(domid)
@@ -236,6 +271,7 @@ class Control:
             extra_version=version.EXTRAVERSION.decode(),
             capabilities=version.CAPABILITIES.decode().strip(),
             scheduler=hypervisor.scheduler.policy.name,
+            scheduler_parameters=tuple(hypervisor.scheduler.policy.parameters),
             features=tuple(native_cpuid(leaf, subleaf)[word] for leaf, subleaf, word in FEATURE_WORDS),
         )
 
@@ -380,7 +416,7 @@ class Control:
             except OSError as error:
                 raise RecordError(f"its memory cannot be sealed: {error.strerror}") from error
             types = domain_record.frame_types(domain, frames.mfns)
-            return Frozen(domain.max_pages, len(domain.vcpus), record, frames, types, image)
+            return Frozen(domain.view.max_pages, len(domain.vcpus), record, frames, types, image)
 
     def copy(self, frozen: Frozen, uuid: bytes, limits: Limits = USUAL) -> int:
         """Make a domain that is a copy of a frozen one and shares its memory until it writes; its domid. It is paused.
@@ -496,6 +532,7 @@ def _info(domain: Domain) -> DomainInfo:
         crash_report=domain.crash_report,
         total_pages=domain.total_pages,
         max_pages=domain.max_pages,
+        ceiling_pages=domain.view.max_pages,
         online_vcpus=len(vcpus),
         max_vcpus=len(domain.vcpus),
         cpu_time=cpu_time(domain),

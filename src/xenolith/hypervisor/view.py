@@ -46,6 +46,7 @@ class View:
     """
 
     def __init__(self, budget: MemoryBudget, max_pages: int, memory: MachineMemory | None = None) -> None:
+        self.max_pages = max_pages
         self.memory = memory or memory_for(budget, max_pages)
         self.m2p_bytes = -(-self.memory.frames * 8 >> 21) << 21
         self.frames = FrameTable(self.memory)

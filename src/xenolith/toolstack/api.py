@@ -173,6 +173,11 @@ class Domain:
     unpause = _verb(Client.unpause)
     destroy = _verb(Client.destroy)
     rename = _verb(Client.rename)
+    scheduling = _verb(Client.scheduling)
+    set_scheduling = _verb(Client.set_scheduling)
+    set_vcpus = _verb(Client.set_vcpus)
+    set_memory_target = _verb(Client.set_memory_target)
+    set_max_memory = _verb(Client.set_max_memory)
     sysrq = _verb(Client.sysrq)
     trigger = _verb(Client.trigger)
 
@@ -375,7 +380,7 @@ class Machine:
         """Make a domain of a configuration, or of an xl.cfg file by its path; it is paused."""
         if not isinstance(config, DomainConfig):
             config = load_config(config)
-        for sentence in config.without_effect(self.host.nr_cpus):
+        for sentence in config.without_effect(self.host.nr_cpus, self.host.scheduler_parameters):
             log.warning("%s: %s", config.name, sentence)
         return Domain(self, self.client.create(absolute_paths(config, Path.cwd()), progress))
 

@@ -91,6 +91,7 @@ class HostInfo:
     xen_extra: str
     xen_caps: tuple[str, ...]
     scheduler: str
+    scheduler_parameters: tuple[str, ...] = ()  # what it lets be set for a domain
     page_size: int = 4096
     virt_start: int
     changeset: str = ""
@@ -342,6 +343,26 @@ class Client(ABC):
 
         Raises InvalidRequest when another domain has it.
         """
+
+    @abstractmethod
+    def scheduling(self, domid: int) -> dict[str, int]:
+        """The scheduler's parameters of a domain, by name: weight, cap and what else the algorithm in use has."""
+
+    @abstractmethod
+    def set_scheduling(self, domid: int, parameters: dict[str, int]) -> None:
+        """Change some of the scheduler's parameters of a domain."""
+
+    @abstractmethod
+    def set_vcpus(self, domid: int, count: int) -> None:
+        """Tell the guest how many of its vCPUs to have online; it takes them up and down itself."""
+
+    @abstractmethod
+    def set_memory_target(self, domid: int, kib: int) -> None:
+        """Tell the guest's balloon how much memory to have, and let the domain have no more than that."""
+
+    @abstractmethod
+    def set_max_memory(self, domid: int, kib: int) -> None:
+        """Set the most memory that a domain may have; what it has above that stays until it gives it back."""
 
     @abstractmethod
     def sysrq(self, domid: int, key: str) -> None:

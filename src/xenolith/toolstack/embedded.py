@@ -161,6 +161,7 @@ class EmbeddedToolstack(Client):
             xen_extra=machine.extra_version,
             xen_caps=tuple(machine.capabilities.split()),
             scheduler=machine.scheduler,
+            scheduler_parameters=machine.scheduler_parameters,
             virt_start=layout.HYPERVISOR_VIRT_START,
             engine=self.dom0.engine,
             xenstore_socket=str(self._xenstore_socket) if self._xenstore_socket else None,
@@ -304,7 +305,7 @@ class EmbeddedToolstack(Client):
         try:
             for nic in config.nics:
                 nic.mac = nic.mac or networks.random_mac()  # the domain's as long as it is built again
-            spec = _spec(config, progress)
+            spec = replace(_spec(config, progress), scheduling=self._scheduling_of(config))
             progress(Progress("building the domain", 1, 2))
             domain = self.dom0.create(spec)
             with self._lock:
@@ -321,6 +322,14 @@ class EmbeddedToolstack(Client):
         finally:
             with self._lock:
                 self._creating.discard(config.name)
+
+    def _described(self, config: DomainConfig) -> DomainSpec:
+        return replace(_described(config), scheduling=self._scheduling_of(config))
+
+    def _scheduling_of(self, config: DomainConfig) -> dict[str, int]:
+        """The scheduler's parameters that a configuration gives and that the algorithm in use has."""
+        given = config.scheduler.given()
+        return {name: given[name] for name in self._control.machine().scheduler_parameters if name in given}
 
     def _claim_name(self, name: str) -> None:
         """Names are unique, of domains that are being made too. The caller discards the claim."""
@@ -380,6 +389,45 @@ class EmbeddedToolstack(Client):
             self._ask_guest(domid, "shutdown", str(request))
         elif request is ShutdownRequest.REBOOT:
             raise InvalidRequest(f"Domain {domid} has shut down already and cannot be asked to reboot.")
+
+    # --- resources ---------------------------------------------------------------------------------------
+
+    def scheduling(self, domid: int) -> dict[str, int]:
+        with self._of_domain(domid):
+            return self._control.scheduling(domid)
+
+    def set_scheduling(self, domid: int, parameters: dict[str, int]) -> None:
+        with self._of_domain(domid), _refusals():
+            self._control.set_scheduling(domid, parameters)
+            self._records[domid].config.scheduler.update(parameters)
+
+    def set_vcpus(self, domid: int, count: int) -> None:
+        with self._of_domain(domid):
+            config = self._records[domid].config
+            most = config.vcpus_ceiling
+            if not 1 <= count <= most:
+                raise InvalidRequest(f"Requested {count} VCPUs, however maxcpus is {most}.")
+            config.vcpus, config.max_vcpus = count, most
+            for number in range(most):
+                availability = "online" if number < count else "offline"
+                self._store.write(f"{domain_tree.home(domid)}/cpu/{number}/availability", availability)
+
+    def set_memory_target(self, domid: int, kib: int) -> None:
+        with self._of_domain(domid), _refusals():
+            config = self._records[domid].config
+            most = config.memory_ceiling_kib
+            if kib > most:
+                raise InvalidRequest(f"{kib} KiB are more than the {most} KiB that the domain was made for (maxmem).")
+            self._control.set_max_pages(domid, kib // 4)
+            config.target_memory_kib, config.max_memory_kib = kib, most
+            self._store.write(f"{domain_tree.home(domid)}/memory/target", str(kib))
+
+    def set_max_memory(self, domid: int, kib: int) -> None:
+        with self._of_domain(domid), _refusals():
+            target = self._records[domid].config.memory_kib
+            if kib < target:
+                raise InvalidRequest(f"{kib} KiB are less than the domain's target of {target} KiB (see mem-set).")
+            self._control.set_max_pages(domid, kib // 4)
 
     def sysrq(self, domid: int, key: str) -> None:
         with self._of_domain(domid):
@@ -527,7 +575,7 @@ class EmbeddedToolstack(Client):
                 if config.uuid in {record.config.uuid for record in self._records.values()}:
                     config.uuid = uuids.uuid4()  # the domain that was saved is still there
             _check_supported(config)
-            domain = self.dom0.restore(_described(config), arriving.receive())
+            domain = self.dom0.restore(self._described(config), arriving.receive())
             with self._lock:
                 self._records[domain.domid] = _Record(config, time.time())
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
@@ -612,7 +660,7 @@ class EmbeddedToolstack(Client):
         config.name, config.uuid = name, uuids.uuid4()
         self._claim_name(name)
         try:
-            domain = self.dom0.clone(_described(config), frozen, number)
+            domain = self.dom0.clone(self._described(config), frozen, number)
             with self._lock:
                 self._records[domain.domid] = _Record(config, time.time())
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
@@ -682,6 +730,15 @@ class EmbeddedToolstack(Client):
                 yield domain
             except NoSuchDomain:
                 raise DomainNotFound(domid) from None
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A value that the hypervisor refuses is an InvalidRequest."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequest(f"{error}.") from error
 
 
 class _Attachment:

@@ -81,7 +81,7 @@ def send(
     control, domid = dom0.control, domain.domid
     writer, figures = Writer(out), Figures()
     info = control.info(domid)
-    sizes = {"max_pages": info.max_pages, "vcpus": info.max_vcpus, "engine": info.engine}
+    sizes = {"max_pages": info.ceiling_pages, "vcpus": info.max_vcpus, "engine": info.engine}
     writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
     sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
     try:

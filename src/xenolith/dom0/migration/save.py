@@ -60,7 +60,7 @@ def save(dom0: Dom0, domain: GuestDomain, writer: Writer, description: Plain, on
     try:
         with held(dom0, domain) as services, dom0.control.standing_still(domain.domid) as still:
             info = dom0.control.info(domain.domid)
-            sizes = {"max_pages": info.max_pages, "vcpus": info.max_vcpus, "engine": info.engine}
+            sizes = {"max_pages": info.ceiling_pages, "vcpus": info.max_vcpus, "engine": info.engine}
             writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
             write_pages(writer, still, on_pages)
             writer.frames(still.frames)

@@ -166,10 +166,17 @@ class Scheduler:
     def adjust(self, domain: Domain, parameters: Mapping[str, int]) -> None:
         """Set some of the policy's parameters for all of a domain's vCPUs (Xen: XEN_DOMCTL_SCHEDOP_putinfo)."""
         with self._lock:
+            now = self._clock.now()
+            running = [context for context in self._running if context.domain is domain and context.running is not None]
+            for context in running:
+                self._charge(context, now)  # what it ran so far is paid for as it was then
             domain.scheduling.update(parameters)
             for vcpu in domain.vcpus:
                 if vcpu.context is not None:
                     vcpu.unit.parameters.update(parameters)
+            for context in running:
+                if context.running is not None:
+                    self._set_quantum(context, context.running, contended=bool(self._waiting))
 
     def unpause(self, domain: Domain) -> None:
         """Undo one pause. The first time that leaves none, the domain begins: an unstarted one has no threads."""
@@ -363,6 +370,7 @@ class Scheduler:
                 write_runstate_area(vcpu)
             vcpu.timers.entered()
         with self._lock:
+            vcpu.unit.running_since = start  # not when it was granted the pCPU, but had yet to be woken
             contended = any(runnable(other) for other in context.vcpus if other is not vcpu)
             if contended or not context.quantum_timer.deadline:
                 self._set_quantum(context, vcpu, contended)
@@ -384,7 +392,7 @@ class Scheduler:
             vcpu.in_guest = False
             self._timers.cancel(context.quantum_timer)
             with domain.lock:
-                self._account(context, vcpu, start)
+                self._account(context, vcpu)
 
     def _switch(self, context: Context, vcpu: Vcpu) -> None:
         """Exchange the vCPU that is loaded on the context's Cpu."""
@@ -408,11 +416,10 @@ class Scheduler:
         if (regs[DS] & 0xFFFF, regs[ES] & 0xFFFF, regs[FS] & 0xFFFF, regs[GS] & 0xFFFF) != (ds, es, fs, gs):
             bounce.bounce_failsafe(vcpu, cpu, (ds, es, fs, gs))
 
-    def _account(self, context: Context, vcpu: Vcpu, start: int) -> None:
+    def _account(self, context: Context, vcpu: Vcpu) -> None:
         now = self._clock.now()
         with self._lock:
-            vcpu.unit.running_since = now  # until it is released, nobody may count the time once more
-            self.policy.charge(vcpu.unit, now - start, now)
+            self._charge(context, now)
             if not runnable(vcpu):
                 self.policy.sleep(vcpu.unit, now)
         vcpu.timers.left()
@@ -422,6 +429,13 @@ class Scheduler:
             set_runstate(vcpu, RUNSTATE_runnable if runnable(vcpu) else RUNSTATE_offline, now)
         if vcpu.runstate_area_va:
             write_runstate_area(vcpu)
+
+    def _charge(self, context: Context, now: int) -> None:
+        """Charge whoever runs on the context for the time since it was charged last. The caller holds `_lock`."""
+        if context.running is not None:
+            unit = context.running.unit
+            ran, unit.running_since = unit.ran(now), now
+            self.policy.charge(unit, ran, now)
 
     # --- pCPUs -----------------------------------------------------------------------------------------
 

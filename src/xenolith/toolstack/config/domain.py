@@ -10,6 +10,7 @@ grouping.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -60,6 +61,16 @@ class SchedulerParameters:
     extratime: int | None = None
     slice: int | None = None
     latency: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """By the names that the scheduling algorithms have for them."""
+        values = {"weight": self.weight, "cap": self.cap}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def update(self, parameters: Mapping[str, int]) -> None:
+        """Take over what of these can be said in a configuration."""
+        self.weight = parameters.get("weight", self.weight)
+        self.cap = parameters.get("cap", self.cap)
 
 
 @dataclass(slots=True)
@@ -202,10 +213,11 @@ class DomainConfig:
         }
         return [name for name, given in asked.items() if given] + self.ignored_keys
 
-    def without_effect(self, pcpus: int) -> list[str]:
+    def without_effect(self, pcpus: int, scheduler_parameters: Collection[str]) -> list[str]:
         """Settings that the domain lives without: which, and what is missing here, a sentence each for people.
 
-        A value that asks for what every domain gets anyway is not among them. `pcpus` is how many pCPUs there are.
+        A value that asks for what every domain gets anyway is not among them. `pcpus` is how many pCPUs there are,
+        `scheduler_parameters` what the scheduler in use lets be set.
         Whoever makes one of these work takes it out of here.
         """
         everywhere = frozenset(range(pcpus))
@@ -213,8 +225,11 @@ class DomainConfig:
         asked = {
             "cpus": (_pins(self.hard_affinity, everywhere), "a vCPU runs on any pCPU"),
             "cpus_soft": (_pins(self.soft_affinity, everywhere), "a vCPU runs on any pCPU"),
-            "cpu_weight": (scheduling.weight not in (None, DEFAULT_WEIGHT), "all domains weigh the same"),
-            "cap": (bool(scheduling.cap), "no domain's processor time is capped"),
+            "cpu_weight": (
+                scheduling.weight not in (None, DEFAULT_WEIGHT) and "weight" not in scheduler_parameters,
+                "the scheduler in use has no weights",
+            ),
+            "cap": (bool(scheduling.cap) and "cap" not in scheduler_parameters, "the scheduler in use has no caps"),
             "period": (scheduling.period is not None, "the scheduler has no such parameter"),
             "slice": (scheduling.slice is not None, "the scheduler has no such parameter"),
             "latency": (scheduling.latency is not None, "the scheduler has no such parameter"),
