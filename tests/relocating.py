@@ -12,6 +12,7 @@ from functools import cache
 
 from machines import DEADLINE_SECONDS
 from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
+from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.console import Console, Overflow
@@ -36,7 +37,8 @@ count() {
 def _guest(script: str) -> tuple[object, bytes]:
     guest = obtain("6.1")
     command = Command(["/bin/sh", "-c", script], nonce="")
-    return load_image(guest.elf), build_initramfs(guest.busybox, command=command)
+    modules = kernel_modules(guest, ["xen-blkfront"])
+    return load_image(guest.elf), build_initramfs(guest.busybox, command=command, modules=modules)
 
 
 def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Sequence[VbdSpec] = ()) -> DomainSpec:
@@ -67,10 +69,16 @@ def follow(console: Console, until: str) -> str:
     return printed
 
 
-def check(printed: str, names: str = "a") -> None:
-    """Each counter has said every number once, in order, and found its file right each time."""
+def said(printed: str, name: str) -> list[int]:
+    """The numbers that a counter has said."""
+    return [int(number) for number in re.findall(rf"^{name} (\d+)\r?$", printed, re.MULTILINE)]
+
+
+def check(printed: str, names: str = "a", first: int | None = 1) -> None:
+    """Each counter has said every number once, in order, from `first` on, and found its file right each time."""
     for name in names:
-        numbers = [int(number) for number in re.findall(rf"^{name} (\d+)\r?$", printed, re.MULTILINE)]
-        assert numbers == list(range(1, len(numbers) + 1))
+        numbers = said(printed, name)
+        start = numbers[0] if first is None else first
+        assert numbers == list(range(start, start + len(numbers)))
     assert "BAD" not in printed
     assert not re.search(r"soft lockup|Call Trace|BUG:|Oops", printed), printed[-3000:]
