@@ -357,6 +357,9 @@ def test_fragments_follow_their_first(world: World) -> None:
     for part in (fragment(denied, 20, 1300, 6), fragment(denied, 1300, len(denied), 6)):
         world.send(one, part)
     assert not two.queue
+    world.router.change_policy(two, Policy(parse_rules("deny in udp/9")))
+    world.send(one, parts[1])
+    assert not two.queue, "of a connection that is denied now"
 
 
 # --- the outside

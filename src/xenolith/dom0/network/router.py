@@ -247,19 +247,17 @@ class Router:
             )
             if path is None:
                 raise Drop("bad fragment")
-            return path
+            return self._still_allowed(path, packet)
         if packet.protocol == ICMP and packet.frame.data[L4] not in (ICMP_ECHO_REQUEST, ICMP_ECHO_REPLY):
             return self._path_of_error(port, packet)
         path = self.flows.find(key_of(port, packet), self.clock())
-        if path is None:
-            return None
-        flow = path.flow
-        if flow.generation != self._generation:
+        return None if path is None else self._still_allowed(path, packet)
+
+    def _still_allowed(self, path: Path, packet: Packet) -> Path:
+        """The same way, judged anew if any rules have changed. Raises Drop."""
+        if path.flow.generation != self._generation:
             self._judge(path)
-        if not flow.allowed:
-            self._count(path, packet)
-            raise Drop("denied")
-        return path
+        return self._if_allowed(path, packet)
 
     def _new_path(self, vif: VifPort, packet: Packet) -> Path:
         """A connection that a domain opens."""
@@ -301,6 +299,9 @@ class Router:
 
     def _judged(self, path: Path, packet: Packet) -> Path:
         self._judge(path)
+        return self._if_allowed(path, packet)
+
+    def _if_allowed(self, path: Path, packet: Packet) -> Path:
         if not path.flow.allowed:
             self._count(path, packet)
             raise Drop("denied")
@@ -343,8 +344,9 @@ class Router:
             raise Drop("ICMP")
         key = (port.number, protocol, destination, destination_port, source, source_port)
         path = self.flows.find(key, self.clock())
-        if path is None or not path.flow.allowed:
+        if path is None:
             raise Drop("ICMP")
+        self._still_allowed(path, packet)
         if path.source is not None:
             raise Drop("ICMP")  # of a published port's connection: it would tell the domain's own address
         if path.destination is not None and path.destination_port is not None:
