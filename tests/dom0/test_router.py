@@ -357,6 +357,11 @@ def test_fragments_follow_their_first(world: World) -> None:
     for part in (fragment(denied, 20, 1300, 6), fragment(denied, 1300, len(denied), 6)):
         world.send(one, part)
     assert not two.queue
+    world.send(one, parts[0])
+    for identification in range(1000):
+        world.send(two, fragment(udp(two.address, 7, one.address, 7, bytes(2000)), 20, 1300, identification))
+    world.send(one, parts[1])
+    assert two.queue.take() and two.queue.take(), "another's flood of them takes nothing away"
     world.router.change_policy(two, Policy(parse_rules("deny in udp/9")))
     world.send(one, parts[1])
     assert not two.queue, "of a connection that is denied now"

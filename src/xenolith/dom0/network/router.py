@@ -57,7 +57,7 @@ from xenolith.dom0.network.rules import Direction, Peer, Policy, Rule
 ROUTER_MAC: Final = bytes.fromhex("02 58 65 6e 00 01")
 DEFAULT_NETWORK: Final = IPv4Network("10.213.0.0/16")
 DNS_PORT: Final = 53
-MAX_FRAGMENTED: Final = 256  # datagrams of which more fragments may come
+MAX_FRAGMENTED: Final = 256  # datagrams of one port's of which more fragments may come
 MAX_PASST_FRAME: Final = 65535
 
 _ARP: Final = Struct("!HHBBH6sI6sI")
@@ -95,7 +95,7 @@ class Router:
         self.vifs: Final[dict[int, VifPort]] = {}  # by address
         self._generation = 0  # of the rules
         self._numbers = 0
-        self._fragments: Final[dict[tuple[int, int, int, int, int], Path]] = {}
+        self._fragments: Final[dict[Port, dict[tuple[int, int, int, int], Path]]] = {}
 
     # --- ports, in the router's turn ------------------------------------------------------------------------
 
@@ -242,9 +242,7 @@ class Router:
     def _known_path(self, port: Port, packet: Packet) -> Path | None:
         """The way of a packet whose connection is known and allowed. Raises Drop where it is denied."""
         if packet.fragment_offset:
-            path = self._fragments.get(
-                (port.number, packet.protocol, packet.source, packet.destination, packet.identification)
-            )
+            path = self._fragments.get(port, {}).get(_datagram(packet))
             if path is None:
                 raise Drop("bad fragment")
             return self._still_allowed(path, packet)
@@ -404,10 +402,10 @@ class Router:
         uplink.send(sender.number, frame)
 
     def _note_fragmented(self, port: Port, packet: Packet, path: Path) -> None:
-        if len(self._fragments) >= MAX_FRAGMENTED:
-            del self._fragments[next(iter(self._fragments))]
-        key = (port.number, packet.protocol, packet.source, packet.destination, packet.identification)
-        self._fragments[key] = path
+        known = self._fragments.setdefault(port, {})
+        if len(known) >= MAX_FRAGMENTED:
+            del known[next(iter(known))]
+        known[_datagram(packet)] = path
 
     # --- what the router answers itself -----------------------------------------------------------------------------
 
@@ -489,6 +487,11 @@ class Router:
         datagram = udp(self.address, DNS_PORT, *client, answer)
         if len(datagram) <= vif.mtu:
             vif.send(0, Frame(ethernet(vif.mac, ROUTER_MAC, ETHERTYPE_IPV4) + datagram))
+
+
+def _datagram(packet: Packet) -> tuple[int, int, int, int]:
+    """What all fragments of a datagram have in common (RFC 791)."""
+    return packet.protocol, packet.source, packet.destination, packet.identification
 
 
 def _host_name(domain: str) -> str:
