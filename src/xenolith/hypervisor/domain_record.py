@@ -469,6 +469,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "_handles_lock": HOST,
     },
     View: {
+        "max_pages": HOST,  # of the description
         "m2p_bytes": REBUILT,
         "memory": BY_HAND,
         "frames": REBUILT,
