@@ -94,7 +94,7 @@ def debian(
     """
     from xenolith.toolstack import guests
 
-    guest = guests.debian(kernel or guests.DEFAULT_KERNEL, devices=devices)
+    guest = guests.debian(kernel or guests.DEFAULT_KERNEL, devices=devices, vcpus=vcpus)
     return DomainConfig(
         name,
         kernel=str(guest.elf),

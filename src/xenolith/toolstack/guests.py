@@ -47,7 +47,9 @@ class PreparedGuest:
         )
 
 
-def debian(kernel: str = DEFAULT_KERNEL, *, devices: bool = False, update: bool = False) -> PreparedGuest:
+def debian(
+    kernel: str = DEFAULT_KERNEL, *, devices: bool = False, update: bool = False, vcpus: int = 1
+) -> PreparedGuest:
     """Debian's stock kernel (see `packages.obtain`), with an initramfs that starts a shell on the console.
 
     With `devices` that holds the drivers of disks, networks and shared directories, as far as the kernel has them; with
@@ -56,7 +58,7 @@ def debian(kernel: str = DEFAULT_KERNEL, *, devices: bool = False, update: bool 
     try:
         found = packages.refresh(kernel) if update else packages.obtain(kernel)
         initramfs = _initramfs(found, devices)
-        arguments = f"{kernel_arguments(1)} {needed_arguments(load_image(found.elf))}".strip()
+        arguments = f"{kernel_arguments(vcpus)} {needed_arguments(load_image(found.elf))}".strip()
     except (GuestUnavailable, InitramfsError, ImageError, OSError) as error:
         raise NoGuest(str(error)) from error
     return PreparedGuest(
