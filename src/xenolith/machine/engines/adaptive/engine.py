@@ -210,6 +210,7 @@ class AdaptiveCpu:
         self._traps = 0
         self._window_start = 0
         self._start_ends = 0  # until this time (`_time`) the vCPU stays on Unicorn, because a program may start
+        self._uses_wide_vectors = False  # it has executed instructions that Unicorn has not
         self._held = 0  # windows for which it has stayed on KVM for its vector registers' sake
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
@@ -335,6 +336,7 @@ class AdaptiveCpu:
                 except extended.OperandFault as fault:
                     return on_unicorn(VECTOR_PF, fault.error_code, fault.address)
                 self._target, self._start_ends = self._kvm, 0
+                self._uses_wide_vectors = True
                 self._borrow = self._only_unicorn_can() or self._selectors_would_be_lost()
                 return False
             if not on_trap(vector, error_code, address):
@@ -447,8 +449,13 @@ class AdaptiveCpu:
 
     @property
     def _knows_xens_selectors(self) -> bool:
-        """Whether it is a kernel that loads CS by itself: one that may look at it, too."""
-        return bool(self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers)
+        """Whether it is a kernel that loads CS by itself: one that may look at it, too.
+
+        Not one that uses what only KVM executes, as Linux does: that reads CS at most to load it again (sync_core), and
+        would go to KVM and back for each of those instructions.
+        """
+        far = self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers
+        return bool(far) and not self._uses_wide_vectors
 
     def _is_out_of_reach(self, address: int) -> bool:
         """Whether KVM has refused the guest a part of the machine-to-physical table, to which it may go on Unicorn."""
