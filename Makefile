@@ -44,6 +44,7 @@ sanitize: $(READY)
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/mypy --config-file tests/mypy.ini tests bench docs/howto
 	@$(VENV)/bin/lint-imports

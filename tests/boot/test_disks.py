@@ -75,9 +75,7 @@ Boot = Callable[..., Guest]
 
 def disk(path: Path, number: int = 0, writable: bool = True) -> VbdSpec:
     name = "abcdefgh"[number]
-    return VbdSpec(
-        number=XVDA + 16 * number, name=f"xvd{name}", source=DiskSource(path=path, writable=writable)
-    )
+    return VbdSpec(number=XVDA + 16 * number, name=f"xvd{name}", source=DiskSource(path=path, writable=writable))
 
 
 @pytest.fixture

@@ -75,9 +75,7 @@ class FakeDom0:
         self.maps += 1
         self.mapped[self.maps] = ref
         view = memoryview(self.frames[ref])
-        return MappedGrant(
-            domid, ref, writable, view if writable else view.toreadonly(), 1, self.maps, self.hypercalls
-        )
+        return MappedGrant(domid, ref, writable, view if writable else view.toreadonly(), 1, self.maps, self.hypercalls)
 
     def unmap_grant(self, grant: MappedGrant) -> None:
         del self.mapped[grant.handle]

@@ -79,9 +79,11 @@ def test_a_table_that_is_refused_changes_nothing(
     disk = ExtentDisk([Extent(4, files[0], 0), Extent(1, files[0], 40)])
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(DiskError, match=message):
-        disk.remap([Extent(1, files[1], 0), *(Extent(count, files[which], first) for count, which, first in table)][
-            0 if table else 1 :
-        ])
+        disk.remap(
+            [Extent(1, files[1], 0), *(Extent(count, files[which], first) for count, which, first in table)][
+                0 if table else 1 :
+            ]
+        )
     assert sectors(disk, 0, 5) == [0, 1, 2, 3, 40]
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(DiskError, match="in use"):

@@ -34,9 +34,7 @@ def digest_of_frames(machine: Machine, domid: int) -> tuple[str, list[int]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("guest", LONG_RUNS, ids=lambda guest: guest.name)
-def test_random_hypercalls_change_no_frame_of_another_domain(
-    guest: Guest, machine: Callable[[int], Machine]
-) -> None:
+def test_random_hypercalls_change_no_frame_of_another_domain(guest: Guest, machine: Callable[[int], Machine]) -> None:
     from xenolith.dom0.image import load_image
     from xenolith.dom0.services import DomainSpec
 

@@ -155,9 +155,7 @@ def test_a_warped_domain_answers_at_once_beside_three_that_compute() -> None:
 
 
 def test_borrowed_time_is_paid_back() -> None:
-    plain, warped = (
-        hogs(BorrowedVirtualTime, 1, [{"warp": warp}, {}, {}]) for warp in (0, 50_000)
-    )
+    plain, warped = (hogs(BorrowedVirtualTime, 1, [{"warp": warp}, {}, {}]) for warp in (0, 50_000))
     assert warped == pytest.approx(plain, abs=50 * MS + 4 * QUANTUM)
 
 

@@ -87,9 +87,7 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
-def test_a_compiler_may_be_given_with_arguments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
-) -> None:
+def test_a_compiler_may_be_given_with_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
     monkeypatch.setenv("CC", f"{native._compiler()} -DANSWER=42")
     assert native.load(written(tmp_path, "int answer(void) { return ANSWER; }")).answer() == 42
 

@@ -211,9 +211,7 @@ class Dom0:
         with ExitStack() as undo:
             undo.callback(self.control.destroy, domid)
             self._schedule(domid, spec)
-            built = BuiltDomain(
-                domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port
-            )
+            built = BuiltDomain(domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port)
             console = self._connect_console(built, undo, theirs.scrollback)
             undo.callback(domain_tree.remove, self.xenstore, domid, spec.uuid)
             put(self.xenstore, theirs.nodes, domid, spec.uuid)

@@ -358,9 +358,7 @@ class Domain(DomainFields):
 
     __hash__ = object.__hash__
 
-    def __init__(
-        self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int, view: View
-    ) -> None:
+    def __init__(self, hypervisor: Hypervisor, domid: int, engine: Engine | None, max_vcpus: int, view: View) -> None:
         self.hypervisor = hypervisor
         self.view = view
         self.memory = view.memory

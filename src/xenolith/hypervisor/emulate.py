@@ -105,9 +105,7 @@ def privileged_instruction(vcpu: Vcpu, cpu: Cpu) -> bool:
     return True
 
 
-def _one_byte(
-    vcpu: Vcpu, cpu: Cpu, code: bytes, position: int, opcode: int, operand16: bool, repeated: bool
-) -> int:
+def _one_byte(vcpu: Vcpu, cpu: Cpu, code: bytes, position: int, opcode: int, operand16: bool, repeated: bool) -> int:
     """The instruction's length, 0 if it is not emulated. `position` is after the opcode."""
     regs = cpu.regs
     if opcode in (x86.OPCODE_CLI, x86.OPCODE_STI):  # allowed, without effect: the guest's own flag is the upcall mask

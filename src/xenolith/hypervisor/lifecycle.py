@@ -61,9 +61,7 @@ def create_dom0(hypervisor: Hypervisor) -> Domain:
     return domain
 
 
-def create_domain(
-    hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, limits: Limits = USUAL
-) -> int:
+def create_domain(hypervisor: Hypervisor, uuid: bytes, max_vcpus: int, max_pages: int, limits: Limits = USUAL) -> int:
     """Make an empty domain, paused once; its domid. Raises DomainCreateError."""
     return _create(hypervisor, uuid, max_vcpus, max_pages, None, limits)
 

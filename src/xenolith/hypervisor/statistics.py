@@ -25,9 +25,7 @@ HYPERCALL_NAMES: Final = {
     if name.startswith("HYPERVISOR_")
 }
 TRAP_NAMES: Final = {
-    **{
-        number: "#" + name.removeprefix("VECTOR_") for name, number in vars(x86).items() if name.startswith("VECTOR_")
-    },
+    **{number: "#" + name.removeprefix("VECTOR_") for name, number in vars(x86).items() if name.startswith("VECTOR_")},
     TRAP_SYSCALL: "syscall",
     TRAP_SYSENTER: "sysenter",
     TRAP_CPUID: "cpuid",

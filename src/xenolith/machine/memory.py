@@ -458,4 +458,3 @@ class MachineMemory:
             self.fd = -1
             with self._lock:
                 self._charge(-self._charged)
-

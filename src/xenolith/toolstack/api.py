@@ -78,6 +78,7 @@ def load_config(path: str | Path) -> DomainConfig:
 
 log = logging.getLogger(__name__)
 
+
 def debian(
     name: str = "debian",
     kernel: str | None = None,

@@ -15,9 +15,7 @@ from xenolith.toolstack.client import InvalidRequest, ToolstackError
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def create_disk(
-    path: Path, size: str | None = None, backing: str | None = None, backing_format: str = "raw"
-) -> None:
+def create_disk(path: Path, size: str | None = None, backing: str | None = None, backing_format: str = "raw") -> None:
     """Make an empty raw disk of a size, or an overlay of another disk, of its size unless one is given.
 
     Raises ToolstackError, also where the file exists.

@@ -186,4 +186,3 @@ def test_a_conversation_that_cannot_have_been_is_refused(
     with pytest.raises(XsError):
         connected(there, 8, ConnectionState(**{**vars(EMPTY), **state}))
     assert there.statistics()["watches"] == there.statistics()["domains"] == 0
-

@@ -235,9 +235,8 @@ class BlockBackend(Backend):
         self.disk: Disk = open_disk(spec.source)
         self.statistics: Final = BlockStatistics()
         self.ring: Callable[[], None] = _nothing
-        self._info: Final = (
-            (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0)
-            | (0 if self.disk.writable else blkif.VDISK_READONLY)
+        self._info: Final = (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0) | (
+            0 if self.disk.writable else blkif.VDISK_READONLY
         )
         self._queues: list[_Queue] = []
         self._seen: set[int | None] = set()  # kinds of errors that were logged

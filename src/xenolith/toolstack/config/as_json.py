@@ -139,9 +139,7 @@ def _build_info(config: DomainConfig) -> dict[str, Json]:
         bootloader=config.bootloader,
     )
     document |= _lists(bootloader_args=list(config.bootloader_args))
-    document |= _given(
-        nested_hvm=_boolean(config.nested_hvm), dm_restrict=_boolean(config.device_model.restrict)
-    )
+    document |= _given(nested_hvm=_boolean(config.nested_hvm), dm_restrict=_boolean(config.device_model.restrict))
     document |= _by_type(config)
     document["arch_arm"] = {}
     document["arch_x86"] = _given(msr_relaxed=_boolean(config.msr_relaxed))

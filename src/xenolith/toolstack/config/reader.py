@@ -325,9 +325,7 @@ def _read_devices(file: ConfigFile, config: DomainConfig) -> None:
     except DiskSpecError as error:
         raise ConfigError(file.diagnostics) from error
     config.p9_shares = [devices.parse_p9(file, spec) for spec in file.strings("p9")]
-    config.channels = [
-        devices.parse_channel(file, spec, devid) for devid, spec in enumerate(file.strings("channel"))
-    ]
+    config.channels = [devices.parse_channel(file, spec, devid) for devid, spec in enumerate(file.strings("channel"))]
     config.nics = [parse_vif(file, spec, devid) for devid, spec in enumerate(file.strings("vif"))]
     if file.items("vif2") is not None:
         file.warn("WARNING: vif2: netchannel2 is deprecated and not supported by xl")
