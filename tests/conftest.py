@@ -22,11 +22,6 @@ settings.register_profile("untimed", deadline=None)  # on a loaded machine a slo
 settings.load_profile("untimed")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that read a terminal go first, in a fresh process: late in a long run two have failed."""
-    items.sort(key=lambda item: "test_terminal.py" not in item.nodeid)
-
-
 @pytest.fixture(params=["unicorn", "kvm", "adaptive"])
 def engine_name(request: pytest.FixtureRequest) -> str:
     """The name of an engine; tests of one that cannot run here are skipped, with the reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import termios
@@ -14,12 +15,16 @@ from toolstack.fake import FakeConsole
 from xenolith.cli.terminal import OutputLost, attach, escape_character, write_all
 from xenolith.cli.xl_command import Failure
 
+HIGH = 1024  # descriptors from here on are none for select(): a program with many domains has them
+
 
 class Terminal:
     """A pty: `program` is the terminal of the program, `person` the end where a person would sit."""
 
     def __init__(self) -> None:
-        self.person, self.program = pty.openpty()
+        self.person, program = pty.openpty()
+        self.program = fcntl.fcntl(program, fcntl.F_DUPFD, HIGH)
+        os.close(program)
 
     def read_until(self, text: bytes) -> bytes:
         seen = b""

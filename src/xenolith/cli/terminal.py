@@ -73,7 +73,7 @@ def _copy_input(stream: ConsoleStream, stdin: int, woken: int, escape: bytes) ->
     """Until `woken` says that the console has ended, or the escape character is typed."""
     sources = [stdin, woken]
     while True:
-        ready, _, _ = select.select(sources, [], [])
+        ready = _ready(select.POLLIN, *sources)
         if woken in ready:
             return
         data = os.read(stdin, _CHUNK)
@@ -129,4 +129,12 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            select.select([], [descriptor], [])
+            _ready(select.POLLOUT, descriptor)
+
+
+def _ready(events: int, *descriptors: int) -> set[int]:
+    """Wait for one of these. Not by select(), which knows no descriptor from 1,024 on."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, events)
+    return {descriptor for descriptor, _ in poll.poll()}
