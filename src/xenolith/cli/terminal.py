@@ -7,13 +7,13 @@ echoes and edits. One character, Ctrl-] unless told otherwise, is kept back and 
 from __future__ import annotations
 
 import os
-import select
 import termios
 import threading
 import tty
 from typing import Any, Self
 
 from xenolith.cli.xl_command import Failure
+from xenolith.ready import readable, writable
 from xenolith.toolstack.client import ConsoleStream
 
 _CHUNK = 4096
@@ -73,7 +73,7 @@ def _copy_input(stream: ConsoleStream, stdin: int, woken: int, escape: bytes) ->
     """Until `woken` says that the console has ended, or the escape character is typed."""
     sources = [stdin, woken]
     while True:
-        ready = _ready(select.POLLIN, *sources)
+        ready = readable(*sources)
         if woken in ready:
             return
         data = os.read(stdin, _CHUNK)
@@ -129,12 +129,4 @@ def write_all(descriptor: int, data: bytes) -> None:
         try:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
-            _ready(select.POLLOUT, descriptor)
-
-
-def _ready(events: int, *descriptors: int) -> set[int]:
-    """Wait for one of these. Not by select(), which knows no descriptor from 1,024 on."""
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, events)
-    return {descriptor for descriptor, _ in poll.poll()}
+            writable(descriptor)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +40,7 @@ from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, DomainInfo
 from xenolith.machine.engines.protocol import EngineError
+from xenolith.ready import readable
 from xenolith.toolstack.errors import RunError, ToolstackError, UsageError
 from xenolith.toolstack.run_disks import DISK_MODULES, parse_disks
 from xenolith.toolstack.run_network import NET_MODULES, parse_network
@@ -450,7 +450,7 @@ class _Streams:
         """Bytes of the input, b"" at its end; None when it is time to stop."""
         while True:
             try:
-                ready, _, _ = select.select([self._source, self._stop], [], [])
+                ready = readable(self._source, self._stop)
                 return None if self._stop in ready else os.read(self._source, INPUT_BYTES)
             except BlockingIOError:  # somebody else was faster; it is theirs too
                 continue

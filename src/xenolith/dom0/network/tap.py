@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import struct
 from ipaddress import IPv4Interface
 from typing import TYPE_CHECKING, Final
 
 from xenolith.dom0.network.frame import ETHERNET_HEADER, MTU
 from xenolith.dom0.network.link import Link, UplinkError
+from xenolith.ready import readable
 
 if TYPE_CHECKING:
     from xenolith.dom0.network.router import Router
@@ -50,7 +50,7 @@ class Tap(Link):
     def read(self) -> list[bytearray]:
         frames: list[bytearray] = []
         while not frames:
-            ready, _, _ = select.select([self._descriptor, self._wake], [], [])
+            ready = readable(self._descriptor, self._wake)
             if self._wake in ready:
                 return []
             with contextlib.suppress(BlockingIOError):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
 import socket
 import struct
 import threading
@@ -25,6 +24,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from xenolith.dom0.unix_socket import ListeningSocket
+from xenolith.ready import readable, writable
 from xenolith.toolstack.client import (
     Client,
     ConnectionLost,
@@ -118,7 +118,7 @@ class Daemon:
         note("serving", socket=self._directory.socket_path, pid=os.getpid())
         listening = self._listener.socket.fileno()
         while not self._stopping.is_set():
-            ready, _, _ = select.select([listening, self._woken], [], [])
+            ready = readable(listening, self._woken)
             if listening in ready and not self._stopping.is_set():
                 self._accept()
 
@@ -346,8 +346,7 @@ class _Connection:
         """A function that tells the peer about progress if that is possible without waiting for it."""
 
         def report(progress: Progress) -> None:
-            _, writable, _ = select.select([], [self._socket], [], 0)
-            if writable:
+            if writable(self._socket.fileno(), wait=False):
                 with suppress(ConnectionLost):  # the operation goes on without anybody watching
                     self._channel.send(progress)
 
