@@ -26,6 +26,7 @@ from xenolith.abi.x86 import (
     EFLAGS_IF,
     PAGE_SIZE,
     PTE_A,
+    PTE_ADDRESS,
     PTE_D,
     PTE_G,
     PTE_NX,
@@ -260,7 +261,7 @@ class Pair:
 
     def _frame(self, page: int) -> int:
         entry = self.reference.domain.memory.q[self.reference.entry_index(DATA + page * PAGE_SIZE)]
-        return (entry & paging.FRAME) >> 12
+        return (entry & PTE_ADDRESS) >> 12
 
     def tables(self) -> list[int]:
         infos = self.reference.domain.frames.type_info

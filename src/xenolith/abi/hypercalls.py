@@ -52,6 +52,7 @@ HYPERCALLS: Final = 64  # the hypercall page has a stub for each number below th
 
 # --- well-known domains (public/xen.h) -------------------------------------------------------------
 DOMID_FIRST_RESERVED: Final = 0x7FF0
+INT_MAX: Final = (1 << 31) - 1  # counts that Xen takes as an int
 DOMID_SELF: Final = 0x7FF0
 DOMID_IO: Final = 0x7FF1
 DOMID_XEN: Final = 0x7FF2

@@ -5,6 +5,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final, NamedTuple
 
+from xenolith.abi.layout import TRAP_INFO
+
 SIZE: Final = 5168
 
 VGCF_I387_VALID: Final = 1 << 0
@@ -13,7 +15,6 @@ VGCF_failsafe_disables_events: Final = 1 << 3
 VGCF_syscall_disables_events: Final = 1 << 4
 VGCF_online: Final = 1 << 5
 
-TRAP_INFO: Final = Struct("<BBHIQ")  # vector, flags, cs, pad, address
 _FPU_SIZE: Final = 512
 _FLAGS: Final = Struct("<Q")
 # r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi; error_code, entry_vector; rip; cs, pad,

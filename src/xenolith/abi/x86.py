@@ -6,6 +6,10 @@ registers around (design decision 4).  Sources: Intel SDM vol. 1 ch. 3, vol. 3 c
 
 from typing import Final
 
+MASK16: Final = 0xFFFF
+MASK32: Final = 0xFFFF_FFFF
+MASK64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
 # --- the register file: indices into an array of 64-bit words --------------------------------------
 # Words 0..17 are the general registers in instruction-encoding order, then RIP and RFLAGS.  A segment
 # register takes three words: selector, base, and limit | attributes (the attributes' own layout is the
@@ -187,6 +191,7 @@ OPCODE_CPUID: Final = 0xA2  # the second of two
 OPCODE_INT3: Final = 0xCC
 OPCODE_INT_N: Final = 0xCD
 OPCODE_INTO: Final = 0xCE  # of 32-bit code
+OPCODE_RDPMC: Final = b"\x0f\x33"
 OPCODE_CLI: Final = 0xFA
 OPCODE_STI: Final = 0xFB
 
@@ -204,3 +209,14 @@ MSR_FS_BASE: Final = 0xC000_0100
 MSR_GS_BASE: Final = 0xC000_0101
 MSR_KERNEL_GS_BASE: Final = 0xC000_0102
 MSR_TSC_AUX: Final = 0xC000_0103
+
+# The XSAVE area (SDM vol. 1, 13.4): offsets in its legacy region, and of its header; components 0 to 2.
+XSAVE_MXCSR: Final = 24
+XSAVE_MXCSR_MASK: Final = 28  # the bits that the processor has; 0: all but the one of denormals-are-zeros
+XSAVE_HEADER: Final = 512  # XSTATE_BV, XCOMP_BV, and 48 bytes that must be 0 in the compacted format
+XSTATE_X87: Final = 1
+XSTATE_SSE: Final = 2
+XSTATE_AVX: Final = 4
+INITIAL_MXCSR: Final = 0x1F80
+
+CPUID_NULL_SELECTOR_CLEARS_BASE: Final = 1 << 6  # 80000021.eax

@@ -69,8 +69,6 @@ ERROR_NAMES: Final[frozenset[str]] = frozenset(
 )
 """The error names that may travel in an ERROR message (``xsd_errors``)."""
 
-DOMID_SELF: Final = 0x7FF0
-DOMID_FIRST_RESERVED: Final = 0x7FF0
 
 # struct xenstore_domain_interface: the page shared with a guest.
 RING_SIZE: Final = 1024

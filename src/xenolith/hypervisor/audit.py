@@ -6,13 +6,13 @@ counts of every frame from who really refers to it and compares.  Run at the end
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_XEN
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
-from xenolith.abi.x86 import ENTRIES, PTE_P, PTE_RW
+from xenolith.abi.x86 import ENTRIES, PTE_ADDRESS, PTE_P, PTE_RW
 from xenolith.hypervisor.frames import (
     ALLOCATED,
     EXISTENCE_COUNT,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain
     from xenolith.hypervisor.hypervisor import Hypervisor
 
-FRAME: Final = 0x000F_FFFF_FFFF_F000
 _U64 = np.uint64
 
 
@@ -104,7 +103,7 @@ def _check_l1(recount: _Recount, mfn: int) -> None:
     domain, frames = recount.domain, recount.frames
     table = domain.memory.table(mfn)
     entries = table[(table & _U64(PTE_P)) != 0]
-    targets = (entries & _U64(FRAME)) >> _U64(12)
+    targets = (entries & _U64(PTE_ADDRESS)) >> _U64(12)
     granted = domain.granted_frames()
     for target in targets[frames.owners[targets] != domain.domid].tolist():
         if target not in granted:
@@ -122,7 +121,7 @@ def _check_upper(recount: _Recount, mfn: int, kind: int, entries: int = ENTRIES)
     table = domain.memory.table(mfn)[:entries]
     for slot in np.flatnonzero(table & _U64(PTE_P)).tolist():
         entry = int(table[slot])
-        target = (entry & FRAME) >> 12
+        target = (entry & PTE_ADDRESS) >> 12
         if kind == TYPE_L4 and XEN_FIRST_SLOT <= slot <= XEN_LAST_SLOT:
             if not any(entry & ~0x60 == right & ~0x60 for right in _xen_entries(domain, slot)):
                 recount.report(f"Xen's slot {slot} of L4 {mfn:#x} holds {entry:#x}")

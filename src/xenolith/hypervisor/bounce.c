@@ -62,7 +62,7 @@ static bool bounce(struct vcpu *v, u64 handler, bool has_error_code, u64 error_c
     *f++ = rsp;
     *f++ = regs[SS] & 0xffff;
     __builtin_memcpy(memory + at, frame, 8 * count);
-    enter(v, handler, stack - 8 * count, rflags & ENTRY_FLAGS, mask_events);
+    enter(v, handler, stack - 8 * count, rflags & KERNEL_ENTRY_FLAGS, mask_events);
     return true;
 }
 

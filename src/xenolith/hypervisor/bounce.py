@@ -18,12 +18,12 @@ from xenolith.abi.x86 import (
     EFLAGS_IF,
     EFLAGS_IOPL,
     EFLAGS_NT,
-    EFLAGS_RESERVED_ONE,
     EFLAGS_RF,
     EFLAGS_TF,
     EFLAGS_VM,
     EXCEPTION_NAMES,
     GS_BASE,
+    MASK64,
     PFEC_INSN,
     PFEC_PRESENT,
     PFEC_USER,
@@ -39,6 +39,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.hypervisor.guest_memory import WRITE, copy_to_guest, translate
 from xenolith.hypervisor.shutdown import domain_crash
+from xenolith.machine.engines.protocol import ALWAYS_SET
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -46,11 +47,9 @@ if TYPE_CHECKING:
 
 GUEST_CS: Final = layout.FLAT_RING3_CS64
 GUEST_SS: Final = layout.FLAT_RING3_SS64
-MASK64: Final = (1 << 64) - 1
 # RFLAGS at an entry of the guest kernel, and by a system call: bits that are kept, bits that are set.
-ENTRY_FLAGS: Final = ~(EFLAGS_AC | EFLAGS_VM | EFLAGS_RF | EFLAGS_NT | EFLAGS_TF | EFLAGS_IOPL) & MASK64
-SYSCALL_FLAGS: Final = ENTRY_FLAGS & ~EFLAGS_DF
-ALWAYS_SET: Final = EFLAGS_IF | EFLAGS_RESERVED_ONE
+KERNEL_ENTRY_FLAGS: Final = ~(EFLAGS_AC | EFLAGS_VM | EFLAGS_RF | EFLAGS_NT | EFLAGS_TF | EFLAGS_IOPL) & MASK64
+SYSCALL_FLAGS: Final = KERNEL_ENTRY_FLAGS & ~EFLAGS_DF
 SAVED_FLAGS: Final = ~(EFLAGS_IF | EFLAGS_IOPL) & MASK64
 _pack_frame = Struct("<7Q").pack_into
 _frame = Struct("<7Q").pack
@@ -149,7 +148,7 @@ def _finish_bounce(
     regs[SS] = GUEST_SS
     regs[RSP] = stack
     regs[RIP] = handler
-    cpu.set_rflags(rflags & ENTRY_FLAGS | ALWAYS_SET)
+    cpu.set_rflags(rflags & KERNEL_ENTRY_FLAGS | ALWAYS_SET)
     if mask_events:
         vcpu.domain.memory.b[vcpu.info + 1] = 1
 

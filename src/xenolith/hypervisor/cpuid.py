@@ -9,10 +9,11 @@ from __future__ import annotations
 from struct import unpack
 from typing import TYPE_CHECKING, Final
 
+from xenolith.abi.x86 import CPUID_NULL_SELECTOR_CLEARS_BASE, MASK32
+
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
-MASK32: Final = 0xFFFF_FFFF
 XEN_LEAVES: Final = 0x4000_0000
 XEN_VERSION: Final = 4 << 16 | 17
 
@@ -37,7 +38,6 @@ HIDDEN_80000001_EDX: Final = HIDDEN_1_EDX & 0x0183_F3FF | 1 << 26 | 1 << 27
 # 80000001.ecx: SVM(2) EXTAPIC(3) OSVW(9) IBS(10) SKINIT(12) WDT(13) LWP(15) NODEID(19) TOPOEXT(22)
 # PERFCTR(23,24,28) MONITORX(29)
 HIDDEN_80000001_ECX: Final = sum(1 << bit for bit in (2, 3, 9, 10, 12, 13, 15, 19, 22, 23, 24, 28, 29))
-NULL_SELECTOR_CLEARS_BASE: Final = 1 << 6  # 80000021.eax
 XSAVE_FEATURES: Final = 0b0111  # D.1.eax: XSAVEOPT, XSAVEC, XGETBV1; XSAVES is for ring 0 only
 
 
@@ -79,7 +79,7 @@ def answer(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     if leaf == 0x8000_0008:
         return eax & 0xFFFF, 0, 0, 0
     if leaf == 0x8000_0021:
-        return eax & NULL_SELECTOR_CLEARS_BASE, 0, 0, 0
+        return eax & CPUID_NULL_SELECTOR_CLEARS_BASE, 0, 0, 0
     if leaf in (0x8000_000A, 0x8000_001D, 0x8000_001E, 0x8000_001F, 0x8000_0020):
         return 0, 0, 0, 0
     return eax, ebx, ecx, edx

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
-from xenolith.abi.x86 import PTE_A, PTE_NX, PTE_P, is_canonical
+from xenolith.abi.x86 import PTE_A, PTE_ADDRESS, PTE_NX, PTE_P, is_canonical
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.frames import TYPE_SEGDESC
 from xenolith.hypervisor.guest_memory import READ, translate
@@ -98,7 +98,7 @@ def lookup(vcpu: Vcpu, selector: int) -> int:
         page = offset >> 12
     q = vcpu.domain.memory.q
     entry = q[window_index(vcpu.domain, vcpu.vcpu_id, page)]
-    return q[(entry & paging.FRAME) >> 3 | offset >> 3 & 511] if entry & PTE_P else 0
+    return q[(entry & PTE_ADDRESS) >> 3 | offset >> 3 & 511] if entry & PTE_P else 0
 
 
 def set_up_window(vcpu: Vcpu) -> None:

@@ -41,6 +41,10 @@ from xenolith.abi.x86 import (
     RFLAGS,
     RIP,
     SS,
+    XSAVE_HEADER,
+    XSAVE_MXCSR,
+    XSTATE_SSE,
+    XSTATE_X87,
     is_canonical,
 )
 from xenolith.hypervisor import cpuid, descriptors, events, paging
@@ -74,10 +78,7 @@ Plain = Any  # what JSON can say
 SHORT_PAUSE: Final = 10_000_000_000  # ns
 MOST_XSAVE: Final = 1 << 14
 MOST_E820: Final = 128
-XSTATE_BV: Final = 512  # offsets in an XSAVE image (SDM vol. 1, 13.4)
 XSAVE_HEADER_END: Final = 576
-MXCSR: Final = 24
-X87_SSE: Final = 3
 _U64 = np.uint64
 
 
@@ -942,9 +943,9 @@ def _load_extended(vcpu: Vcpu, record: Record) -> None:
     if amx not in (0, 0x6_0000):
         raise RecordError(f"{record.where}: XCR0 cannot be {xcr0:#x}")
     image = record.get("xsave", Octets(XSAVE_HEADER_END, MOST_XSAVE))
-    components = int.from_bytes(image[XSTATE_BV : XSTATE_BV + 8], "little")
-    mxcsr = int.from_bytes(image[MXCSR : MXCSR + 4], "little")
-    if components & ~(xcr0 | X87_SSE) or any(image[XSTATE_BV + 8 : XSAVE_HEADER_END]) or mxcsr >> 16:
+    components = int.from_bytes(image[XSAVE_HEADER : XSAVE_HEADER + 8], "little")
+    mxcsr = int.from_bytes(image[XSAVE_MXCSR : XSAVE_MXCSR + 4], "little")
+    if components & ~(xcr0 | XSTATE_X87 | XSTATE_SSE) or any(image[XSAVE_HEADER + 8 : XSAVE_HEADER_END]) or mxcsr >> 16:
         raise RecordError(f"{record.where}: its XSAVE image is none")
     state.xcr0, state.xsave = xcr0, bytearray(image)
 

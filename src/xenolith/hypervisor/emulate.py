@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, x86
-from xenolith.abi.x86 import FS_BASE, GS_BASE, RAX, RBX, RCX, RDI, RDX, RIP, RSI, advanced, is_canonical
+from xenolith.abi.x86 import FS_BASE, GS_BASE, MASK32, RAX, RBX, RCX, RDI, RDX, RIP, RSI, advanced, is_canonical
 from xenolith.hypervisor import cpuid as cpuid_policy
 from xenolith.hypervisor.bounce import inject_page_fault
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # A timer whose counters stand still: Linux, on processors without CPUID leaf 0x16, calibrates the TSC against them, and
 # would read one that is all ones 100,000 times before it gives up.
 PIT_COUNTERS: Final = range(0x40, 0x43)
-MASK32: Final = 0xFFFF_FFFF
-MASK64: Final = (1 << 64) - 1
 PAT_RESET: Final = 0x0000_0501_0007_0406
 CR0_GUEST: Final = x86.CR0_PE | x86.CR0_MP | x86.CR0_ET | x86.CR0_NE | x86.CR0_WP | x86.CR0_AM | x86.CR0_PG
 CR4_BASE: Final = x86.CR4_PAE | x86.CR4_OSFXSR | x86.CR4_OSXMMEXCPT | x86.CR4_OSXSAVE

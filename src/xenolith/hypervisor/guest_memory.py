@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenolith.abi.layout import HYPERVISOR_VIRT_END
-from xenolith.abi.x86 import PAGE_MASK, PAGE_SIZE, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import PAGE_MASK, PAGE_SIZE, PTE_ADDRESS, PTE_P, PTE_RW, PTE_US
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
-FRAME = 0x000F_FFFF_FFFF_F000  # an entry's machine address, as abi.x86.PTE_ADDRESS
 READ = PTE_P | PTE_US
 WRITE = PTE_P | PTE_US | PTE_RW
 COPY_LIMIT = 1 << 20  # bytes in one copy; no hypercall argument is larger
@@ -34,16 +33,16 @@ def translate(vcpu: Vcpu, va: int, rights: int) -> int:
     entry = q[table << 9 | va >> 39 & 511]
     if entry & rights != rights:
         return -1
-    entry = q[(entry & FRAME) >> 3 | va >> 30 & 511]
+    entry = q[(entry & PTE_ADDRESS) >> 3 | va >> 30 & 511]
     if entry & rights != rights:
         return -1
-    entry = q[(entry & FRAME) >> 3 | va >> 21 & 511]
+    entry = q[(entry & PTE_ADDRESS) >> 3 | va >> 21 & 511]
     if entry & rights != rights:
         return -1
-    entry = q[(entry & FRAME) >> 3 | va >> 12 & 511]
+    entry = q[(entry & PTE_ADDRESS) >> 3 | va >> 12 & 511]
     if entry & rights != rights:
         return -1
-    return entry & FRAME | va & PAGE_MASK
+    return entry & PTE_ADDRESS | va & PAGE_MASK
 
 
 def address_ok(va: int) -> bool:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import ConditionCode, Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
 from xenolith.abi.layout import MACH2PHYS_VIRT_END, MACH2PHYS_VIRT_START
-from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_DF, EFLAGS_STATUS, RAX, RCX, RDI, RIP, RSI, RSP, advanced
+from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_DF, EFLAGS_STATUS, MASK64, RAX, RCX, RDI, RIP, RSI, RSP, advanced
 from xenolith.machine import status_flags
-from xenolith.machine.operands import GuestFault, GuestView, decode, effective_address
+from xenolith.machine.operands import HIGH_BYTES, GuestFault, GuestView, decode, effective_address
 
 if TYPE_CHECKING:
     from iced_x86 import ConditionCode_, Register_
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from xenolith.machine.engines.protocol import Cpu
 
 REPETITIONS: Final = 1024  # of a string instruction in one trap
-_MASK64: Final = (1 << 64) - 1
 _EXTENDING: Final = {Mnemonic.MOVZX: False, Mnemonic.MOVSX: True, Mnemonic.MOVSXD: True}
 _STRINGS: Final = {
     Mnemonic.LODSB: 1,
@@ -173,7 +172,7 @@ class _Load:
         return True
 
     def _read(self, register: Register_) -> int:
-        shift = 8 if register in _HIGH_BYTES else 0
+        shift = 8 if register in HIGH_BYTES else 0
         size = RegisterExt.size(register)
         return self._regs[_number(register)] >> shift & (1 << 8 * size) - 1
 
@@ -184,11 +183,8 @@ class _Load:
         if size >= 4:
             self._regs[number] = value & mask
             return
-        shift = 8 if register in _HIGH_BYTES else 0
-        self._regs[number] = self._regs[number] & ~(mask << shift) & _MASK64 | (value & mask) << shift
-
-
-_HIGH_BYTES: Final = frozenset((Register.AH, Register.CH, Register.DH, Register.BH))
+        shift = 8 if register in HIGH_BYTES else 0
+        self._regs[number] = self._regs[number] & ~(mask << shift) & MASK64 | (value & mask) << shift
 
 
 def _number(register: Register_) -> int:

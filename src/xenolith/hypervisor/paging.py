@@ -30,6 +30,7 @@ from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
     ENTRIES,
     PTE_A,
+    PTE_ADDRESS,
     PTE_AVAIL,
     PTE_AVAIL_HIGH,
     PTE_D,
@@ -67,10 +68,9 @@ from xenolith.hypervisor.frames import (
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
-FRAME: Final = 0x000F_FFFF_FFFF_F000
 ADJUSTABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_AVAIL | PTE_AVAIL_HIGH | PTE_NX
 # Bits a guest may not set in a present entry. Global is tolerated in L1 entries and has no effect.
-DISALLOWED: Final = ~(ADJUSTABLE | FRAME) & (1 << 64) - 1
+DISALLOWED: Final = ~(ADJUSTABLE | PTE_ADDRESS) & (1 << 64) - 1
 L1_DISALLOWED: Final = DISALLOWED & ~PTE_G
 # Changes of these bits alone move no reference (Xen: FASTPATH_FLAG_WHITELIST).
 UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A | PTE_US
@@ -83,7 +83,7 @@ FREE_WORK: Final = 16  # with a TLB flush
 PHYSICAL_BITS: Final = 46  # width of a machine address
 
 _U64 = np.uint64
-_FRAME = _U64(FRAME)
+_ADDRESS = _U64(PTE_ADDRESS)
 _TYPE_COUNT = _U64(TYPE_COUNT)
 _TYPE_MASK = _U64(TYPE_MASK)
 _TYPE_WRITABLE = _U64(TYPE_WRITABLE)
@@ -276,7 +276,7 @@ def _validate_l1(domain: Domain, mfn: int) -> int:
     entries = table[slots]
     if (entries & _U64(L1_DISALLOWED)).any():
         return -EINVAL
-    targets = (entries & _FRAME) >> _U64(12)
+    targets = (entries & _ADDRESS) >> _U64(12)
     if int(targets.max()) >= frames.frames:
         return absent_frame(int(targets.max()))
     if (frames.owners[targets] != domain.domid).any():
@@ -319,7 +319,7 @@ def _devalidate_l1(domain: Domain, mfn: int) -> None:
     entries = table[np.flatnonzero(table & _U64(PTE_P))]
     if not len(entries):
         return
-    targets = (entries & _FRAME) >> _U64(12)
+    targets = (entries & _ADDRESS) >> _U64(12)
     writable = targets[(entries & _U64(PTE_RW)) != 0]
     np.subtract.at(frames.type_infos, writable, _U64(1))
     frames.stamps[writable] = domain.flush_epoch
@@ -370,7 +370,7 @@ def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
     """Take the references of a present L2..L4 entry in table `holder`."""
     if entry & DISALLOWED:
         return -EINVAL
-    mfn = (entry & FRAME) >> 12
+    mfn = (entry & PTE_ADDRESS) >> 12
     result = get_page_and_type(domain, mfn, below)
     if result == -EINVAL and domain.frames.valid(mfn):
         return _get_linear(domain, entry, holder, below + (1 << TYPE_SHIFT))
@@ -379,7 +379,7 @@ def _get_table(domain: Domain, entry: int, holder: int, below: int) -> int:
 
 def _put_table(domain: Domain, entry: int, holder: int, below: int) -> None:
     """Drop them; what a table below then has to drop is left to `undo`."""
-    mfn = (entry & FRAME) >> 12
+    mfn = (entry & PTE_ADDRESS) >> 12
     if mfn == holder:
         return  # a linear map of the table itself holds nothing
     if domain.frames.type_info[mfn] & TYPE_MASK == below + (1 << TYPE_SHIFT):
@@ -396,7 +396,7 @@ def _put_table(domain: Domain, entry: int, holder: int, below: int) -> None:
 
 
 def _get_linear(domain: Domain, entry: int, holder: int, level: int) -> int:
-    mfn = (entry & FRAME) >> 12
+    mfn = (entry & PTE_ADDRESS) >> 12
     if entry & PTE_RW:
         return -EINVAL
     if mfn == holder:
@@ -439,7 +439,7 @@ def modify_l1(domain: Domain, index: int, new: int, owner: int | None = None) ->
         if new & L1_DISALLOWED:
             return -EINVAL
         new = adjust_l1(new)
-        target = (new & FRAME) >> 12
+        target = (new & PTE_ADDRESS) >> 12
         if owner == FOREIGN:
             domain.odd_references = True
         if old & PTE_P and not (old ^ new) & COUNTED:
@@ -471,7 +471,7 @@ def modify_l1(domain: Domain, index: int, new: int, owner: int | None = None) ->
 def put_l1_target(domain: Domain, old: int) -> None:
     """Drop what a present L1 entry held."""
     frames = domain.frames
-    target = (old & FRAME) >> 12
+    target = (old & PTE_ADDRESS) >> 12
     if old & PTE_RW:
         _put_type(domain, target)
     elif frames.type_info[target] & TYPE_MASK == TYPE_SEGDESC and domain.ldt_in_use:

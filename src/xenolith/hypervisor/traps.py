@@ -15,6 +15,8 @@ from xenolith.abi.errno import ENOSYS
 from xenolith.abi.x86 import (
     CS,
     EFLAGS_TF,
+    MASK64,
+    OPCODE_RDPMC,
     PFEC_INSN,
     PFEC_PRESENT,
     PFEC_RESERVED,
@@ -40,7 +42,6 @@ from xenolith.hypervisor import descriptors, emulate, events, m2p_loads, paging,
 from xenolith.hypervisor.bounce import (
     GUEST_CS,
     GUEST_SS,
-    MASK64,
     bounce,
     bounce_syscall,
     crash,
@@ -55,7 +56,6 @@ from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYS
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
-RDPMC: Final = b"\x0f\x33"
 DR6_STEP: Final = 1 << 14  # BS
 
 
@@ -216,7 +216,7 @@ def exception(vcpu: Vcpu, cpu: Cpu, vector: int, error_code: int, address: int) 
     elif vector == VECTOR_UD:
         if emulate.forced_invalid_opcode(vcpu, cpu):
             return
-        if emulate.fetch(vcpu, cpu.regs[RIP], 2) == RDPMC:
+        if emulate.fetch(vcpu, cpu.regs[RIP], 2) == OPCODE_RDPMC:
             vector, error_code = VECTOR_GP, 0  # an engine that lacks the instruction: what a guest gets on any other
     elif vector == VECTOR_NM:
         if not vcpu.task_switched:

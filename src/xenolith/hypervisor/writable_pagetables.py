@@ -11,22 +11,20 @@ from typing import TYPE_CHECKING, Final
 from iced_x86 import Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
 from xenolith.abi.hypercalls import VMASST_TYPE_writable_pagetables
-from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, PTE_P, PTE_RW, RAX, RIP
+from xenolith.abi.x86 import EFLAGS_CF, EFLAGS_STATUS, MASK64, PTE_ADDRESS, PTE_P, PTE_RW, RAX, RIP
 from xenolith.hypervisor import paging
 from xenolith.hypervisor.emulate import fetch
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, VALIDATED
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 from xenolith.machine import status_flags
-from xenolith.machine.operands import LONGEST_INSTRUCTION, decode, effective_address
+from xenolith.machine.operands import HIGH_BYTES, LONGEST_INSTRUCTION, decode, effective_address
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
     from xenolith.machine.engines.protocol import Cpu
 
-MASK64: Final = (1 << 64) - 1
 ENABLED: Final = 1 << VMASST_TYPE_writable_pagetables
 
-_HIGH_BYTES: Final = frozenset((Register.AH, Register.CH, Register.DH, Register.BH))
 _IMMEDIATES: Final = frozenset(
     (
         OpKind.IMMEDIATE8,
@@ -50,7 +48,7 @@ def emulate_write(vcpu: Vcpu, cpu: Cpu, va: int) -> bool:
         return False
     q = domain.memory.q
     entry = q[mapping]
-    mfn = (entry & paging.FRAME) >> 12
+    mfn = (entry & PTE_ADDRESS) >> 12
     if not entry & PTE_P or entry & PTE_RW or domain.frames.owner[mfn] != domain.domid:
         return False
     info = domain.frames.type_info[mfn]
@@ -93,7 +91,7 @@ def _carry_out(vcpu: Vcpu, cpu: Cpu, va: int, index: int) -> bool:
 def _general_register(register: int) -> int:
     """Its number in instruction-encoding order, whatever its width; -1 for AH to BH and for others."""
     full = int(RegisterExt.full_register(register))  # type: ignore[arg-type]
-    return full - Register.RAX if Register.RAX <= full <= Register.R15 and register not in _HIGH_BYTES else -1
+    return full - Register.RAX if Register.RAX <= full <= Register.R15 and register not in HIGH_BYTES else -1
 
 
 _Outcome = tuple[int, list[tuple[int, int]], tuple[int, int] | None]

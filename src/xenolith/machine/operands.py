@@ -19,6 +19,8 @@ from xenolith.abi.x86 import (
     ES,
     FS,
     GS,
+    MASK32,
+    MASK64,
     PAGE_MASK,
     PAGE_SIZE,
     PFEC_INSN,
@@ -43,6 +45,7 @@ from xenolith.machine import page_walk
 from xenolith.machine.memory import MachineMemory
 
 LONGEST_INSTRUCTION: Final = 15
+HIGH_BYTES: Final = frozenset((Register.AH, Register.CH, Register.DH, Register.BH))
 SEGMENTS: Final = {
     Register.ES: ES,
     Register.CS: CS,
@@ -51,8 +54,6 @@ SEGMENTS: Final = {
     Register.FS: FS,
     Register.GS: GS,
 }
-_MASK32: Final = 0xFFFF_FFFF
-_MASK64: Final = (1 << 64) - 1
 _READ: Final = PTE_P | PTE_US
 _WRITE: Final = PTE_P | PTE_US | PTE_RW
 
@@ -148,7 +149,7 @@ def effective_address(regs: memoryview, instruction: Instruction, wide: bool) ->
     segment = instruction.memory_segment
     if segment in (Register.FS, Register.GS) or not wide:
         address += regs[SEGMENTS[segment] + SEGMENT_BASE]
-    return address & (_MASK64 if wide else _MASK32)
+    return address & (MASK64 if wide else MASK32)
 
 
 def of_stack(instruction: Instruction) -> bool:

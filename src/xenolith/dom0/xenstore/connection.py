@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from xenolith.abi.xs_wire import DOMID_SELF, HEADER, PAYLOAD_MAX, RING_SIZE, Op, RingError
+from xenolith.abi.hypercalls import DOMID_SELF
+from xenolith.abi.xs_wire import HEADER, PAYLOAD_MAX, RING_SIZE, Op, RingError
 from xenolith.dom0.xenstore import paths, permissions
 from xenolith.dom0.xenstore.caller import Caller
 from xenolith.dom0.xenstore.errors import XsError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.errno import E2BIG, EFAULT, ENOSYS
-from xenolith.abi.hypercalls import CONSOLEIO_read, CONSOLEIO_write
+from xenolith.abi.hypercalls import INT_MAX, CONSOLEIO_read, CONSOLEIO_write
 from xenolith.hypervisor.guest_memory import copy_from_guest
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 MOST_AT_ONCE: Final = 1 << 20
 CHUNK: Final = 4096
-INT_MAX: Final = (1 << 31) - 1
 
 
 def do_console_io(vcpu: Vcpu, cmd: int, count: int, buffer: int) -> int:

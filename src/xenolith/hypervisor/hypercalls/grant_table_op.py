@@ -36,6 +36,7 @@ from xenolith.abi.grant_table import (
 )
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
+    INT_MAX,
     GNTTABOP_cache_flush,
     GNTTABOP_copy,
     GNTTABOP_get_status_frames,
@@ -50,7 +51,7 @@ from xenolith.abi.hypercalls import (
     HYPERVISOR_grant_table_op,
 )
 from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64
-from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_ADDRESS, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.events import post_code_written
 from xenolith.hypervisor.frames import FOREIGN, TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
@@ -64,11 +65,8 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
 OPERATION_BITS: Final = 12  # of the command; Xen keeps the state of its own continuations above
-INT_MAX: Final = (1 << 31) - 1
 ELEMENT_WORK: Final = 8  # see paging
 AVAIL_SHIFT: Final = 9  # of PTE_AVAIL
-FRAME: Final = 0x000F_FFFF_FFFF_F000
-MASK64: Final = (1 << 64) - 1
 
 
 class _Busy(Exception):
@@ -300,7 +298,7 @@ def _remove_entry(vcpu: Vcpu, mapping: Mapping, host_addr: int, new_addr: int) -
     info = domain.frames.type_info[mfn]
     if domain.frames.owner[mfn] != domain.domid or info & TYPE_MASK != TYPE_L1 or not info & TYPE_COUNT:
         return GNTST_general_error  # the page table that held it is gone
-    if not q[index] & PTE_P or (q[index] & FRAME) >> PAGE_SHIFT != mapping.alias:
+    if not q[index] & PTE_P or (q[index] & PTE_ADDRESS) >> PAGE_SHIFT != mapping.alias:
         return GNTST_general_error
     if not new_addr:
         paging.modify_l1(domain, index, 0)

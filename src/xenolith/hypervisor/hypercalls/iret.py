@@ -25,8 +25,9 @@ from xenolith.abi.x86 import (
     is_canonical,
 )
 from xenolith.hypervisor import descriptors
-from xenolith.hypervisor.bounce import ALWAYS_SET, crash, inject
+from xenolith.hypervisor.bounce import crash, inject
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, translate
+from xenolith.machine.engines.protocol import ALWAYS_SET
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.errno import EFAULT, EINVAL, ENODEV, EPERM
 from xenolith.abi.hypercalls import SEGBASE_FS, SEGBASE_GS_KERNEL, SEGBASE_GS_USER, SEGBASE_GS_USER_SEL
-from xenolith.abi.x86 import FS_BASE, GS, GS_BASE, is_canonical
+from xenolith.abi.x86 import FS_BASE, GS, GS_BASE, MASK64, is_canonical
 from xenolith.hypervisor import paging
-from xenolith.hypervisor.bounce import MASK64
 from xenolith.hypervisor.descriptors import checked, set_gdt_frames
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import copy_from_guest

@@ -46,7 +46,7 @@ from xenolith.abi.hypercalls import (
     HYPERVISOR_mmu_update,
     HYPERVISOR_mmuext_op,
 )
-from xenolith.abi.x86 import PTE_P
+from xenolith.abi.x86 import PTE_ADDRESS, PTE_P
 from xenolith.hypervisor import descriptors, paging, tlb
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_SHIFT, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
@@ -54,7 +54,6 @@ from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_gues
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
 
-FRAME: Final = paging.FRAME
 BATCH: Final = 512  # operations before a batch is restarted
 REQUEST_WORK: Final = 2  # see paging
 _done = layout.U32.pack
@@ -213,7 +212,7 @@ def l1_entry_index(vcpu: Vcpu, va: int) -> int:
         entry = q[table << 9 | va >> shift & 511]
         if not entry & PTE_P:
             return -1
-        table = (entry & FRAME) >> 12
+        table = (entry & PTE_ADDRESS) >> 12
     return table << 9 | va >> 12 & 511
 
 

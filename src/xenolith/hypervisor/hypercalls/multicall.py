@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS
 from xenolith.abi.hypercalls import HYPERCALLS, HYPERVISOR_iret, HYPERVISOR_multicall
 from xenolith.abi.layout import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START, MULTICALL_ENTRY, U64
+from xenolith.abi.x86 import MASK64
 from xenolith.hypervisor import paging
 from xenolith.hypervisor.guest_memory import READ, WRITE, copy_from_guest, copy_to_guest, translate
 
@@ -23,7 +24,6 @@ ENTRY: Final = MULTICALL_ENTRY.size
 RESULT: Final = 8  # offset in an entry
 ARGUMENTS: Final = 16
 CALL_WORK: Final = 2  # see paging
-MASK64: Final = (1 << 64) - 1
 _unpack = MULTICALL_ENTRY.unpack
 _unpack_from = MULTICALL_ENTRY.unpack_from
 

@@ -30,6 +30,9 @@ from xenolith.abi.x86 import (
     ES,
     FS,
     GS,
+    MASK16,
+    MASK32,
+    MASK64,
     RIP,
     RSP,
     SEGMENT_BASE,
@@ -76,9 +79,6 @@ _WORDS: Final = {2: Struct("<5H"), 4: Struct("<5I"), 8: Struct("<5Q")}
 # What IRET and POPF leave alone at CPL 3.
 KEPT_FLAGS: Final = EFLAGS_IF | EFLAGS_IOPL | EFLAGS_VM | EFLAGS_VIF | EFLAGS_VIP
 STEPPED: Final = (VECTOR_DB, 0, 1 << 14)  # the trap after it: with DR6.BS
-_MASK16: Final = 0xFFFF
-_MASK32: Final = 0xFFFF_FFFF
-_MASK64: Final = (1 << 64) - 1
 
 
 class SegmentCpu(Protocol):
@@ -123,7 +123,7 @@ def carry_out(cpu: SegmentCpu, faulted_on: int | None = None) -> Done | None:
     """
     regs, wide = cpu.regs, cpu.runs_64_bit_code
     rip = regs[RIP]
-    code = cpu.view.fetch(rip if wide else rip + regs[CS + SEGMENT_BASE] & _MASK32)
+    code = cpu.view.fetch(rip if wide else rip + regs[CS + SEGMENT_BASE] & MASK32)
     instruction = decode(code, rip, wide)
     action = _action(instruction)
     if action is None:
@@ -191,7 +191,7 @@ class _Load:
         """Load a data segment register, or SS."""
         self.expect(selector)
         if segment == SS:
-            self.cpu.set_code_stack(self.regs[CS] & _MASK16, selector)
+            self.cpu.set_code_stack(self.regs[CS] & MASK16, selector)
         else:
             self.cpu.load_selector(segment, selector)
 
@@ -200,12 +200,12 @@ class _Load:
     @property
     def _stack_mask(self) -> int:
         if self.wide:
-            return _MASK64
-        return _MASK32 if self.regs[SS + 2] >> 32 & DESC_B else _MASK16
+            return MASK64
+        return MASK32 if self.regs[SS + 2] >> 32 & DESC_B else MASK16
 
     def _stack_va(self, offset: int) -> int:
         at = self.regs[RSP] + offset & self._stack_mask
-        return at if self.wide else at + self.regs[SS + SEGMENT_BASE] & _MASK32
+        return at if self.wide else at + self.regs[SS + SEGMENT_BASE] & MASK32
 
     def stack(self, words: int, size: int) -> tuple[int, ...]:
         """The topmost words of this size on the stack, which stays as it is."""
@@ -219,25 +219,25 @@ class _Load:
 
     def move_stack(self, by: int) -> None:
         mask = self._stack_mask
-        kept = self.regs[RSP] & ~mask if mask == _MASK16 else 0
+        kept = self.regs[RSP] & ~mask if mask == MASK16 else 0
         self.regs[RSP] = kept | self.regs[RSP] + by & mask
 
     # Going on
 
     def next(self) -> None:
         """At the instruction behind."""
-        self.regs[RIP] = self.instruction.next_ip & (_MASK64 if self.wide else _MASK32)
+        self.regs[RIP] = self.instruction.next_ip & (MASK64 if self.wide else MASK32)
 
     def check_target(self, cs: int, rip: int) -> None:
         """Whether code can go on there. Raises GuestFault."""
         flags = self.cpu.code_segment(cs)
-        if not (is_canonical(rip) if flags & DESC_L else rip <= _MASK32):
+        if not (is_canonical(rip) if flags & DESC_L else rip <= MASK32):
             raise GuestFault(VECTOR_GP, 0)
 
     def go(self, cs: int, rip: int, ss: int | None = None) -> None:
         """Load CS, RIP and, if given, SS. Raises GuestFault."""
         self.check_target(cs, rip)
-        self.cpu.set_code_stack(cs, self.regs[SS] & _MASK16 if ss is None else ss)
+        self.cpu.set_code_stack(cs, self.regs[SS] & MASK16 if ss is None else ss)
         self.regs[RIP] = rip
         self.far = True
 
@@ -245,7 +245,7 @@ class _Load:
 def _move(load: _Load) -> None:
     instruction = load.instruction
     if instruction.op1_kind == OpKind.REGISTER:
-        selector = load.regs[RegisterExt.number(instruction.op1_register)] & _MASK16
+        selector = load.regs[RegisterExt.number(instruction.op1_register)] & MASK16
     else:
         selector = int.from_bytes(load.operand(2), "little")
     load.data(SEGMENTS[instruction.op0_register], selector)
@@ -265,7 +265,7 @@ def _load_far_pointer(load: _Load) -> None:
     data = load.operand(size + 2)
     load.data(FAR_POINTER_LOADS[instruction.mnemonic], int.from_bytes(data[size:], "little"))
     register, value = RegisterExt.number(instruction.op0_register), int.from_bytes(data[:size], "little")
-    load.regs[register] = value if size > 2 else load.regs[register] & ~_MASK16 & _MASK64 | value
+    load.regs[register] = value if size > 2 else load.regs[register] & ~MASK16 & MASK64 | value
     load.next()
 
 
@@ -275,15 +275,15 @@ def _iret(load: _Load) -> None:
     if flags & EFLAGS_NT:
         raise GuestFault(VECTOR_GP, 0)
     rip, cs, new_flags, *outer = load.stack(5 if load.wide else 3, size)
-    cs &= _MASK16
-    ss = outer[1] & _MASK16 if outer else None
+    cs &= MASK16
+    ss = outer[1] & MASK16 if outer else None
     load.expect(cs, *(() if ss is None else (ss,)))
     load.go(cs, rip, ss)
     if outer:  # only 64-bit code pops these for a return to the same CPL
         load.regs[RSP] = outer[0]
     else:
         load.move_stack(3 * size)
-    kept = KEPT_FLAGS | (~_MASK16 if size == 2 else 0)
+    kept = KEPT_FLAGS | (~MASK16 if size == 2 else 0)
     load.cpu.set_rflags(flags & kept | new_flags & EFLAGS_DEFINED & ~kept)
 
 
@@ -291,13 +291,13 @@ def _far_return(load: _Load) -> None:
     instruction = load.instruction
     size = FAR_RETURNS[instruction.code]
     rip, cs = load.stack(2, size)
-    load.expect(cs & _MASK16)
+    load.expect(cs & MASK16)
     released = instruction.immediate(0) if instruction.op_count else 0
     before = load.regs[RSP]
     load.move_stack(2 * size + released)
     after = load.regs[RSP]
     load.regs[RSP] = before
-    load.go(cs & _MASK16, rip)
+    load.go(cs & MASK16, rip)
     load.regs[RSP] = after
 
 
@@ -315,6 +315,6 @@ def _far_jump(load: _Load) -> None:
     cs |= 3 if cs & ~3 else 0  # a jump takes the RPL from CPL, whatever the selector asks for
     if code in FAR_CALLS:
         load.check_target(cs, rip)
-        back = instruction.next_ip & (_MASK64 if load.wide else _MASK32)
-        load.push((load.regs[CS] & _MASK16, back), size)
+        back = instruction.next_ip & (MASK64 if load.wide else MASK32)
+        load.push((load.regs[CS] & MASK16, back), size)
     load.go(cs, rip)

@@ -43,6 +43,8 @@ from xenolith.abi.x86 import (
     EFLAGS_TF,
     FS,
     GS,
+    MASK32,
+    MASK64,
     PAGE_SHIFT,
     PTE_P,
     PTE_US,
@@ -74,8 +76,6 @@ from xenolith.machine.operands import effective_address
 BOTH_HAVE: Final = extended.X87 | extended.SSE
 _CR3: Final = layout.CR // 8 + 3
 _CR4: Final = layout.CR // 8 + 4
-_MASK32: Final = 0xFFFF_FFFF
-_MASK64: Final = (1 << 64) - 1
 _IMPLICIT_MEMORY: Final = (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI)
 _UD2: Final = b"\x0f\x0b"
 EAX, EBX, ECX, EDX = range(4)
@@ -381,7 +381,7 @@ class AdaptiveCpu:
     def _answer_cpuid(self) -> None:
         """CPUID executed on Unicorn: as on KVM, but for what had better not be used here."""
         regs = self.regs
-        question = regs[RAX] & _MASK32, regs[RCX] & _MASK32
+        question = regs[RAX] & MASK32, regs[RCX] & MASK32
         answer = self._cpuid_answers.get(question)
         if answer is None:
             answer = self._cpuid_answer(*question)
@@ -402,7 +402,7 @@ class AdaptiveCpu:
         saves = mnemonic in extended.SAVES
         if not saves and mnemonic != Mnemonic.XRSTOR64:
             return False
-        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & _MASK64 | regs[RAX] & _MASK32
+        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & MASK64 | regs[RAX] & MASK32
         # What an XRSTOR replaces as a whole need not be brought up to date before.
         image = self._extended_image() if saves or requested & xcr0 & BOTH_HAVE != BOTH_HAVE else self._state.xsave
         va = effective_address(regs, instruction, wide=True)
@@ -514,12 +514,12 @@ class AdaptiveCpu:
             return []
         start = effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
         walk = page_walk.machine_address
-        addresses = (walk(self._memory, self._l4_mfn, va & _MASK64) for va in (start, start + 4095))
+        addresses = (walk(self._memory, self._l4_mfn, va & MASK64) for va in (start, start + 4095))
         return [address >> PAGE_SHIFT for address in addresses if address is not None]
 
     def _unicorn_code(self, size: int) -> bytes | None:
         regs = self.regs
-        return page_walk.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & _MASK64, size)
+        return page_walk.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & MASK64, size)
 
     def _look_around(self) -> None:
         """Decide where to go on: by request, by necessity, or by what the last traps cost."""

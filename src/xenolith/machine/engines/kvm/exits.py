@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.x86 import (
     EFLAGS_RF,
-    OPCODE_INT3,
-    OPCODE_INT_N,
-    OPCODE_INTO,
     R11,
     RAX,
     RCX,
@@ -28,6 +25,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.engines import segment_loads
 from xenolith.machine.engines.kvm import api, area, processor, run_page
 from xenolith.machine.engines.kvm.api import run_ioctl
+from xenolith.machine.engines.kvm.interruptions import INT3, INT_N, INTO
 from xenolith.machine.engines.protocol import (
     ALWAYS_SET,
     ENTRY_FLAGS,
@@ -50,9 +48,6 @@ EFLAGS_OF: Final = 1 << 11
 _SYSCALL32: Final = area.SYSCALL32_STUB, area.SYSCALL32_STUB & 0xFFFF_FFFF
 _DIRECTION_IN: Final = 0
 _ERROR_IDT: Final = 2  # error code of a fault that INT n caused
-_INT3: Final = bytes((OPCODE_INT3,))
-_INT_N: Final = bytes((OPCODE_INT_N,))
-_INTO: Final = bytes((OPCODE_INTO,))
 _IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 
 
@@ -141,10 +136,10 @@ class Exits:
         regs = self._regs
         code = self._cpu.fetch(2)
         compatibility = not self._segments.is_flat
-        if code[:1] == _INT3:
+        if code[:1] == INT3:
             regs[RIP] = advanced(regs[RIP], 1)
             return VECTOR_BP, 0
-        if code[:1] == _INTO and compatibility and regs[RFLAGS] & EFLAGS_OF:
+        if code[:1] == INTO and compatibility and regs[RFLAGS] & EFLAGS_OF:
             regs[RIP] = advanced(regs[RIP], 1)
             return VECTOR_OF, 0
         error_code = self._software_interrupt()
@@ -157,7 +152,7 @@ class Exits:
     def _software_interrupt(self) -> int:
         """The error code of the #GP that the INT n at RIP raises, 0 if it is none: some emulated processors err."""
         code = self._cpu.fetch(2)
-        return code[1] << 3 | _ERROR_IDT if code[:1] == _INT_N and len(code) == 2 else 0
+        return code[1] << 3 | _ERROR_IDT if code[:1] == INT_N and len(code) == 2 else 0
 
     def tick(self, on_trap: TrapHandler) -> bool:
         """The local timer has interrupted something that is not for the fast path."""

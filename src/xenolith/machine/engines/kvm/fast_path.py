@@ -37,6 +37,7 @@ from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CS,
     GS_BASE,
+    MASK64,
     PAGE_SHIFT,
     PAGE_SIZE,
     R11,
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from xenolith.machine.engines.protocol import GuestModes
     from xenolith.machine.memory import MachineMemory
 
-_MASK64: Final = (1 << 64) - 1
 _USER_RIP: Final = (1 << 47) - 1
 _pack_fields = Struct("<11Q").pack_into  # those before `rip`
 
@@ -176,7 +176,7 @@ class FastPath:
         _pack_fields(
             self._data_bytes,
             0,
-            modes.kernel_sp & _MASK64,
+            modes.kernel_sp & MASK64,
             modes.kernel_ss,
             modes.other_gs_base,
             modes.syscall_callback,
@@ -279,13 +279,13 @@ class FastPath:
                 if AT["iret_commit"] < at < AT["gate"]:
                     self._undo_gs(at == AT["iret_store"])
                 if at == AT["iret_flags"]:
-                    regs[RSP] = regs[RSP] + 8 & _MASK64
+                    regs[RSP] = regs[RSP] + 8 & MASK64
                 self._restore_saved()
             regs[RAX] = HYPERVISOR_iret
         elif at == AT["back"]:
             trap = None
         elif at == AT["done_flags"]:
-            regs[RSP] = regs[RSP] + 8 & _MASK64
+            regs[RSP] = regs[RSP] + 8 & MASK64
         elif any(AT[first] <= at < AT[last] for first, last in WITHOUT_RCX):
             regs[RCX] = data[WORD["saved_rcx"]]
         regs[RIP] = regs[RCX]

@@ -37,9 +37,9 @@ from xenolith.machine.engines.protocol import TRAP_SYSCALL, EngineError
 from xenolith.machine.memory import MachineMemory
 
 LOOK_AGAIN: Final = 0.0005  # s
-_INT3: Final = bytes((OPCODE_INT3,))
-_INT_N: Final = bytes((OPCODE_INT_N,))
-_INTO: Final = bytes((OPCODE_INTO,))
+INT3: Final = bytes((OPCODE_INT3,))
+INT_N: Final = bytes((OPCODE_INT_N,))
+INTO: Final = bytes((OPCODE_INTO,))
 
 
 class Interruptions:
@@ -135,9 +135,9 @@ class Interruptions:
             return False
         l4_mfn = self._page.q[run_page.CR3] >> PAGE_SHIFT
         before, last = (page_walk.read(self._memory, l4_mfn, advanced(rip, -back), 1) for back in (2, 1))
-        if last in (None, _INT3) or (last == _INTO and not self._segments.is_flat):
+        if last in (None, INT3) or (last == INTO and not self._segments.is_flat):
             return True
-        return last in (bytes((VECTOR_BP,)), bytes((VECTOR_OF,))) and before in (None, _INT_N)
+        return last in (bytes((VECTOR_BP,)), bytes((VECTOR_OF,))) and before in (None, INT_N)
 
     def _brings_one_up(self) -> bool:
         """Whether an entry begins with an exception that KVM holds: then it has come up, as if nothing had been.

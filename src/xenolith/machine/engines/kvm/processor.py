@@ -27,6 +27,9 @@ from xenolith.abi.x86 import (
     EFLAGS_TF,
     MSR_STAR,
     MSR_TSC,
+    XSAVE_HEADER,
+    XSAVE_MXCSR,
+    XSAVE_MXCSR_MASK,
     is_canonical,
     is_legal_xcr0,
 )
@@ -46,11 +49,7 @@ _EFER: Final = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
 _MSR_LSTAR: Final = 0xC000_0082
 _MSR_CSTAR: Final = 0xC000_0083
 _MSR_SFMASK: Final = 0xC000_0084
-# In an XSAVE image (SDM vol. 1, 10.5.1 and 13.4.2):
-_MXCSR: Final = 24
-_MXCSR_MASK: Final = 28  # the bits that the processor has; 0: all but the one of denormals-are-zeros
 _OLD_MXCSR_MASK: Final = 0xFFBF
-_XSTATE_BV: Final = 512
 _HEADER: Final = slice(520, 576)  # behind that: which format, and what must be 0
 _READINGS: Final = 16
 _LOW_HALF: Final = 0xFFFF_FFFF  # all that DR6 and DR7 have
@@ -214,7 +213,7 @@ class ExtendedState:
         self._fd = fd
         self._vm = vm
         self.xcr0 = 1
-        (mask,) = unpack_from("<I", self.image(), _MXCSR_MASK)
+        (mask,) = unpack_from("<I", self.image(), XSAVE_MXCSR_MASK)
         self._mxcsr_mask = mask or _OLD_MXCSR_MASK
 
     def image(self) -> bytearray:
@@ -225,13 +224,13 @@ class ExtendedState:
     def load(self, state: CpuState) -> None:
         image = bytearray(api.XSAVE_SIZE)
         image[: len(state.xsave)] = state.xsave
-        (components,) = unpack_from("<Q", image, _XSTATE_BV)
+        (components,) = unpack_from("<Q", image, XSAVE_HEADER)
         unknown = components & ~self._vm.xcr0_mask
         if unknown:
             raise EngineError(f"the vCPU has extended state that this host lacks (XSAVE components {unknown:#x})")
         # What comes from elsewhere need not be what a processor would have let a guest load: KVM would refuse it.
-        (mxcsr,) = unpack_from("<I", image, _MXCSR)
-        pack_into("<I", image, _MXCSR, mxcsr & self._mxcsr_mask)
+        (mxcsr,) = unpack_from("<I", image, XSAVE_MXCSR)
+        pack_into("<I", image, XSAVE_MXCSR, mxcsr & self._mxcsr_mask)
         image[_HEADER] = bytes(_HEADER.stop - _HEADER.start)
         try:
             ioctl(self._fd, api.KVM_SET_XSAVE, image)

@@ -11,6 +11,7 @@ import os
 from struct import pack_into, unpack_from
 from typing import Final
 
+from xenolith.abi.x86 import CPUID_NULL_SELECTOR_CLEARS_BASE
 from xenolith.machine.cpuid import native_cpuid
 from xenolith.machine.engines.kvm import api
 from xenolith.machine.engines.kvm.api import ioctl
@@ -20,7 +21,6 @@ from xenolith.machine.memory import MachineMemory
 
 _CPUID_ENTRIES: Final = 256
 _RESERVED: Final = 0xFEFF_C000
-NULL_SELECTOR_CLEARS_BASE: Final = 1 << 6  # CPUID 80000021.eax
 CpuidTable = dict[tuple[int, int], tuple[int, int, int, int]]  # (leaf, subleaf) -> eax, ebx, ecx, edx
 
 
@@ -111,7 +111,7 @@ class VirtualMachine:
             answer = table.get((leaf, subleaf)) or (table.get((leaf, 0)) if leaf != 0xD else None) or (0, 0, 0, 0)
         if leaf == 0x8000_0021 and self.traits.null_clears_base:
             # Hosts that are virtual themselves often hide it; a guest would make two hypercalls more at each switch.
-            return answer[0] | NULL_SELECTOR_CLEARS_BASE, *answer[1:]
+            return answer[0] | CPUID_NULL_SELECTOR_CLEARS_BASE, *answer[1:]
         return answer
 
     def cpuid_table(self) -> bytearray:

@@ -25,6 +25,8 @@ from xenolith.abi.x86 import (
     ES,
     FS,
     GS,
+    MASK64,
+    OPCODE_RDPMC,
     PAGE_SHIFT,
     REGISTER_WORDS,
     RFLAGS,
@@ -56,17 +58,14 @@ from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import buffer_address, function_address
-from xenolith.machine.operands import GuestFault, GuestView, decode, is_stack_fault
+from xenolith.machine.operands import LONGEST_INSTRUCTION, GuestFault, GuestView, decode, is_stack_fault
 from xenolith.machine.tsc import scale
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
-MASK64: Final = (1 << 64) - 1
 LDT_DESCRIPTOR: Final = layout.DESC_P | 2 << 8  # present, of type LDT
 INT1: Final = b"\xf1"
-RDPMC: Final = b"\x0f\x33"
 CPUID: Final = b"\x0f\xa2"
 NO_FAR_TRANSFER: Final = (b"", b"\x0f", b"\x62", b"\xc4", b"\xc5", INT1)  # first bytes of other undefined opcodes
-LONGEST_INSTRUCTION: Final = 15
 
 _CR0: Final = layout.CR // 8
 _CR3: Final = _CR0 + 3
@@ -389,7 +388,7 @@ class UnicornCpu:
                     if done is not None:
                         segment_loads.note_far_transfer(self)
                         return not done.steps or deliver(*segment_loads.STEPPED)
-                if code == RDPMC:  # this and the next Unicorn takes for invalid
+                if code == OPCODE_RDPMC:  # this and the next Unicorn takes for invalid
                     return deliver(VECTOR_GP, 0, 0)
                 if code[:1] == INT1:
                     self.regs[RIP] = advanced(self.regs[RIP], 1)

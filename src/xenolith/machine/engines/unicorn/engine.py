@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
+from xenolith.abi.x86 import XSTATE_SSE, XSTATE_X87
 from xenolith.machine import tsc
 from xenolith.machine.engines.protocol import Engine
-from xenolith.machine.engines.unicorn import features, library, xsave
+from xenolith.machine.engines.unicorn import features, library
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.instance import Instance
 from xenolith.machine.engines.unicorn.verify import verify
@@ -28,7 +29,7 @@ class UnicornEngine(Engine):
 
     name = "unicorn"
     cpus_shared = True
-    xcr0_mask = xsave.X87 | xsave.SSE
+    xcr0_mask = XSTATE_X87 | XSTATE_SSE
 
     def __init__(self, memory: MachineMemory) -> None:
         lib = library.load()

@@ -26,9 +26,11 @@ from xenolith.abi.x86 import (
     EFER_NX,
     EFER_SCE,
     MSR_EFER,
+    XSTATE_SSE,
+    XSTATE_X87,
 )
 from xenolith.machine.engines.protocol import EngineError
-from xenolith.machine.engines.unicorn import layout, library, softmmu, stubs, xsave
+from xenolith.machine.engines.unicorn import layout, library, softmmu, stubs
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.library import Library
 from xenolith.machine.memory import MachineMemory
@@ -165,7 +167,7 @@ class Instance:
         lib.update_cr3(self.env, 0)
         lib.update_cr0(self.env, CR0)
         self.d[layout.HFLAGS // 4] |= layout.HF_CPL | layout.HF_KERNEL
-        self.q[layout.XCR0 // 8] = xsave.X87 | xsave.SSE
+        self.q[layout.XCR0 // 8] = XSTATE_X87 | XSTATE_SSE
         for table in (layout.LDT, layout.TR, layout.GDT, layout.IDT):
             self.b[table : table + layout.TABLE_SIZE] = bytes(layout.TABLE_SIZE)
 

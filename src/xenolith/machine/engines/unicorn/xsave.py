@@ -1,4 +1,4 @@
-"""The x87 and SSE state, between QEMU's own form and a standard XSAVE image (Intel SDM vol. 1, 10.5.1 and 13.4).
+"""The x87 and XSTATE_SSE state, between QEMU's own form and a standard XSAVE image (Intel SDM vol. 1, 10.5.1 and 13.4).
 
 An XSAVE image numbers x87 registers from the top of the stack, QEMU by physical register.
 """
@@ -8,21 +8,17 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
+from xenolith.abi.x86 import INITIAL_MXCSR, XSAVE_HEADER, XSTATE_SSE, XSTATE_X87
 from xenolith.machine.engines.unicorn import layout
 
 IMAGE_SIZE: Final = 576  # legacy area and header
-X87: Final = 1
-SSE: Final = 2
 
 _CONTROL = Struct("<HHBxHQQII")  # FCW FSW FTW (abridged) FOP FIP FDP MXCSR MXCSR_MASK
-_HEADER: Final = 512  # u64: the components that are not in their initial state
 _ST: Final = 32
 _XMM: Final = 160
-_MXCSR: Final = 24
 _TOP_SHIFT: Final = 11
 _TOP: Final = 7 << _TOP_SHIFT
 _INITIAL_FCW: Final = 0x37F
-_INITIAL_MXCSR: Final = 0x1F80
 _MXCSR_MASK: Final = 0xFFFF
 _X87: Final = Struct("10s6x" * 8)
 _IMAGE_XMM: Final = Struct("16s" * 16)
@@ -44,14 +40,14 @@ def save(env: memoryview, image: bytearray) -> None:
     physical = _X87.unpack_from(env, layout.FPREGS)
     _X87.pack_into(image, _ST, *physical[top:], *physical[:top])
     image[_XMM : _XMM + 256] = b"".join(_QEMU_XMM.unpack_from(env, layout.XMM))
-    image[_HEADER] = X87 | SSE
+    image[XSAVE_HEADER] = XSTATE_X87 | XSTATE_SSE
 
 
 def restore(image: bytes | bytearray, env: memoryview) -> None:
     """Load an XSAVE image into `env`; the caller has QEMU recompute what it derives from FCW and MXCSR."""
-    components = image[_HEADER]
+    components = image[XSAVE_HEADER]
     control, status, tags, _, fip, fdp, mxcsr, _ = _CONTROL.unpack_from(image)
-    if not components & X87:
+    if not components & XSTATE_X87:
         control, status, tags, fip, fdp = _INITIAL_FCW, 0, 0, 0, 0
     top = status >> _TOP_SHIFT & 7
     env[layout.FPSTT : layout.FPSTT + 4] = top.to_bytes(4, "little")
@@ -60,10 +56,10 @@ def restore(image: bytes | bytearray, env: memoryview) -> None:
     env[layout.FPIP : layout.FPIP + 8] = fip.to_bytes(8, "little")
     env[layout.FPDP : layout.FPDP + 8] = fdp.to_bytes(8, "little")
     env[layout.FPTAGS : layout.FPTAGS + 8] = _EMPTY[tags]
-    stack = _X87.unpack_from(image, _ST) if components & X87 else (b"",) * 8
+    stack = _X87.unpack_from(image, _ST) if components & XSTATE_X87 else (b"",) * 8
     _X87.pack_into(env, layout.FPREGS, *stack[8 - top :], *stack[: 8 - top])
-    if not components & SSE:
-        mxcsr = _INITIAL_MXCSR
+    if not components & XSTATE_SSE:
+        mxcsr = INITIAL_MXCSR
     env[layout.MXCSR : layout.MXCSR + 4] = (mxcsr & _MXCSR_MASK).to_bytes(4, "little")
-    registers = _IMAGE_XMM.unpack_from(image, _XMM) if components & SSE else (b"",) * 16
+    registers = _IMAGE_XMM.unpack_from(image, _XMM) if components & XSTATE_SSE else (b"",) * 16
     _QEMU_XMM.pack_into(env, layout.XMM, *registers)
