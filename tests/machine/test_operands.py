@@ -28,7 +28,7 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine import page_walk, segments
 from xenolith.machine.engines import segment_loads
-from xenolith.machine.engines.protocol import GuestModes, register_file
+from xenolith.machine.engines.protocol import ModeSwitchState, register_file
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.operands import GuestFault, GuestView, decode, effective_address, is_stack_fault
 
@@ -149,7 +149,7 @@ class FakeCpu:
 
     def __init__(self, memory: MachineMemory, code: str) -> None:
         self.regs = register_file()
-        self.modes: GuestModes | None = None
+        self.modes: ModeSwitchState | None = None
         self.kernels_far_transfers = 0
         self.runs_64_bit_code = True
         self.view = GuestView(memory, L4)

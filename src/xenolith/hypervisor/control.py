@@ -365,7 +365,7 @@ class Control:
             regs[RFLAGS] = EFLAGS_IF | EFLAGS_RESERVED_ONE
             regs[CS], regs[SS] = layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64
             regs[DS] = regs[ES] = layout.FLAT_RING3_SS64
-            vcpu.know_flat(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
+            vcpu.add_flat_pair(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
             vcpu.kernel_sp = stack
             vcpu.initialised = vcpu.online = True
 

@@ -140,7 +140,7 @@ def set_gdt_frames(vcpu: Vcpu, mfns: list[int], entries: int) -> int:
 def destroy_gdt(vcpu: Vcpu) -> None:
     """The vCPU's GDT holds only Xen's own descriptors from here on."""
     old, vcpu.gdt_frames, vcpu.gdt_entries = vcpu.gdt_frames, [], 0
-    vcpu.forget_flat()
+    vcpu.forget_flat_pairs()
     for page, mfn in enumerate(old):
         _map(vcpu, page, vcpu.domain.view.zero_mfn)
         paging.put_page_and_type(vcpu.domain, mfn)
@@ -182,7 +182,7 @@ def load_ldt(vcpu: Vcpu) -> None:
 def unload_ldt(vcpu: Vcpu) -> None:
     """Release the pages of the vCPU's LDT; its address and size stay."""
     frames, vcpu.ldt_frames = vcpu.ldt_frames, {}
-    vcpu.forget_flat()
+    vcpu.forget_flat_pairs()
     for page, mfn in frames.items():
         _map(vcpu, GDT_PAGES + page, 0)
         paging.put_page_and_type(vcpu.domain, mfn)

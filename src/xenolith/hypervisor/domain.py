@@ -177,13 +177,13 @@ class Vcpu(VcpuFields):
         self.cpuid_answers.clear()
         self.cpuid_count = 0
 
-    def know_flat(self, cs: int, ss: int) -> None:
-        """These selectors are 64-bit flat, until `forget_flat`."""
+    def add_flat_pair(self, cs: int, ss: int) -> None:
+        """These selectors are 64-bit flat, until `forget_flat_pairs`."""
         if (cs, ss) not in self.flat_selectors:
             self.flat_selectors.add((cs, ss))
             self.flat_pairs[:] = [cs << 16 | ss, *self.flat_pairs[: FLAT_PAIRS - 1]]
 
-    def forget_flat(self) -> None:
+    def forget_flat_pairs(self) -> None:
         """Descriptors changed: no selectors are known to be flat."""
         self.flat_selectors.clear()
         self.flat_pairs[:] = [0] * FLAT_PAIRS
@@ -317,7 +317,7 @@ class DomainFields(ctypes.Structure):
     shared_info: int  # machine address in bytes
     ldt_in_use: bool
     caches_tables: bool  # its engine caches page tables, not only translations
-    odd_references: bool
+    python_references: bool
     """Frames may be referenced in ways that only Python's `paging` knows: by grant mappings, linear page tables, or
     after their allocation was given up. Never cleared."""
 
@@ -349,7 +349,7 @@ class DomainFields(ctypes.Structure):
         ("reference_lost", c_bool),
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
-        ("odd_references", c_bool),
+        ("python_references", c_bool),
     )
 
 

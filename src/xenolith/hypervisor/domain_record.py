@@ -405,7 +405,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "vcpu_addresses": HOST,
         "ldt_in_use": REBUILT,
         "caches_tables": HOST,
-        "odd_references": REBUILT,
+        "python_references": REBUILT,
     },
     Domain: {
         "hypervisor": HOST,
@@ -838,7 +838,7 @@ def _copy_types(domain: Domain, frames: FrameRecord, types: FrameTypes, shared: 
         table.type_info[mfn] += 1
         table.count_info[mfn] += 1
     domain.linear = dict(types.linear)
-    domain.odd_references = True
+    domain.python_references = True
     kinds = types.types & _U64(TYPE_MASK | VALIDATED)
     for mfn in frames.mfns[kinds == _U64(TYPE_L4 | VALIDATED)].tolist():
         memory.table(mfn)[layout.XEN_FIRST_SLOT : layout.XEN_LAST_SLOT + 1] = domain.xen_l4_entries

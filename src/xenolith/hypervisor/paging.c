@@ -32,7 +32,7 @@ static bool get_page(struct domain *d, u64 mfn)
     return true;
 }
 
-/* For frames whose last existence reference this is not (`odd_references` is clear). */
+/* For frames whose last existence reference this is not (`python_references` is clear). */
 static void put_page(struct domain *d, u64 mfn)
 {
     if (d->count_info_address[mfn] & EXISTENCE_COUNT)
@@ -244,7 +244,7 @@ static bool undo(struct vcpu *v)
         u64 mfn = d->undo_list[depth - 1], *info = &d->type_info_address[mfn], kind = *info & TYPE_MASK;
         u64 slot = progress_of(*info), *table = words(d) + (mfn << 9);
         while (slot && d->undo_count == depth) {
-            if (!v->work_left || d->odd_references) {
+            if (!v->work_left || d->python_references) {
                 *info = (*info & ~PROGRESS_MASK) | slot << PROGRESS_SHIFT;
                 return false;
             }
@@ -288,7 +288,7 @@ static bool modify_l1(struct vcpu *v, u64 index, u64 new)
         }
     }
     if (old & PTE_P) {
-        if (d->odd_references || d->owner_address[former] != d->domid)
+        if (d->python_references || d->owner_address[former] != d->domid)
             return false;
         if (!(old & PTE_RW) && d->ldt_in_use && (type_info[former] & TYPE_MASK) == TYPE_SEGDESC)
             return false;
@@ -314,7 +314,7 @@ static bool modify_upper(struct vcpu *v, u64 index, u64 new, u64 kind)
 {
     struct domain *d = v->domain_address;
     u64 *q = words(d), old = q[index];
-    if (xens(kind, index & 511) || d->odd_references)
+    if (xens(kind, index & 511) || d->python_references)
         return false;
     if (new & PTE_P) {
         if (new & DISALLOWED)
@@ -341,7 +341,7 @@ static bool modify_upper(struct vcpu *v, u64 index, u64 new, u64 kind)
 static bool pin(struct vcpu *v, u64 mfn, u64 kind)
 {
     struct domain *d = v->domain_address;
-    if (d->odd_references || mfn >= d->machine_frames || d->type_info_address[mfn] & PINNED
+    if (d->python_references || mfn >= d->machine_frames || d->type_info_address[mfn] & PINNED
         || !get_page_and_type(v, mfn, kind))
         return false;
     d->type_info_address[mfn] |= PINNED;
@@ -352,7 +352,7 @@ static bool pin(struct vcpu *v, u64 mfn, u64 kind)
 static bool unpin(struct vcpu *v, u64 mfn)
 {
     struct domain *d = v->domain_address;
-    if (d->odd_references || mfn >= d->machine_frames || d->owner_address[mfn] != d->domid
+    if (d->python_references || mfn >= d->machine_frames || d->owner_address[mfn] != d->domid
         || !(d->type_info_address[mfn] & PINNED))
         return false;
     d->type_info_address[mfn] &= ~PINNED;

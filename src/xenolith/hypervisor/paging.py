@@ -407,7 +407,7 @@ def _get_linear(domain: Domain, entry: int, holder: int, level: int) -> int:
         return -EINVAL
     if linear.get(holder, 0) < 0 or linear.get(mfn, 0) > 0 or not frames.get_page(mfn, domain.domid):
         return -EINVAL
-    domain.odd_references = True
+    domain.python_references = True
     linear[holder] = linear.get(holder, 0) + 1
     linear[mfn] = linear.get(mfn, 0) - 1
     frames.type_info[mfn] = info + 1
@@ -441,7 +441,7 @@ def modify_l1(domain: Domain, index: int, new: int, owner: int | None = None) ->
         new = adjust_l1(new)
         target = (new & PTE_ADDRESS) >> 12
         if owner == FOREIGN:
-            domain.odd_references = True
+            domain.python_references = True
         if old & PTE_P and not (old ^ new) & COUNTED:
             q[index] = new
             if domain.entry_changed is not None:

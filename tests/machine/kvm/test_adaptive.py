@@ -285,7 +285,7 @@ def test_on_unicorn_no_program_is_told_of_avx_whatever_the_native_handler_knows(
         cpu.regs[RIP] += 2
         return GO_ON
 
-    cpu.follow(NativeModes(remembers))
+    cpu.attach(NativeModes(remembers))
     cpu.regs[RAX], cpu.regs[RCX] = 1, 0
     assert machine.on(cpu, "unicorn", "0f a2 0f 0b") == (VECTOR_UD, 0, 0)
     assert not cpu.regs[RCX] & (1 << 27 | 1 << 28)
@@ -423,7 +423,7 @@ def test_a_kernel_that_boots_is_not_kept_on_kvm_and_one_with_a_program_is(
     cpu.policy = POLICY_KVM
     modes = NativeModes(lambda *_: NOT_HANDLED)
     modes.user_l4 = machine.l4 if program else 0
-    cpu.follow(modes)
+    cpu.attach(modes)
     cpu.request_move("kvm")
     seen = machine.engines(cpu, "0f 05 eb fc", 2000)
     assert (seen[0], seen[-1]) == ("kvm", ends_on)
@@ -436,7 +436,7 @@ def test_of_several_vcpus_none_leaves_kvm_and_native_code_may_handle_any_number_
     machine.engine.cpu(1)
     cpu.policy = POLICY_MEASURED
     modes = NativeModes(lambda *_: NOT_HANDLED)
-    cpu.follow(modes)
+    cpu.attach(modes)
     machine.write_code("0f 05 eb fc")
     cpu.regs[RIP] = CODE
     seen: list[tuple[str, int]] = []
@@ -455,7 +455,7 @@ def test_a_program_starts_on_unicorn(machine: AdaptiveMachine) -> None:
     cpu = machine.adaptive_cpu()
     cpu.policy = POLICY_MEASURED
     modes = NativeModes(lambda *_: NOT_HANDLED)
-    cpu.follow(modes)
+    cpu.attach(modes)
     cpu.request_move("kvm")
     machine.write_code("0f 05 b9 40 42 0f 00 48 ff c9 75 fb eb f2")  # syscall; mov ecx, 1000000; dec/jnz; again
     cpu.code_written(machine.code)

@@ -103,7 +103,7 @@ class Guest:
         self.cpu: KvmCpu = machine.cpu()
         info, shared_info = (machine.data[page] << PAGE_SHIFT for page in (INFO_PAGE, SHARED_PAGE))
         self.modes = Modes(self.kernel_l4, machine.l4, info, shared_info)
-        self.cpu.follow(self.modes)
+        self.cpu.attach(self.modes)
         self.cpu.regs[CS], self.cpu.regs[SS] = FLAT
         self.cpu.regs[GS_BASE] = USER_GS
         machine.write_code(SYSCALL_ENTRY, KERNEL - CODE)

@@ -95,7 +95,7 @@ def run(machine: Machine) -> Iterator[Run]:
 
     def go(code: str, handle: Handler, until: int = VECTOR_UD) -> list[tuple[int, int]]:
         modes = NativeModes(handle)
-        cpu.follow(modes)
+        cpu.attach(modes)
         machine.write_code(code)
         cpu.regs[RIP] = CODE
         seen: list[tuple[int, int]] = []
@@ -190,7 +190,7 @@ def test_kicks_in_the_middle_lose_and_repeat_nothing(machine: Machine) -> None:
         return GO_ON
 
     modes = NativeModes(skip)
-    cpu.follow(modes)
+    cpu.attach(modes)
     machine.write_code("48 ff c3 48 89 00 eb f8")  # for ever: inc rbx; mov [rax], rax
     cpu.regs[RIP] = CODE
     thread, done = kicking(cpu, 0.0003)
@@ -227,7 +227,7 @@ def test_a_timer_that_is_due_takes_no_python(machine: Machine, loop: str) -> Non
     functions = TIMER(timer), NOW(lambda: 2_000_000)
     modes.native_timer, modes.now = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions)
     modes.timer_look = 2_000_000 + fast_path.TIMER_SLOP
-    guest.cpu.follow(modes)
+    guest.cpu.attach(modes)
     machine.write_code(SET_TIMER + loop, KERNEL - CODE)
     set_timer(guest, 2_000_000)
     machine.write_code("0f 05")
@@ -284,7 +284,7 @@ def test_two_vcpus_change_and_use_one_page_table_at_once(machine: Machine, handl
         move = mover(number, cpu)
         if handlers == "native":
             kept.append(NativeModes(move))
-            cpu.follow(kept[-1])
+            cpu.attach(kept[-1])
             threads.append(in_thread(partial(run_to_trap, cpu)))
         else:
             threads.append(in_thread(partial(cpu.run, lambda *trap, move=move: move(*trap) == GO_ON)))

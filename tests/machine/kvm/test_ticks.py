@@ -510,7 +510,7 @@ def test_a_program_that_computes_gets_its_ticks_from_the_loop_in_c(guest: Tickin
     def run() -> list[int]:
         modes.kernel_mode, modes.kernel_sp, modes.other_gs_base = False, KERNEL_SP, KERNEL_GS
         modes.timer_look = modes.untrapped_ticks = 0
-        cpu.follow(modes)
+        cpu.attach(modes)
         guest.machine.write_code("8b 00" + PROGRAM)  # mov eax, [rax]
         cpu.regs[RAX], cpu.regs[RIP] = 0x7000_0000, CODE
         seen.clear()

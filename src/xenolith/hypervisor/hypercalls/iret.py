@@ -110,7 +110,7 @@ def load_code_stack(vcpu: Vcpu, cpu: Cpu, cs: int, ss: int) -> tuple[int, int] |
     flat = bool(descriptors.lookup(vcpu, cs) & LONG_MODE_CODE)
     vcpu.compatibility = not flat
     if flat:
-        vcpu.know_flat(cs, ss)
+        vcpu.add_flat_pair(cs, ss)
     return None
 
 

@@ -165,7 +165,7 @@ def remove_pages(domain: Domain, first: int, count: int = 1) -> bool:
         if frames.put_page(mfn):
             unused.append(mfn)
         else:
-            domain.odd_references = True
+            domain.python_references = True
     else:
         mfn = first + count
     if unused:

@@ -146,6 +146,6 @@ def do_update_descriptor(vcpu: Vcpu, address: int, descriptor: int) -> int:
         domain.memory.q[address >> 3] = allowed
         paging.put_page_type(domain, mfn)
         for each in domain.vcpus:
-            each.forget_flat()
+            each.forget_flat_pairs()
     paging.put_page(domain, mfn)
     return -EINVAL if result else 0

@@ -131,7 +131,7 @@ static bool new_base(struct vcpu *v, u64 mfn, bool kernel)
 {
     struct domain *d = v->domain_address;
     u64 *base = kernel ? &v->kernel_l4 : &v->user_l4, old = *base;
-    if (d->ldt_in_use || d->odd_references)
+    if (d->ldt_in_use || d->python_references)
         return false;
     if (mfn == old)
         return true;

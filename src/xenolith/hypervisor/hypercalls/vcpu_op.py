@@ -199,7 +199,7 @@ def _load_registers(vcpu: Vcpu, context: VcpuContext) -> None:
     regs[SS] = given.ss | 3 if given.ss else 0
     if not _flat(regs[CS], regs[SS]):
         regs[CS], regs[SS] = layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64
-    vcpu.know_flat(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
+    vcpu.add_flat_pair(layout.FLAT_RING3_CS64, layout.FLAT_RING3_SS64)
     vcpu.kernel_mode = bool(context.flags & vcpu_context.VGCF_in_kernel) or not vcpu.user_l4
     kernel_gs, user_gs = context.gs_base_kernel, context.gs_base_user
     regs[GS_BASE], vcpu.other_gs_base = (kernel_gs, user_gs) if vcpu.kernel_mode else (user_gs, kernel_gs)

@@ -409,7 +409,7 @@ class Scheduler:
         vcpu.regs = regs = cpu.regs
         vcpu.calls = cpu.calls
         vcpu.flush_requested = True  # what was flushed for it while it was not loaded, the Cpu may still have
-        cpu.follow(vcpu)
+        cpu.attach(vcpu)
         context.loaded = vcpu
         # A selector that cannot be loaded has become null; the guest is told what it was.
         ds, es, fs, gs = (vcpu.state.regs[index] & 0xFFFF for index in (DS, ES, FS, GS))

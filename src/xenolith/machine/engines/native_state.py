@@ -23,7 +23,7 @@ LOOK: Final = 3  # handled, but Python is to look for events: a TRAP_NOTHING
 
 
 class ModeFields(ctypes.Structure):
-    """A vCPU, as far as an engine may know it: see protocol.GuestModes."""
+    """A vCPU, as far as an engine may know it: see protocol.ModeSwitchState."""
 
     kernel_l4: int  # MFN; 0: none
     user_l4: int  # MFN; 0: none

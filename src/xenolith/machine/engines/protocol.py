@@ -76,7 +76,7 @@ class CpuState:
     ldt_limit: int = 0  # 0: no LDT
 
 
-class GuestModes(Protocol):
+class ModeSwitchState(Protocol):
     """What a Cpu must know of a vCPU, and changes, to switch its modes by itself: see hypervisor.domain.Vcpu."""
 
     kernel_mode: bool
@@ -96,7 +96,7 @@ class GuestModes(Protocol):
     vcpu_id: int
     timer_look: int  # until then (ns since boot) it may keep a singleshot timer of that time to itself; 0: none
     flat_selectors: set[tuple[int, int]]
-    native_handler: int  # see flat.ModeFields; 0: none
+    native_handler: int  # see native_state.ModeFields; 0: none
     native_budget: int
     new_space: bool
 
@@ -106,7 +106,7 @@ class GuestModes(Protocol):
 
     @property
     def address(self) -> int:
-        """Of its flat.ModeFields."""
+        """Of its native_state.ModeFields."""
 
     @property
     def syscalls(self) -> int:
@@ -132,7 +132,7 @@ class Cpu(Protocol):
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]
     tsc_offset: int = 0  # by how much the guest's time stamp counter is ahead of the host's
-    calls: int = 0  # address of its flat.EngineCalls; 0: native code cannot work on it
+    calls: int = 0  # address of its native_state.EngineCalls; 0: native code cannot work on it
 
     def load(self, state: CpuState) -> None:
         """Make this state the one that runs."""
@@ -149,7 +149,7 @@ class Cpu(Protocol):
         self.store(old)
         self.load(new)
 
-    def follow(self, modes: GuestModes) -> None:
+    def attach(self, modes: ModeSwitchState) -> None:
         """This vCPU is the one loaded: a Cpu may switch its modes without a trap, in place of the hypervisor."""
 
     def run(self, on_trap: TrapHandler) -> None:

@@ -41,7 +41,7 @@ from xenolith.abi.x86 import (
     VECTOR_GP,
     is_canonical,
 )
-from xenolith.machine.engines.protocol import GuestModes
+from xenolith.machine.engines.protocol import ModeSwitchState
 from xenolith.machine.engines.unicorn.layout import DESC_B, DESC_L
 from xenolith.machine.operands import SEGMENTS, GuestFault, GuestView, decode, effective_address, of_stack
 
@@ -85,7 +85,7 @@ class SegmentCpu(Protocol):
     """What the engines' Cpus offer for this."""
 
     regs: memoryview
-    modes: GuestModes | None
+    modes: ModeSwitchState | None
     kernels_far_transfers: int  # how many were carried out in guest-kernel mode
     get_rflags: Callable[[], int]
     set_rflags: Callable[[int], None]

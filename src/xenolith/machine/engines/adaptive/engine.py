@@ -66,7 +66,15 @@ from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.native_state import UNLIMITED, EngineCalls
-from xenolith.machine.engines.protocol import TRAP_CPUID, Cpu, CpuState, Engine, EngineError, GuestModes, TrapHandler
+from xenolith.machine.engines.protocol import (
+    TRAP_CPUID,
+    Cpu,
+    CpuState,
+    Engine,
+    EngineError,
+    ModeSwitchState,
+    TrapHandler,
+)
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
@@ -196,7 +204,7 @@ class AdaptiveCpu:
         self._kick = False
         self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
         self._cpuid_answers: dict[tuple[int, int], tuple[int, ...]] = {}  # by leaf and subleaf
-        self._modes: GuestModes | None = None
+        self._modes: ModeSwitchState | None = None
         self._calls = EngineCalls()  # those of the engine where it is
         self.calls = ctypes.addressof(self._calls) if self._kvm.calls else 0
         self._native_extended: NativeExtended | None = None
@@ -237,10 +245,10 @@ class AdaptiveCpu:
 
     swap = Cpu.swap
 
-    def follow(self, modes: GuestModes) -> None:
+    def attach(self, modes: ModeSwitchState) -> None:
         self._modes = modes
-        self._kvm.follow(modes)
-        self._unicorn.follow(modes)
+        self._kvm.attach(modes)
+        self._unicorn.attach(modes)
         self._start_window()
 
     def set_segment(self, segment: int, selector: int) -> None:

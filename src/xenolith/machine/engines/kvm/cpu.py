@@ -75,7 +75,7 @@ from xenolith.machine.engines.protocol import (
     Cpu,
     CpuState,
     EngineError,
-    GuestModes,
+    ModeSwitchState,
     TrapHandler,
     register_file,
 )
@@ -119,7 +119,7 @@ class KvmCpu(Cpu):
                 setattr(self._calls, name, address)
         self.calls = ctypes.addressof(self._calls) if self._native is not None else 0
         self._task_switched = False
-        self.modes: GuestModes | None = None
+        self.modes: ModeSwitchState | None = None
         self.kernels_far_transfers = 0
         if vm.traits.syscall_cpl == 3:
             self._pages.allow_syscall_port()
@@ -307,10 +307,10 @@ class KvmCpu(Cpu):
     def executable_mapped(self, mfn: int) -> None:
         """Nothing, likewise."""
 
-    def follow(self, modes: GuestModes | None) -> None:
+    def attach(self, modes: ModeSwitchState | None) -> None:
         self.modes = modes
         if self._fast_path is not None:
-            self._fast_path.follow(modes)
+            self._fast_path.attach(modes)
         handler = modes.native_handler if modes is not None and self._native is not None else 0
         self._shared.handler = handler
         self._shared.vcpu = modes.address if modes is not None and handler else 0

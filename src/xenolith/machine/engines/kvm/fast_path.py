@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.alarm import Alarm
     from xenolith.machine.engines.kvm.native_run import KvmFields
     from xenolith.machine.engines.kvm.run_page import RunPage
-    from xenolith.machine.engines.protocol import GuestModes
+    from xenolith.machine.engines.protocol import ModeSwitchState
     from xenolith.machine.memory import MachineMemory
 
 _USER_RIP: Final = (1 << 47) - 1
@@ -107,7 +107,7 @@ class FastPath:
         self._list = pages.list
         self._regs = regs
         self._page = page
-        self._modes: GuestModes | None = None
+        self._modes: ModeSwitchState | None = None
         self._info = -1  # machine address that the code was made for
         self.timer_told = False  # the hypervisor was told of a timer: it had better look for events
         self._shared = shared
@@ -126,7 +126,7 @@ class FastPath:
         self._make_kernel_code(0)
         self._turn(False)
 
-    def follow(self, modes: GuestModes | None) -> None:
+    def attach(self, modes: ModeSwitchState | None) -> None:
         """Whose modes to switch; None: nobody's."""
         self._modes = modes
         self._shared.info = NOTHING
@@ -362,7 +362,7 @@ class FastPath:
 
     # --- turning it on and off ----------------------------------------------------------------------------
 
-    def _configure(self, modes: GuestModes) -> None:
+    def _configure(self, modes: ModeSwitchState) -> None:
         self._turn(False)
         shared = self._shared
         shared.kernel_l4, shared.user_l4 = kernel, user = modes.kernel_l4, modes.user_l4

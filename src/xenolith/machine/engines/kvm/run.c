@@ -25,7 +25,7 @@ static u64 *run_words(struct kvm_cpu *k, unsigned offset)
     return (u64 *)(k->run + offset);
 }
 
-/* --- what ring 0 calls: see flat.EngineCalls --------------------------------------------------------- */
+/* --- what ring 0 calls: see native_state.EngineCalls --------------------------------------------------------- */
 
 u64 get_rflags(struct kvm_cpu *k)
 {

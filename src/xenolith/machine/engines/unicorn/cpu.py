@@ -49,7 +49,7 @@ from xenolith.machine.engines.protocol import (
     TRAP_SYSENTER,
     CpuState,
     EngineError,
-    GuestModes,
+    ModeSwitchState,
     TrapHandler,
 )
 from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
@@ -118,7 +118,7 @@ class UnicornCpu:
         self._parked: dict[int, tuple[CpuState, bytearray]] = {}  # by id: see `swap`
         self._spare_block = bytearray(layout.VCPU_BLOCK)
         self._hook = Hook()
-        self.modes: GuestModes | None = None
+        self.modes: ModeSwitchState | None = None
         self.kernels_far_transfers = 0
         self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
         self._handler: TrapHandler = _no_handler
@@ -257,7 +257,7 @@ class UnicornCpu:
 
     # --- running ------------------------------------------------------------------------------------
 
-    def follow(self, modes: GuestModes | None) -> None:
+    def attach(self, modes: ModeSwitchState | None) -> None:
         """Every change of mode is the hypervisor's, but it may have native code for that."""
         self.modes = modes
         self._hook.vcpu = 0
