@@ -3,7 +3,7 @@
 The guest's page tables are the ones the processor walks.  The guest may read them; every change goes
 through Xen.  A frame becomes a page table of level n when it is pinned, linked from level n+1 or loaded as
 base pointer: then every entry is checked and takes its references (`validate`).  From then on single entries
-change through `modify_entry`.  When the last such use is gone all references are dropped (`devalidate`).
+change through `modify_entry`.  When the last such use is gone all references are dropped (`undo`).
 
 References an entry holds: an L1 entry one existence reference on the frame it maps, and one type reference
 (writable) if it maps it writable; an L2..L4 entry one existence and one type reference on the table below.

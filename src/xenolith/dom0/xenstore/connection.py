@@ -1,7 +1,7 @@
 """One client's conversation with the store: bytes in, bytes out, whatever carries them.
 
 :class:`Connection` cuts the byte stream into messages, runs each request on :class:`Xenstored` and queues the answer.
-Guest rings and tool sockets differ only in how bytes travel (:mod:`ring`, :mod:`socket_server`).
+Guest rings and tool sockets differ only in how bytes travel (:mod:`ring`, :mod:`socket_client`).
 
 A client harms nobody but itself. A header that announces more than 4096 bytes leaves no way to find the next message,
 so the connection is given up (``failure`` is set) and holds neither watches nor transactions any more. A client which

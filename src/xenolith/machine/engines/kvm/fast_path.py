@@ -5,7 +5,7 @@ its segment bases.  What needs no privilege is code at CPL 3, on a page that LST
 the change of page tables between guest-user and guest-kernel mode, is INT3 to a *gate*, a few instructions at CPL 0.
 
 **Two views.**  A guest kernel's L4 tables map the hypervisor area in another view than those of its programs
-(`Engine.user_l4_entries`): the same address holds the code for system calls in one and that for hypercalls in the
+(`Engine.kernel_l4_entries`): the same address holds the code for system calls in one and that for hypercalls in the
 other, and the data is in the kernel's view alone.  So the mode a vCPU is in *is* the table it is on, and nothing
 depends on what guest code says it is.
 
