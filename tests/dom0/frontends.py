@@ -54,7 +54,7 @@ class FakeDom0:
         self._bound.add(remote_port)
         return remote_port
 
-    def set_handler(self, port: int, handler: Handler) -> None:
+    def set_handler(self, port: int, handler: Handler, eventfd: int = -1) -> None:
         self.handlers[port] = handler
 
     def close(self, port: int) -> None:

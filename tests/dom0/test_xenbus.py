@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 
 from xenolith.abi.xenbus import XenbusState as S
+from xenolith.dom0.bell import Bell
 from xenolith.dom0.xenbus import Backend, Device, FrontendError, FrontendNodes, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 
@@ -38,9 +39,9 @@ class Toy(Backend):
     def offer(self) -> Mapping[str, str]:
         return {"feature-toy": "1"}
 
-    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
+    def connect(self, nodes: FrontendNodes, bell: Bell) -> None:
         self._note("connect")
-        self.ring = ring
+        self.ring = bell.ring
         nodes.number("ring-ref", 100)
 
     def describe(self) -> Mapping[str, str]:

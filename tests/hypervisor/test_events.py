@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import pack, unpack
 
 import pytest
@@ -250,3 +250,18 @@ def test_no_sequence_of_operations_breaks_a_binding(calls: list[tuple[int, int, 
         events.drain(domains[0])
         events.drain(domains[1])
     assert consistent(domains)
+
+
+def test_native_code_knows_the_eventfd_of_a_port_of_dom0s_while_the_two_are_bound(machine: BareMachine) -> None:
+    domain = machine.domain()
+    unbound = domain.events.alloc_unbound(0)
+    ends: list[Callable[[int], object]] = [machine.dom0.close, lambda _: domain.events.close(unbound)]
+    for end in ends:
+        port = machine.dom0.bind_interdomain(domain.domid, unbound)
+        assert domain.events.bells[unbound] == -1
+        machine.dom0.set_handler(port, lambda _: None, 77)
+        assert domain.events.bells[unbound] == 77
+        end(port)
+        assert domain.events.bells[unbound] == -1
+    machine.dom0.set_handler(port, lambda _: None, 77)
+    assert 77 not in domain.events.bells

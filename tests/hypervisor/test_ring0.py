@@ -8,6 +8,7 @@ frame table, what was counted, and the answer to go on or not.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -65,6 +66,7 @@ CODE = DATA
 ARGUMENTS = DATA + 2 * PAGE_SIZE
 USER_STACK = DATA + 5 * PAGE_SIZE
 TRAPS = 120
+BELLS = {natively: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for natively in (True, False)}
 
 WORD = ctypes.c_uint64
 _Signatures = {
@@ -171,6 +173,10 @@ class Subject:
         vcpu.syscall_callback, vcpu.event_callback = CALLBACK + 64, CALLBACK
         vcpu.kernel_sp = STACK
         vcpu.trap_address[VECTOR_PF] = vcpu.trap_address[VECTOR_GP] = CALLBACK + 128
+        bell = BELLS[natively]
+        unbound = domain.events.alloc_unbound(0)
+        port = self.machine.dom0.bind_interdomain(domain.domid, unbound)
+        self.machine.dom0.set_handler(port, lambda _: os.eventfd_write(bell, 1), bell)
         self.python = trap_handler(vcpu, cpu)
         self.native = ring0.handler_address()
 
@@ -217,6 +223,13 @@ class Subject:
         if not info & TYPE_COUNT or info & TYPE_MASK == TYPE_WRITABLE:
             self.domain.memory.q[mfn << 9 | slot] = entry
 
+    def events_of_dom0(self) -> int:
+        """How many there were since the last look."""
+        try:
+            return os.eventfd_read(BELLS[self.natively])
+        except BlockingIOError:
+            return 0
+
     def state(self) -> dict[str, Any]:
         vcpu, domain, cpu = self.vcpu, self.domain, self.cpu
         return {
@@ -228,6 +241,7 @@ class Subject:
             "counts": (list(domain.trap_counts), list(domain.hypercall_counts)),
             "shut down": domain.shutdown_reason,
             "pages": domain.total_pages,
+            "events of dom0": self.events_of_dom0(),
             "executable": sorted(cpu.executable),
             "changed": sorted(cpu.changed),
             "others": [(other.in_guest, other.cpu.kicks) for other in self.others],  # type: ignore[union-attr]
@@ -235,8 +249,9 @@ class Subject:
 
 
 def same(natively: Subject, reference: Subject) -> None:
+    found = natively.state()
     for name, value in reference.state().items():
-        assert natively.state()[name] == value, name
+        assert found[name] == value, name
     ours, theirs = natively.domain.frames, reference.domain.frames
     np.testing.assert_array_equal(ours.owners, theirs.owners)
     np.testing.assert_array_equal(ours.count_infos, theirs.count_infos)
@@ -335,6 +350,7 @@ class Pair:
                 abi.HYPERVISOR_stack_switch,
                 abi.HYPERVISOR_set_segment_base,
                 abi.HYPERVISOR_xen_version,
+                abi.HYPERVISOR_event_channel_op,
                 63,
                 64,
             )
@@ -345,6 +361,9 @@ class Pair:
             return number, self.extended()
         if number == abi.HYPERVISOR_update_va_mapping:
             return number, self.mapping()
+        if number == abi.HYPERVISOR_event_channel_op:
+            send, port = random.choice((abi.EVTCHNOP_send, abi.EVTCHNOP_send | 1 << 32, 63)), (1, 1, 1, 0, 2, 5000)
+            return number, (send, self.arguments(pack("<I", random.choice(port))))
         if number == abi.HYPERVISOR_stack_switch:
             return number, (random.choice((0xE02B, 0x1_E02B)), random.choice((STACK, STACK - 8, STACK - 0xFE0, 0x10)))
         return number, (random.randrange(5), random.choice((0, 0x1234_5000, 1 << 47, -1 << 40 & (1 << 64) - 1)))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from typing import Final
 
 
 class Bell:
     """Wakes one waiting thread, once for any number of rings before it looks."""
 
     def __init__(self) -> None:
-        self._descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+        self.descriptor: Final = os.eventfd(0, os.EFD_CLOEXEC)
+        """To add 1 to is to ring; not after `close`."""
         self._open = True
         self._lock = threading.Lock()  # a late ring must not write to what has got the number of the closed eventfd
 
@@ -23,15 +25,15 @@ class Bell:
         """From any thread, at any time."""
         with self._lock:
             if self._open:
-                os.eventfd_write(self._descriptor, 1)
+                os.eventfd_write(self.descriptor, 1)
 
     def wait(self) -> None:
         """Return when it was rung since the last return."""
         with contextlib.suppress(InterruptedError):
-            os.eventfd_read(self._descriptor)
+            os.eventfd_read(self.descriptor)
 
     def close(self) -> None:
         """Nobody waits any more."""
         with self._lock:
             self._open = False
-            os.close(self._descriptor)
+            os.close(self.descriptor)

@@ -80,8 +80,8 @@ class Backend(ABC):
         """The nodes that tell a front-end what this device can do."""
 
     @abstractmethod
-    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
-        """Map the front-end's rings. `ring` is what its events must call.
+    def connect(self, nodes: FrontendNodes, bell: Bell) -> None:
+        """Map the front-end's rings. Its events must ring the bell.
 
         Raises FrontendError. `disconnect` follows in any case.
         """
@@ -290,7 +290,7 @@ class Device(Generic[Kind]):
 
     def _connect(self) -> None:
         self._connected = True
-        self.backend.connect(FrontendNodes(self._store, self.frontend), self._bell.ring)
+        self.backend.connect(FrontendNodes(self._store, self.frontend), self._bell)
         self._describe()
         self._switch(XenbusState.CONNECTED)
 

@@ -317,6 +317,8 @@ class DomainFields(ctypes.Structure):
     shared_info: int  # machine address in bytes
     ldt_in_use: bool
     caches_tables: bool  # its engine caches page tables, not only translations
+    bells: int  # address of EventChannels.bells
+    bell_count: int
     python_references: bool
     """Frames may be referenced in ways that only Python's `paging` knows: by grant mappings, linear page tables, or
     after their allocation was given up. Never cleared."""
@@ -336,6 +338,8 @@ class DomainFields(ctypes.Structure):
         ("view_entries", c_uint64 * 2),  # in tables of guest-user and of guest-kernel mode
         ("vm_assist", c_uint64),
         ("shared_info", c_uint64),
+        ("bells", c_uint64),
+        ("bell_count", c_uint64),
         ("flush_epoch", c_uint32),
         ("domid", c_uint32),
         ("vcpu_count", c_uint32),

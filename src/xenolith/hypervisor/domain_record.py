@@ -405,6 +405,8 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "vcpu_addresses": HOST,
         "ldt_in_use": REBUILT,
         "caches_tables": HOST,
+        "bells": HOST,
+        "bell_count": HOST,
         "python_references": REBUILT,
     },
     Domain: {
@@ -457,6 +459,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "vcpu_id": BY_HAND,
         "posted": REBUILT,
         "pollers": REBUILT,
+        "bells": HOST,
         "interrupt": HOST,
     },
     GrantTable: {

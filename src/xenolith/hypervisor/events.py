@@ -18,6 +18,7 @@ assignments, so that binding two domains needs neither domain's lock.  Sending r
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -80,6 +81,9 @@ class EventChannels:
         self.remote_port = [0] * count
         self.virq = [0] * count
         self.vcpu_id = [0] * count  # the vCPU that is notified
+        # eventfd that stands for the peer's handler, by which native code notifies it; -1: none. The domain's lock.
+        self.bells = (ctypes.c_int32 * count)(*[-1] * count)
+        domain.bells, domain.bell_count = ctypes.addressof(self.bells), count
         self.posted = bytearray(count)  # 1: the port is in Domain.posted
         self.pollers: list[Vcpu] = []  # vCPUs in SCHEDOP_poll
         self.interrupt: Handler | None = None  # of a domain in Python (python_domain), instead of bits in shared_info
@@ -186,6 +190,7 @@ class EventChannels:
                 theirs.state[their_port] = UNBOUND
                 theirs.remote[their_port] = None
                 theirs.remote_domid[their_port] = self.domain.domid
+                theirs.bells[their_port] = self.bells[port] = -1
                 self.remote[port] = None
             self.state[port] = FREE
         if self.domain.shared_info:

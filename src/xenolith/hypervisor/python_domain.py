@@ -24,6 +24,7 @@ Locking: methods may be called by any thread that holds no domain's lock, except
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -106,8 +107,9 @@ class PythonDomain:
         return _port(self._domain.events.bind_virq(virq, 0), f"VIRQ {virq}")
 
     def close(self, port: int) -> None:
-        """Free a port and forget its handler; nothing if it is free."""
-        with binding_lock:
+        """Free a port and forget its handler; nothing if it is free. Its eventfd is written to no more."""
+        remote = self._domain.events.remote[port]
+        with remote.lock if remote is not None else nullcontext(), binding_lock:
             self._domain.events.close(port)
             self._handlers.pop(port, None)
             self._undelivered.discard(port)
@@ -116,13 +118,20 @@ class PythonDomain:
         """Notify the other end of a port, if it has one. From any thread; takes no lock."""
         self._domain.events.send(port)
 
-    def set_handler(self, port: int, handler: Handler) -> None:
+    def set_handler(self, port: int, handler: Handler, eventfd: int = -1) -> None:
         """Call `handler(port)` for every event from now on, and now if one came before.
+
+        If there is an `eventfd`, adding 1 to it is as good as such a call, and cheaper for the sender.
 
         It is called on the thread of whoever sent, which may hold its domain's lock, so it must only hand on: set an
         event, release a semaphore.
         """
         self._handlers[port] = handler
+        remote, remote_port = self._domain.events.remote[port], self._domain.events.remote_port[port]
+        if remote is not None:
+            with remote.lock, binding_lock:
+                if self._domain.events.remote[port] is remote:
+                    remote.events.bells[remote_port] = eventfd
         if port in self._undelivered:
             self._undelivered.discard(port)
             handler(port)

@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 
 from xenolith.abi import errno, hypercalls, layout, x86
 from xenolith.hypervisor import bounce, domain, frames, guest_memory, paging, time
-from xenolith.hypervisor.hypercalls import iret, mmu, multicall
+from xenolith.hypervisor.hypercalls import iret, mmu, multicall, version
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
 from xenolith.machine.engines import native_state, protocol
@@ -32,6 +32,7 @@ HALVES: Final = tuple(  # a file uses those before it
         "paging.c",
         "hypercalls/mmu.c",
         "hypercalls/misc.c",
+        "hypercalls/event_channel_op.c",
         "hypercalls/multicall.c",
         "bounce.c",
         "hypercalls/iret.c",
@@ -51,6 +52,7 @@ _DOMAIN_POINTERS = {
     "stamp_address": "u32 *{}",
     "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
     "undo_list": "u64 {}[MOST_UNDONE]",
+    "bells": "int32_t *{}",
 }
 _VCPU_POINTERS = {**native_state.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
@@ -83,7 +85,8 @@ def declarations() -> str:
             native.define(
                 hypercalls,
                 "DOMID_SELF HYPERVISOR_mmu_update HYPERVISOR_stack_switch HYPERVISOR_multicall HYPERVISOR_iret "
-                "HYPERVISOR_update_va_mapping HYPERVISOR_set_segment_base HYPERVISOR_mmuext_op SEGBASE_FS "
+                "HYPERVISOR_update_va_mapping HYPERVISOR_set_segment_base HYPERVISOR_mmuext_op "
+                "HYPERVISOR_xen_version XENVER_version HYPERVISOR_event_channel_op EVTCHNOP_send SEGBASE_FS "
                 "SEGBASE_GS_USER SEGBASE_GS_KERNEL VGCF_in_syscall MMU_MACHPHYS_UPDATE MMU_PT_UPDATE_PRESERVE_AD "
                 "MMU_PT_UPDATE_NO_TRANSLATE MMU_UPDATE_PREEMPTED UVMF_FLUSHTYPE_MASK UVMF_TLB_FLUSH UVMF_INVLPG "
                 "UVMF_ALL MMUEXT_PIN_L1_TABLE MMUEXT_PIN_L4_TABLE MMUEXT_UNPIN_TABLE MMUEXT_NEW_BASEPTR "
@@ -104,6 +107,7 @@ def declarations() -> str:
             native.define(guest_memory, "READ WRITE"),
             native.define(paging, "DISALLOWED L1_DISALLOWED COUNTED GUEST_KERNEL"),
             native.define(mmu, "BATCH"),
+            native.define(version, "MAJOR MINOR"),
             native.define(sizes, " ".join(vars(sizes))),
             native.declare("iret_frame", IretFrame),
             native.define(protocol, "ALWAYS_SET"),

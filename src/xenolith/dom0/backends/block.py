@@ -14,11 +14,12 @@ names a frame which was not granted, is answered with an error.  A ring that lie
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import ClassVar, Final
 
 from xenolith.abi import blkif
+from xenolith.dom0.bell import Bell
 from xenolith.dom0.disks import Disk, DiskSource
 from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
@@ -99,7 +100,7 @@ class Grants:
 class _Queue:
     """One ring of a device, with its event channel."""
 
-    def __init__(self, backend: BlockBackend, ref: int, remote_port: int, persistent: bool) -> None:
+    def __init__(self, backend: BlockBackend, ref: int, remote_port: int, persistent: bool, bell: Bell) -> None:
         """Raises FrontendError."""
         dom0, domid = backend.dom0, backend.domid
         self._dom0: Final = dom0
@@ -118,7 +119,7 @@ class _Queue:
             self._requests: Final = RequestReader(ring, self._responses)
             self._grants: Final = Grants(dom0, domid, persistent)
             undo.callback(self._grants.close)
-            dom0.set_handler(self._port, lambda _: backend.ring())
+            dom0.set_handler(self._port, lambda _: bell.ring(), bell.descriptor)
             self._undo: Final = undo.pop_all()
 
     def close(self) -> None:
@@ -234,7 +235,6 @@ class BlockBackend(Backend):
         self.source = spec.source
         self.disk: Disk = open_disk(spec.source)
         self.statistics: Final = BlockStatistics()
-        self.ring: Callable[[], None] = _nothing
         self._info: Final = (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0) | (
             0 if self.disk.writable else blkif.VDISK_READONLY
         )
@@ -254,14 +254,13 @@ class BlockBackend(Backend):
             "discard-secure": "0",
         }
 
-    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
+    def connect(self, nodes: FrontendNodes, bell: Bell) -> None:
         protocol = nodes.text("protocol", blkif.PROTOCOL)
         if protocol != blkif.PROTOCOL:
             raise FrontendError(f"it speaks {protocol!r}, not {blkif.PROTOCOL}")
-        self.ring = ring
         ref, port = nodes.number("ring-ref", _REF_LIMIT), nodes.number("event-channel", _PORT_LIMIT)
         persistent = bool(nodes.number("feature-persistent", 2, default=0))
-        self._queues.append(_Queue(self, ref, port, persistent))
+        self._queues.append(_Queue(self, ref, port, persistent, bell))
 
     def describe(self) -> Mapping[str, str]:
         return {
@@ -318,7 +317,3 @@ class BlockBackend(Backend):
             "bootable": "1",
         }
         return front, back
-
-
-def _nothing() -> None:
-    pass

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from xenolith.abi import netif
 from xenolith.abi.x86 import PAGE_SIZE
+from xenolith.dom0.bell import Bell
 from xenolith.dom0.network.fair import TURN_BYTES
 from xenolith.dom0.network.frame import ETHERNET_HEADER, MTU, Frame, fill_checksum, mac_text, segments
 from xenolith.dom0.network.port import Publication
@@ -93,7 +94,7 @@ class _Ring:
 class _Connection:
     """A connected front-end."""
 
-    def __init__(self, backend: NetBackend, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
+    def __init__(self, backend: NetBackend, nodes: FrontendNodes, bell: Bell) -> None:
         """Raises FrontendError."""
         self._backend: Final = backend
         self._dom0: Final = backend.dom0
@@ -112,7 +113,7 @@ class _Connection:
         self._rx_waiting: Final[deque[bytes]] = deque()
         self._outgoing: Final[deque[Frame]] = deque()  # taken from the queue, and as this front-end can have them
         self._timer: threading.Timer | None = None
-        self._ring: Final = ring
+        self._bell: Final = bell
         with contextlib.ExitStack() as undo:
             try:
                 self._tx: Final = _Ring(self._dom0, self._domid, tx_ref, netif.TX_ENTRY_SIZE, undo)
@@ -127,7 +128,7 @@ class _Connection:
     def _bind(self, remote_port: int, undo: contextlib.ExitStack) -> int:
         port = self._dom0.bind_interdomain(self._domid, remote_port)
         undo.callback(self._dom0.close, port)
-        self._dom0.set_handler(port, lambda _: self._ring())
+        self._dom0.set_handler(port, lambda _: self._bell.ring(), self._bell.descriptor)
         return port
 
     def close(self) -> None:
@@ -177,7 +178,7 @@ class _Connection:
 
     def _ring_late(self) -> None:
         self._timer = None
-        self._ring()
+        self._bell.ring()
 
     def _take_packet(self) -> int:
         """The next packet, to the router; the bytes that it counts for. Raises FrontendError."""
@@ -350,9 +351,9 @@ class NetBackend(Backend):
             "multi-queue-max-queues": "1",
         }
 
-    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
-        self._connection = _Connection(self, nodes, ring)
-        self.ring = ring
+    def connect(self, nodes: FrontendNodes, bell: Bell) -> None:
+        self._connection = _Connection(self, nodes, bell)
+        self.ring = bell.ring
 
     def describe(self) -> Mapping[str, str]:
         return {"hotplug-status": "connected"}

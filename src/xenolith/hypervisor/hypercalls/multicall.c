@@ -23,6 +23,14 @@ static i64 hypercall(struct vcpu *v, u64 number, u64 *a)
     case HYPERVISOR_set_segment_base:
         result = do_set_segment_base(v, a);
         break;
+    case HYPERVISOR_event_channel_op:
+        result = do_event_channel_op(v, a);
+        break;
+    case HYPERVISOR_xen_version: /* by which a kernel lets Xen look for events, too */
+        if ((a[0] & 0xffffffff) != XENVER_version)
+            return SLOW;
+        result = MAJOR << 16 | MINOR;
+        break;
     default:
         return SLOW;
     }
