@@ -35,6 +35,7 @@ from xenolith.machine.engines.kvm import area, fast_path_code
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.host import host_traits
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, EngineError
+from xenolith.machine.listing import encodings
 
 from .bare import CODE, DATA, STACK_TOP, Machine
 from .test_kicks import kicking
@@ -161,7 +162,7 @@ def test_the_listings_say_what_they_encode(name: str) -> None:
         "GATE_OUT": fast_path_code.GATE_OUT_CODE,
         "GATE_TICK": fast_path_code.GATE_TICK_CODE,
     }
-    listing = [line[32:] for line in getattr(fast_path_code, name).splitlines() if line[:1] == " "]
+    listing = [text for _, text in encodings(getattr(fast_path_code, name)) if text]
     formatter = Formatter(FormatterSyntax.NASM)
     instructions = list(Decoder(64, codes[name].code, ip=0))
     assert sum(instruction.len for instruction in instructions) == len(codes[name].code)

@@ -2,13 +2,11 @@
 
 See fast_path, which says what all of it is for and why it is sound.
 
-Listings: a line is a label, or an encoding and its text; `{name}` is a constant (of 4 bytes, with `:2` of 2), `{.name}`
-the distance to a label (`:1` of one byte) and `{@name}` that to a field of the data page.
+In the listings (see machine.listing) `{@name}` is the distance to a field of the data page or of vcpu_info.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from xenolith.abi.layout import (
@@ -20,6 +18,7 @@ from xenolith.abi.layout import (
 )
 from xenolith.abi.x86 import EFLAGS_IF, EFLAGS_RF, PAGE_SIZE
 from xenolith.machine.engines.kvm import area
+from xenolith.machine.listing import Code, assemble
 
 NOTHING: Final = (1 << 64) - 1  # no machine address
 
@@ -85,7 +84,7 @@ landing:
     4c 89 1d {@saved_r11}       mov [saved_r11], r11
     48 89 25 {@saved_rsp}       mov [saved_rsp], rsp
 landing_saved:
-    80 3d {@@mask} 00           cmp byte [vcpu_info.evtchn_upcall_mask], 0
+    80 3d {@mask} 00           cmp byte [vcpu_info.evtchn_upcall_mask], 0
     0f 85 {.landing_slow}       jne landing_slow
     48 8b 25 {@kernel_sp}       mov rsp, [kernel_sp]
     48 83 e4 f0                 and rsp, -16
@@ -110,7 +109,7 @@ landing_commit:
 landing_store:
     48 89 0d {@other_gs}        mov [other_gs], rcx
 landing_stored:
-    c6 05 {@@mask} 01           mov byte [vcpu_info.evtchn_upcall_mask], 1
+    c6 05 {@mask} 01           mov byte [vcpu_info.evtchn_upcall_mask], 1
     c6 05 {@used} 03            mov byte [used], 3
     48 ff 05 {@switches}        inc qword [switches]
     4c 8b 1d {@saved_r11}       mov r11, [saved_r11]
@@ -140,7 +139,7 @@ tick_saved:
     0f 83 {.tick_slow}          jae tick_slow
     48 83 3d {@ticks_left} 00   cmp qword [ticks_left], 0
     0f 84 {.tick_slow}          je tick_slow
-    66 83 3d {@@pending} 00     cmp word [vcpu_info.evtchn_upcall_pending], 0
+    66 83 3d {@pending} 00     cmp word [vcpu_info.evtchn_upcall_pending], 0
     0f 85 {.tick_slow}          jne tick_slow
     8b 0d {@user_cs}            mov ecx, [user_cs]
     c1 e9 10                    shr ecx, 16
@@ -174,10 +173,10 @@ tick_store:
     48 89 0d {@other_gs}        mov [other_gs], rcx
 tick_stored:
     c6 05 {@used} 03            mov byte [used], 3
-    66 c7 05 {@@pending} 01 01  mov word [vcpu_info.evtchn_upcall_pending], 0x101
+    66 c7 05 {@pending} 01 01  mov word [vcpu_info.evtchn_upcall_pending], 0x101
 tick_masked:
     48 8b 0d {@tick_selector}   mov rcx, [tick_selector]
-    f0 48 09 0d {@@selector}    lock or [vcpu_info.evtchn_pending_sel], rcx
+    f0 48 09 0d {@selector}    lock or [vcpu_info.evtchn_pending_sel], rcx
     48 8b 0d {@tick_bit}        mov rcx, [tick_bit]
     4c 8b 1d {@tick_word}       mov r11, [tick_word]
     f0 49 09 0b                 lock or [r11], rcx
@@ -280,10 +279,10 @@ iret_saved:
     0f 85 {.iret_slow}          jne iret_slow
     80 3d {@hold} 00            cmp byte [hold], 0
     0f 85 {.iret_slow}          jne iret_slow
-    80 3d {@@pending} 00        cmp byte [vcpu_info.evtchn_upcall_pending], 0
+    80 3d {@pending} 00        cmp byte [vcpu_info.evtchn_upcall_pending], 0
     0f 85 {.iret_slow}          jne iret_slow
     48 89 0d {@rip}             mov [rip], rcx
-    c6 05 {@@mask} 00           mov byte [vcpu_info.evtchn_upcall_mask], 0
+    c6 05 {@mask} 00           mov byte [vcpu_info.evtchn_upcall_mask], 0
     c6 05 {@used} 03            mov byte [used], 3
     f3 48 0f ae c9              rdgsbase rcx
     4c 8b 1d {@other_gs}        mov r11, [other_gs]
@@ -376,48 +375,6 @@ other:
 """
 
 _USER_FLAGS: Final = 0x0020_0ED7  # ID, OF, DF, IF, SF, ZF, AF, PF, CF, the reserved one
-_TOKEN: Final = re.compile(r"\{(\.|@@|@)?(\w+)(?::(\d))?\}|\b([0-9a-f]{2})\b")
-
-
-class Code:
-    """A listing, assembled: its bytes and the offsets of its labels.
-
-    `data`: distance from the start of the code to that of the data page; `info` to that of vcpu_info.
-    """
-
-    def __init__(self, listing: str, data: int = 0, info: int = 0, **constants: int) -> None:
-        self.labels: dict[str, int] = {}
-        lines: list[tuple[int, list[re.Match[str]]]] = []
-        offset = 0
-        for line in listing.splitlines():
-            if line.endswith(":"):
-                self.labels[line[:-1]] = offset
-            elif line.strip():
-                tokens = list(_TOKEN.finditer(line[:32]))
-                offset += sum(_size(token) for token in tokens)
-                lines.append((offset, tokens))
-        targets = {
-            ".": self.labels,
-            "@": {name: data + place for name, place in FIELDS.items()},
-            "@@": {"pending": info, "mask": info + 1, "selector": info + VCPU_INFO_PENDING_SEL},
-        }
-        self.code = b""
-        for end, tokens in lines:
-            for token in tokens:
-                kind, name, _, byte = token.groups()
-                if byte:
-                    self.code += bytes.fromhex(byte)
-                else:
-                    value = targets[kind][name] - end if kind else constants[name]
-                    size = _size(token)
-                    if kind and not -(1 << 8 * size - 1) <= value < 1 << 8 * size - 1:
-                        raise ValueError(f"{name} is too far away for {size} byte")
-                    self.code += (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-
-
-def _size(token: re.Match[str]) -> int:
-    return 1 if token[4] else int(token[3] or 4)
-
 
 _CONSTANTS: Final = {
     "port": area.PORT_SYSCALL,
@@ -429,14 +386,17 @@ _CONSTANTS: Final = {
     # A fault leaves RF set, for instruction breakpoints, which there are none of where the fast path is used.
     "not_user_flags": ~(_USER_FLAGS | EFLAGS_RF) | EFLAGS_IF,
 }
-USER: Final = Code(USER_CODE, **_CONSTANTS)
+USER: Final = assemble(USER_CODE, **_CONSTANTS)
 DATA_DISTANCE: Final = area.CPU_DATA - area.CPU_CODE
 INFO_DISTANCE: Final = area.CPU_INFO - area.CPU_CODE
 
 
 def kernel_code(info_offset: int) -> Code:
     """The code of the kernel's view for a vcpu_info at this offset in its page."""
-    return Code(KERNEL_CODE, DATA_DISTANCE, INFO_DISTANCE + info_offset, **_CONSTANTS)
+    info = INFO_DISTANCE + info_offset
+    places = {name: DATA_DISTANCE + place for name, place in FIELDS.items()}
+    places |= {"pending": info, "mask": info + 1, "selector": info + VCPU_INFO_PENDING_SEL}
+    return assemble(KERNEL_CODE, places, **_CONSTANTS)
 
 
 AT: Final = kernel_code(0).labels
@@ -459,7 +419,7 @@ def _gates() -> tuple[Code, Code, Code]:
     for name in ("rip", "tick_rip"):
         places[name] = top + area.CPU_DATA - area.CPU_LIST + FIELDS[name]
     places["tick_port"] = area.PORT_TICK
-    return Code(GATE_IN, **places), Code(GATE_OUT, **places), Code(GATE_TICK, **places)
+    return assemble(GATE_IN, **places), assemble(GATE_OUT, **places), assemble(GATE_TICK, **places)
 
 
 GATE_IN_CODE, GATE_OUT_CODE, GATE_TICK_CODE = _gates()

@@ -100,13 +100,11 @@ class Instance:
         self._enter_long_mode()
         self._notice_stores_to_code()
 
-    def call(self, listing: stubs.Listing, result: Any, *arguments: Any) -> Any:
+    def call(self, listing: str, result: Any, *arguments: Any) -> Any:
         """A Python callable of this machine code, to be called after `seal`."""
         return self._code.function(stubs.encode(listing, **self._addresses), result, *arguments)
 
-    def hook(
-        self, kind: int, listing: stubs.Listing, instruction: int = 0, trap: int = 0, at: int = 0, **callbacks: Any
-    ) -> None:
+    def hook(self, kind: int, listing: str, instruction: int = 0, trap: int = 0, at: int = 0, **callbacks: Any) -> None:
         """Have Unicorn call this machine code, which calls the ctypes `callbacks`, at traps of that kind.
 
         `at`: the address that it calls `hook`.
