@@ -82,7 +82,7 @@ def test_a_listing_says_what_its_machine_code_does(name: str) -> None:
     addresses = {found: 0x7F00_0000_0000 + 0x1000 * i for i, found in enumerate(re.findall(r"{(\w+):8}", listing))}
     if "{trap}" in listing:
         addresses["trap"] = 0x77
-    code, labels = assemble(listing, **stubs.NUMBERS, **addresses)
+    code, labels = assemble(listing, stubs.NUMBERS | addresses)
     values = {**{key: number & 0xFFFF_FFFF for key, number in stubs.NUMBERS.items()}, **addresses}
     formatter = iced_x86.Formatter(iced_x86.FormatterSyntax.NASM)
     formatter.hex_prefix, formatter.hex_suffix = "0x", ""

@@ -28,7 +28,7 @@ def encodings(listing: str) -> list[tuple[str, str]]:
     return [(encoding, text.strip()) for line in lines if line for encoding, _, text in [line.partition("  ")]]
 
 
-def assemble(listing: str, places: Mapping[str, int] | None = None, **constants: int) -> Code:
+def assemble(listing: str, constants: Mapping[str, int], places: Mapping[str, int] | None = None) -> Code:
     """`places`: by name, their distance in bytes from the start of the code.
 
     Raises KeyError for a name that has no value, ValueError for a distance that does not fit.

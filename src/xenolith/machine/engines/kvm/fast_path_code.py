@@ -386,7 +386,7 @@ _CONSTANTS: Final = {
     # A fault leaves RF set, for instruction breakpoints, which there are none of where the fast path is used.
     "not_user_flags": ~(_USER_FLAGS | EFLAGS_RF) | EFLAGS_IF,
 }
-USER: Final = assemble(USER_CODE, **_CONSTANTS)
+USER: Final = assemble(USER_CODE, _CONSTANTS)
 DATA_DISTANCE: Final = area.CPU_DATA - area.CPU_CODE
 INFO_DISTANCE: Final = area.CPU_INFO - area.CPU_CODE
 
@@ -396,7 +396,7 @@ def kernel_code(info_offset: int) -> Code:
     info = INFO_DISTANCE + info_offset
     places = {name: DATA_DISTANCE + place for name, place in FIELDS.items()}
     places |= {"pending": info, "mask": info + 1, "selector": info + VCPU_INFO_PENDING_SEL}
-    return assemble(KERNEL_CODE, places, **_CONSTANTS)
+    return assemble(KERNEL_CODE, _CONSTANTS, places)
 
 
 AT: Final = kernel_code(0).labels
@@ -419,7 +419,7 @@ def _gates() -> tuple[Code, Code, Code]:
     for name in ("rip", "tick_rip"):
         places[name] = top + area.CPU_DATA - area.CPU_LIST + FIELDS[name]
     places["tick_port"] = area.PORT_TICK
-    return assemble(GATE_IN, **places), assemble(GATE_OUT, **places), assemble(GATE_TICK, **places)
+    return assemble(GATE_IN, places), assemble(GATE_OUT, places), assemble(GATE_TICK, places)
 
 
 GATE_IN_CODE, GATE_OUT_CODE, GATE_TICK_CODE = _gates()

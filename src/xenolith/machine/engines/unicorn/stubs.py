@@ -73,7 +73,7 @@ NUMBERS: Final = {
 
 def encode(listing: str, **names: int) -> bytes:
     """The machine code of a listing; `names` gives its addresses, and `trap` if it has one."""
-    return assemble(listing, **NUMBERS, **names).code
+    return assemble(listing, NUMBERS | names).code
 
 
 # get_rflags() -> flags
