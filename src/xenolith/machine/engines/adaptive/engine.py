@@ -30,37 +30,24 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cached_property
 from typing import Final
-
-from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, RegisterExt
 
 from xenolith.abi.layout import MACH2PHYS_VIRT_END, MACH2PHYS_VIRT_START
 from xenolith.abi.x86 import (
     CR4_OSXSAVE,
-    CS,
     EFLAGS_TF,
-    FS,
-    GS,
-    MASK32,
-    MASK64,
     PAGE_SHIFT,
     PTE_P,
     PTE_US,
-    RAX,
-    RBX,
-    RCX,
-    RDX,
-    RIP,
     VECTOR_DB,
     VECTOR_NM,
     VECTOR_PF,
     VECTOR_UD,
 )
-from xenolith.machine import native, page_walk, segments
+from xenolith.machine import page_walk
 from xenolith.machine.engines.adaptive import extended
-from xenolith.machine.engines.adaptive.extended_native import NativeExtended
+from xenolith.machine.engines.adaptive.borrowed import Borrowed, bits, uses_extended_state
+from xenolith.machine.engines.adaptive.needs import Needs
 from xenolith.machine.engines.adaptive.placement import LEAST_PATIENCE, Placement
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.engine import KvmEngine
@@ -79,19 +66,10 @@ from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.engines.unicorn.engine import UnicornEngine
 from xenolith.machine.memory import MachineMemory
-from xenolith.machine.operands import effective_address
 
-BOTH_HAVE: Final = extended.X87 | extended.SSE
 _CR3: Final = layout.CR // 8 + 3
 _CR4: Final = layout.CR // 8 + 4
-_IMPLICIT_MEMORY: Final = (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI)
 _UD2: Final = b"\x0f\x0b"
-EAX, EBX, ECX, EDX = range(4)
-
-
-def _bits(*numbers: int) -> int:
-    return sum(1 << number for number in numbers)
-
 
 POLICY_KVM: Final = "kvm"  # on KVM, but for a kernel that boots
 POLICY_MEASURED: Final = "measured"  # where the last traps say that it is faster
@@ -103,32 +81,15 @@ AFTER_NEED: Final = 32  # traps for which a vCPU stays on Unicorn after a state 
 WINDOW: Final = 32  # traps after which the policy is asked again ...
 NATIVE_WINDOW: Final = 256  # ... or so many that native code handles on Unicorn, ...
 KVM_WINDOW: Final = 12  # ... or so many on KVM, where each costs fifty times as much
-DECODED: Final = 256  # instructions kept decoded
-CPUID_ANSWERS: Final = 256  # kept; a static program asks for forty when it starts
 PATIENT_WINDOWS: Final = 1
 QUIET_NS: Final = 2_000_000  # or CPU time
 START_NS: Final = 5_000_000  # CPU time, but for translation, on Unicorn after a new address space: a program may start
 ASKED_NS: Final = 300_000  # likewise after the first CPUID in that time
 
-# Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
-# vectors (or REP MOVSB) in every string function, and so drive the vCPU to KVM all the time.
-_UNTOLD: Final = {
-    # FMA XSAVE OSXSAVE AVX F16C
-    (1, ECX): _bits(12, 26, 27, 28, 29),
-    # AVX2 ERMS AVX512
-    (7, EBX): _bits(5, 9, 16, 17, 21, 26, 27, 28, 30, 31),
-    # AVX512_VBMI VBMI2 VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
-    (7, ECX): _bits(1, 6, 9, 10, 11, 12, 14),
-    # AVX512_4VNNIW 4FMAPS FSRM VP2INTERSECT AMX AVX512_FP16
-    (7, EDX): _bits(2, 3, 4, 8, 22, 23, 24, 25),
-    # XOP FMA4
-    (0x8000_0001, ECX): _bits(11, 16),
-}
-
 # Of leaf 7, what a kernel is not told either: ERMS and FSRM, because Unicorn carries out REP MOVSB and STOSB byte by
 # byte, and AVX512VL, with which Linux uses wide vectors for its random numbers, and that is at each fork.
-_NEVER_TOLD_EBX: Final = _bits(9, 31)
-_NEVER_TOLD_EDX: Final = _bits(4)
+_NEVER_TOLD_EBX: Final = bits(9, 31)
+_NEVER_TOLD_EDX: Final = bits(4)
 
 
 class AdaptiveEngine(Engine):
@@ -192,24 +153,17 @@ class AdaptiveCpu:
         self._unicorn.leave_cpuid_to_python()
         self._kvm: KvmCpu = engine.kvm.cpu(0, self.regs)
         self._state = CpuState(xsave=bytearray(engine.kvm.xsave_size))
-        self._task_switched = False
-        self._reads_fixed_m2p = False
-        self._dr7 = 0
-        self._gdt = self._ldt = (0, 0)  # linear address and limit
+        self._borrowed = Borrowed(self._memory, self._unicorn, engine.kvm, self._state)
+        self._needs = Needs(self._memory, engine.kvm.traits, self._kvm, self._unicorn)
         self._active: UnicornCpu | KvmCpu = self._kvm
         self._target: UnicornCpu | KvmCpu | None = None  # where to go on
         self._requested: str | None = None
         self._leave = False
         self._borrow = False  # go to KVM for a single instruction
         self._kick = False
-        self._decoded: dict[tuple[int, int, bytes], Instruction] = {}
-        self._cpuid_answers: dict[tuple[int, int], tuple[int, ...]] = {}  # by leaf and subleaf
         self._modes: ModeSwitchState | None = None
         self._calls = EngineCalls()  # those of the engine where it is
         self.calls = ctypes.addressof(self._calls) if self._kvm.calls else 0
-        self._native_extended: NativeExtended | None = None
-        with suppress(native.Missing):
-            self._native_extended = NativeExtended(self._unicorn, self._memory, self._components)
         self.moves = 0
         self.policy = policy
         patience = BOOT_PATIENCE if policy == POLICY_KVM else LEAST_PATIENCE
@@ -218,7 +172,6 @@ class AdaptiveCpu:
         self._traps = 0
         self._window_start = 0
         self._start_ends = 0  # until this time (`_time`) the vCPU stays on Unicorn, because a program may start
-        self._uses_wide_vectors = False  # it has executed instructions that Unicorn has not
         self._held = 0  # windows for which it has stayed on KVM for its vector registers' sake
         self._go_to(self._unicorn if policy == POLICY_MEASURED else self._kvm)
 
@@ -230,8 +183,9 @@ class AdaptiveCpu:
     # --- state ------------------------------------------------------------------------------------------
 
     def load(self, state: CpuState) -> None:
-        self._task_switched, self._dr7 = state.task_switched, state.debug[7]
-        self._gdt, self._ldt = (state.gdt_va, state.gdt_limit), (state.ldt_va, state.ldt_limit)
+        needs = self._needs
+        needs.task_switched, needs.dr7 = state.task_switched, state.debug[7]
+        needs.gdt, needs.ldt = (state.gdt_va, state.gdt_limit), (state.ldt_va, state.ldt_limit)
         self._state.xcr0 = state.xcr0
         self._state.xsave = bytearray(state.xsave.ljust(self._engine.kvm.xsave_size, b"\0"))
         self._active.load(state)
@@ -258,21 +212,21 @@ class AdaptiveCpu:
         self._active.set_code_stack(cs, ss)
 
     def set_task_switched(self, on: bool) -> None:
-        self._task_switched = on
+        self._needs.task_switched = on
         self._active.set_task_switched(on)
 
     def set_debug(self, number: int, value: int) -> None:
         if number == 7:
-            self._dr7 = value
+            self._needs.dr7 = value
         self._active.set_debug(number, value)
 
     def set_ldt(self, va: int, limit: int) -> None:
-        self._ldt = (va, limit)
+        self._needs.ldt = (va, limit)
         self._active.set_ldt(va, limit)
 
     def set_xcr0(self, value: int) -> None:
         self._state.xcr0 = value
-        self._prepare_extended()
+        self._borrowed.prepare(self._active is self._unicorn)
         if self._active is self._kvm:
             self._kvm.set_xcr0(value)
 
@@ -324,28 +278,28 @@ class AdaptiveCpu:
             if not on_trap(vector, error_code, address):
                 self._leave = True
             self._traps += 1
-            if self._requested is not None or self._window_is_over() or self._only_unicorn_can():
+            if self._requested is not None or self._window_is_over() or self._needs.only_unicorn_can(self._l4_mfn):
                 self._look_around()
             return not self._leave and self._target is None
 
         def on_unicorn(vector: int, error_code: int, address: int) -> bool:
             if vector == TRAP_CPUID:
-                self._answer_cpuid()
+                self._borrowed.answer_cpuid()
                 if self._start_ends:
                     self._start_ends = min(self._start_ends, self._time() + ASKED_NS)
                 return True
             if vector == VECTOR_UD and self._only_kvm_can():
-                instruction = self._instruction()
-                if self._task_switched and _uses_extended_state(instruction):
+                instruction = self._borrowed.instruction()
+                if self._needs.task_switched and uses_extended_state(instruction):
                     return on_unicorn(VECTOR_NM, 0, 0)
                 try:
-                    if self._saved_or_restored(instruction):
+                    if self._borrowed.saved_or_restored(instruction):
                         return True
                 except extended.OperandFault as fault:
                     return on_unicorn(VECTOR_PF, fault.error_code, fault.address)
                 self._target, self._start_ends = self._kvm, 0
-                self._uses_wide_vectors = True
-                self._borrow = self._only_unicorn_can() or self._selectors_would_be_lost()
+                self._needs.uses_wide_vectors = True
+                self._borrow = self._needs.only_unicorn_can(self._l4_mfn) or self._needs.selectors_would_be_lost()
                 return False
             if not on_trap(vector, error_code, address):
                 self._leave = True
@@ -363,7 +317,7 @@ class AdaptiveCpu:
         For a vCPU whose state KVM gets wrong: no other instruction may see that state.
         """
         self._borrow = False
-        instruction = self._instruction()
+        instruction = self._borrowed.instruction()
         self._transfer(self._kvm)
         self._grant(0)
         single_steps = self.get_rflags() & EFLAGS_TF
@@ -381,89 +335,12 @@ class AdaptiveCpu:
         self._kvm.run(stepped)
         if not single_steps:  # a kick may have come first
             self.set_rflags(self.get_rflags() & ~EFLAGS_TF)
-        written = self._frames_written(instruction)
+        written = self._borrowed.frames_written(instruction, self._l4_mfn, self._kvm.runs_64_bit_code)
         self._transfer(self._unicorn)
         for mfn in written:
             self._unicorn.code_written(mfn)
 
-    def _answer_cpuid(self) -> None:
-        """CPUID executed on Unicorn: as on KVM, but for what had better not be used here."""
-        regs = self.regs
-        question = regs[RAX] & MASK32, regs[RCX] & MASK32
-        answer = self._cpuid_answers.get(question)
-        if answer is None:
-            answer = self._cpuid_answer(*question)
-            if len(self._cpuid_answers) < CPUID_ANSWERS:
-                self._cpuid_answers[question] = answer
-        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
-
-    def _cpuid_answer(self, leaf: int, subleaf: int) -> tuple[int, ...]:
-        answer = self._engine.kvm.host_cpuid(leaf, subleaf) if leaf != 7 or not subleaf else (0, 0, 0, 0)
-        return tuple(value & ~_UNTOLD.get((leaf, register), 0) for register, value in enumerate(answer))
-
-    def _saved_or_restored(self, instruction: Instruction) -> bool:
-        """Carry out an instruction of the XSAVE family, which Unicorn has not for all components, if it succeeds.
-
-        Raises OperandFault where it would be a page fault: a signal's frame on a stack that a fork has shared.
-        """
-        regs, mnemonic = self.regs, instruction.mnemonic
-        saves = mnemonic in extended.SAVES
-        if not saves and mnemonic != Mnemonic.XRSTOR64:
-            return False
-        xcr0, requested = self._state.xcr0, regs[RDX] << 32 & MASK64 | regs[RAX] & MASK32
-        # What an XRSTOR replaces as a whole need not be brought up to date before.
-        image = self._extended_image() if saves or requested & xcr0 & BOTH_HAVE != BOTH_HAVE else self._state.xsave
-        va = effective_address(regs, instruction, wide=True)
-        area = extended.Area(self._memory, self._l4_mfn, va)
-        if saves:
-            if not extended.save(mnemonic, image, xcr0, requested, self._components, area):
-                return False
-            for mfn in area.frames:
-                self._unicorn.code_written(mfn)
-        else:
-            if not extended.restore(image, xcr0, requested, self._components, area):
-                return False
-            image[extended.HEADER] |= BOTH_HAVE  # what is in its initial state has been written too
-            self._unicorn.load_extended(image)
-        regs[RIP] = instruction.next_ip
-        return True
-
-    @cached_property
-    def _components(self) -> list[extended.Component]:
-        return extended.components(self._engine.xcr0_mask, self._engine.kvm.host_cpuid)
-
-    def _extended_image(self) -> bytearray:
-        """The extended state of a vCPU on Unicorn: the image of all, with what Unicorn has brought up to date."""
-        image = self._state.xsave
-        wide = int.from_bytes(image[extended.HEADER : extended.HEADER + 8], "little") & ~BOTH_HAVE
-        self._unicorn.store_extended(image)
-        image[extended.HEADER : extended.HEADER + 8] = (wide | BOTH_HAVE).to_bytes(8, "little")
-        return image
-
     # --- where to run -------------------------------------------------------------------------------------
-
-    def _only_unicorn_can(self) -> bool:
-        """Whether this host's KVM would get the guest's state wrong."""
-        traits, regs = self._engine.kvm.traits, self.regs
-        if self._reads_fixed_m2p or self._knows_xens_selectors:
-            return True
-        if self._task_switched and not traits.traps_task_switched:
-            return True
-        if self._dr7 & 0xFF and not traits.has_breakpoints:
-            return True
-        if not traits.runs_compatibility_code and not regs[CS + 2] >> 32 & layout.DESC_L:
-            return True
-        return bool((regs[FS] | regs[GS]) & 0xFFFC) and not traits.keeps_selectors and self._has_local_segment()
-
-    @property
-    def _knows_xens_selectors(self) -> bool:
-        """Whether it is a kernel that loads CS by itself: one that may look at it, too.
-
-        Not one that uses what only KVM executes, as Linux does: that reads CS at most to load it again (sync_core), and
-        would go to KVM and back for each of those instructions.
-        """
-        far = self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers
-        return bool(far) and not self._uses_wide_vectors
 
     def _is_out_of_reach(self, address: int) -> bool:
         """Whether KVM has refused the guest a part of the machine-to-physical table, to which it may go on Unicorn."""
@@ -471,27 +348,8 @@ class AdaptiveCpu:
             return False
         if page_walk.permitted(self._memory, self._l4_mfn, address, PTE_P | PTE_US) is None:
             return False
-        self._reads_fixed_m2p = self._modes is not None and self._modes.kernel_mode
+        self._needs.reads_fixed_m2p = self._modes is not None and self._modes.kernel_mode
         return True
-
-    def _selectors_would_be_lost(self) -> bool:
-        """Whether FS or GS holds a selector, if only for a moment, that guest code could not read back on KVM."""
-        return bool((self.regs[FS] | self.regs[GS]) & 0xFFFC) and not self._engine.kvm.traits.keeps_selectors
-
-    def _has_local_segment(self) -> bool:
-        """Whether FS or GS holds the selector of a segment that does not start at 0: one that somebody will look at."""
-        for register in (FS, GS):
-            try:
-                if segments.data_segment(self.regs[register] & 0xFFFF, self._descriptor).base:
-                    return True
-            except ValueError:
-                continue
-        return False
-
-    def _descriptor(self, selector: int) -> bytes | None:
-        va, limit = self._ldt if selector & segments.SELECTOR_TI else self._gdt
-        offset = selector & ~7
-        return page_walk.read(self._memory, self._l4_mfn, va + offset, 8) if offset + 7 <= limit else None
 
     @property
     def _l4_mfn(self) -> int:
@@ -499,35 +357,8 @@ class AdaptiveCpu:
 
     def _only_kvm_can(self) -> bool:
         """Whether an undefined opcode on Unicorn may be one that KVM executes: not UD2, nor what follows Xen's own."""
-        code = self._unicorn_code(2)
+        code = self._borrowed.code(2)
         return code is not None and code != _UD2 and self._engine.may_move
-
-    def _instruction(self) -> Instruction:
-        """The instruction at RIP."""
-        bits = 64 if self.regs[CS + 2] >> 32 & layout.DESC_L else 32
-        place = bits, self.regs[RIP], self._unicorn_code(15) or b""
-        instruction = self._decoded.get(place)
-        if instruction is None:
-            if len(self._decoded) >= DECODED:
-                self._decoded.clear()
-            instruction = self._decoded[place] = Decoder(bits, place[2], ip=place[1]).decode()
-        return instruction
-
-    def _frames_written(self, instruction: Instruction) -> list[int]:
-        """Frames with translated code that this instruction, which was just executed on KVM, may have written to."""
-        kinds = [instruction.op_kind(operand) for operand in range(instruction.op_count)]
-        if instruction.is_vsib or any(kind in _IMPLICIT_MEMORY for kind in kinds):
-            return self._unicorn.frames_with_code()
-        if OpKind.MEMORY not in kinds:
-            return []
-        start = effective_address(self.regs, instruction, self._kvm.runs_64_bit_code)
-        walk = page_walk.machine_address
-        addresses = (walk(self._memory, self._l4_mfn, va & MASK64) for va in (start, start + 4095))
-        return [address >> PAGE_SHIFT for address in addresses if address is not None]
-
-    def _unicorn_code(self, size: int) -> bytes | None:
-        regs = self.regs
-        return page_walk.read(self._memory, self._l4_mfn, regs[RIP] + regs[CS + 1] & MASK64, size)
 
     def _look_around(self) -> None:
         """Decide where to go on: by request, by necessity, or by what the last traps cost."""
@@ -535,7 +366,7 @@ class AdaptiveCpu:
         here = self._active
         if not self._engine.may_move:
             wanted: UnicornCpu | KvmCpu = self._kvm
-        elif self._only_unicorn_can():
+        elif self._needs.only_unicorn_can(self._l4_mfn):
             self._since_need = 0
             wanted = self._unicorn
         elif requested is not None:
@@ -548,7 +379,7 @@ class AdaptiveCpu:
                 self._start_window()
         else:
             wanted = self._by_measurement()
-        if wanted is self._kvm and here is self._unicorn and self._selectors_would_be_lost():
+        if wanted is self._kvm and here is self._unicorn and self._needs.selectors_would_be_lost():
             self._requested = requested
             wanted = here
         self._target = wanted if wanted is not here else None
@@ -586,7 +417,7 @@ class AdaptiveCpu:
         # In the middle of a function that uses wide vectors, the rest of it had better run here too.  But EVEX-encoded
         # code leaves registers 16 to 31 in use for the rest of its program's life.
         self._held += 1
-        if self._held <= PATIENT_WINDOWS and extended.in_use(self._kvm.extended_image(), self._components):
+        if self._held <= PATIENT_WINDOWS and extended.in_use(self._kvm.extended_image(), self._borrowed.components):
             return here
         return self._unicorn
 
@@ -659,29 +490,20 @@ class AdaptiveCpu:
 
     def _store_from_unicorn(self, state: CpuState) -> None:
         """Unicorn's state, with what only KVM has of the extended state left as it was."""
-        xcr0, image = self._state.xcr0, self._extended_image()
+        xcr0, image = self._state.xcr0, self._borrowed.image()
         state.xsave = bytearray(extended.EXTENDED)
         self._unicorn.store(state)
         state.xcr0, state.xsave = xcr0, bytearray(image)
 
     def _prepare_active(self) -> None:
-        self._prepare_extended()
+        self._borrowed.prepare(self._active is self._unicorn)
         if self._active is self._unicorn:
             self._unicorn.flush_tlb()
-            if self._engine.xcr0_mask & ~BOTH_HAVE:
+            if self._borrowed.has_more:
                 # XSAVE and its kin are to be undefined, so that they are executed where all components are.
                 self.regs[_CR4] &= ~CR4_OSXSAVE
         else:
             self._kvm.flush_tlb()
-
-    def _prepare_extended(self) -> None:
-        """Have native code execute XSAVE and its kin while the vCPU is on Unicorn."""
-        native_extended = self._native_extended
-        if native_extended is not None:
-            if self._active is self._unicorn and self._engine.xcr0_mask & ~BOTH_HAVE:
-                native_extended.use(self._state.xsave, self._state.xcr0)
-            else:
-                native_extended.rest()
 
     def _go_to(self, target: UnicornCpu | KvmCpu) -> None:
         """Make an engine the one that all calls go to."""
@@ -694,9 +516,3 @@ class AdaptiveCpu:
         self.switch_mode = target.switch_mode
         self.flush_tlb, self.flush_page = target.flush_tlb, target.flush_page
         self._start_window()
-
-
-def _uses_extended_state(instruction: Instruction) -> bool:
-    """Whether it is one that CR0.TS concerns."""
-    registers = (instruction.op_register(operand) for operand in range(instruction.op_count))
-    return instruction.is_save_restore_instruction or any(map(RegisterExt.is_vector_register, registers))
