@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from xenolith.abi.hypercalls import (
+    HYPERVISOR_iret,
+    HYPERVISOR_set_segment_base,
+    HYPERVISOR_stack_switch,
+    HYPERVISOR_vcpu_op,
+    SEGBASE_GS_USER,
+    VCPUOP_set_singleshot_timer,
+)
 from xenolith.abi.layout import (
     FLAT_RING3_CS64,
     FLAT_RING3_SS64,
@@ -194,13 +202,13 @@ tick_slow:
 tick_end:
 
 hypercall:
-    48 83 f8 17                 cmp rax, HYPERVISOR_iret
+    48 83 f8 {iret:1}           cmp rax, HYPERVISOR_iret
     0f 84 {.iret}               je iret
-    48 83 f8 03                 cmp rax, HYPERVISOR_stack_switch
+    48 83 f8 {stack:1}          cmp rax, HYPERVISOR_stack_switch
     74 {.stack_switch:1}        je stack_switch
-    48 83 f8 19                 cmp rax, HYPERVISOR_set_segment_base
+    48 83 f8 {base:1}           cmp rax, HYPERVISOR_set_segment_base
     74 {.segment_base:1}        je segment_base
-    48 83 f8 18                 cmp rax, HYPERVISOR_vcpu_op
+    48 83 f8 {vcpu:1}           cmp rax, HYPERVISOR_vcpu_op
     74 {.vcpu_op:1}             je vcpu_op
 slow:
     e6 {port:1}                 out PORT_SYSCALL, al
@@ -221,7 +229,7 @@ back:
 segment_base:
     85 ff                       test edi, edi
     74 {.fs_base:1}             je fs_base
-    83 ff 01                    cmp edi, SEGBASE_GS_USER
+    83 ff {gs_user:1}           cmp edi, SEGBASE_GS_USER
     75 {.slow:1}                jne slow
     48 89 0d {@saved_rcx}       mov [saved_rcx], rcx
 gs_check:
@@ -239,7 +247,7 @@ fs_base:
     e9 {.done}                  jmp done
 
 vcpu_op:
-    83 ff 08                    cmp edi, VCPUOP_set_singleshot_timer
+    83 ff {timer:1}             cmp edi, VCPUOP_set_singleshot_timer
     0f 85 {.slow}               jne slow
     3b 35 {@vcpu_id}            cmp esi, [vcpu_id]
     0f 85 {.slow}               jne slow
@@ -382,6 +390,12 @@ _CONSTANTS: Final = {
     "cs": FLAT_RING3_CS64,
     "user_flags": _USER_FLAGS,
     "other_flags": ~_USER_FLAGS,
+    "iret": HYPERVISOR_iret,
+    "stack": HYPERVISOR_stack_switch,
+    "base": HYPERVISOR_set_segment_base,
+    "vcpu": HYPERVISOR_vcpu_op,
+    "gs_user": SEGBASE_GS_USER,
+    "timer": VCPUOP_set_singleshot_timer,
     "mask_distance": SHARED_EVTCHN_MASK - SHARED_EVTCHN_PENDING,
     # A fault leaves RF set, for instruction breakpoints, which there are none of where the fast path is used.
     "not_user_flags": ~(_USER_FLAGS | EFLAGS_RF) | EFLAGS_IF,
