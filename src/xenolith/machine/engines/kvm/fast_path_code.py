@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Final
 
 from xenolith.abi.hypercalls import (
+    SEGBASE_GS_USER,
     HYPERVISOR_iret,
     HYPERVISOR_set_segment_base,
     HYPERVISOR_stack_switch,
     HYPERVISOR_vcpu_op,
-    SEGBASE_GS_USER,
     VCPUOP_set_singleshot_timer,
 )
 from xenolith.abi.layout import (
