@@ -37,6 +37,13 @@ class Person:
             [*XL, *arguments], cwd=self.directory, env=self.environment, capture_output=True, text=True, timeout=120
         )
 
+    def xenolith(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-c", "from xenolith.cli.main import main; main()"]
+        environment = self.environment | {"XDG_STATE_HOME": str(self.directory / "state")}
+        return subprocess.run(
+            [*program, *arguments], cwd=self.directory, env=environment, capture_output=True, text=True, timeout=120
+        )
+
     def xl_on_a_terminal(self, *arguments: str) -> str:
         """Everything that appears on the screen until the command ends."""
         person, program = pty.openpty()

@@ -413,3 +413,47 @@ def test_every_record_whose_flush_returned_is_there_after_kill_9(tmp_path: Path,
             assert content[at : at + 512] == found.to_bytes(8, "little") * 64, "no record is torn"
             assert record <= found <= number + 1
         number += 2
+
+
+def test_layers_are_joined_under_a_running_disk(tmp_path: Path, base: Path) -> None:
+    disk = opened(make(tmp_path / "o", base))
+    chance = random.Random(2)
+    contents = [all_of(disk)]
+    for number in range(1, 6):
+        for _ in range(8):
+            position, count = chance.randrange(SECTORS), chance.choice((1, 3, 8, 16))
+            count = min(count, SECTORS - position)
+            disk.write(position * 512, [memoryview(chance.randbytes(count * 512))])
+        disk.discard(chance.randrange(SECTORS // 8) * BLOCK, BLOCK)
+        contents.append(all_of(disk))
+        disk.snapshot(tmp_path / f"o.{number}")
+    for number in (2, 3, 5):  # 1 goes into 2, that into 3, and 4 into 5
+        disk.join(tmp_path / f"o.{number}")
+        assert all_of(disk) == contents[-1]
+    assert sorted(path.name for path in tmp_path.glob("o.*")) == ["o.3", "o.5"]
+    disk.write(0, [memoryview(b"x" * 512)])
+    for number in (3, 5):
+        kept = opened(tmp_path / f"o.{number}", writable=False)
+        assert all_of(kept) == contents[number]
+        kept.close()
+    last = all_of(disk)
+    disk.close()
+    again = opened(tmp_path / "o")
+    assert all_of(again) == last
+    again.close()
+
+
+def test_a_layer_that_others_use_is_not_joined(tmp_path: Path, base: Path) -> None:
+    disk = opened(make(tmp_path / "o", base))
+    for number in (1, 2):
+        disk.write(number * BLOCK, [memoryview(b"x" * 512)])
+        disk.snapshot(tmp_path / f"o.{number}")
+    before = all_of(disk)
+    other = opened(make(tmp_path / "other", tmp_path / "o.1", format=DiskFormat.OVERLAY))
+    with pytest.raises(DiskError, match="in use"):
+        disk.join(tmp_path / "o.2")
+    with pytest.raises(DiskError, match="no layer"):
+        disk.join(tmp_path / "o.1")
+    assert all_of(disk) == before
+    other.close()
+    disk.close()

@@ -218,6 +218,22 @@ class NetworkInfo:
     dropped: dict[str, int]  # what it sent and the router did not forward, by reason
 
 
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint of a domain, as a file."""
+
+    number: int
+    path: Path
+    taken: int  # seconds since the epoch
+    size_bytes: int  # that its file takes
+    base: str  # the name of the checkpoint that it goes on from; empty: it has all itself
+    disks: tuple[str, ...]  # the files that keep what the disks held
+    # Of one that was just taken:
+    stood_ns: int = 0  # how long the domain stood still
+    pages: int = 0  # that were written meanwhile
+    remark: str = ""  # why the domain stands still for all of its memory
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a long operation has come; `total` 0 means that nobody knows how far it is."""
@@ -445,6 +461,28 @@ class Client(ABC):
         """Make a domain of a file that it was saved to and leave it paused; its domid.
 
         With another configuration than the saved one its name, disks and what becomes of it in the end are those.
+        """
+
+    @abstractmethod
+    def checkpoint(self, domid: int, directory: Path, keep: int) -> Checkpoint:
+        """Take a checkpoint of a running domain into a directory, whose path must be absolute.
+
+        It has what has changed since the last one, and its disks. At least `keep` of them are kept.
+        """
+
+    @abstractmethod
+    def checkpoint_every(self, domid: int, directory: Path, seconds: float, keep: int) -> None:
+        """Take a checkpoint every so many seconds from now on; 0: no more."""
+
+    @abstractmethod
+    def checkpoints(self, directory: Path) -> list[Checkpoint]:
+        """The checkpoints in a directory, the oldest first."""
+
+    @abstractmethod
+    def rollback(self, path: Path) -> NewDomid:
+        """Make a domain of a checkpoint, with its disks as they were, and leave it paused; its domid.
+
+        The domain that has its name by now is destroyed, and later checkpoints are given up.
         """
 
     @abstractmethod

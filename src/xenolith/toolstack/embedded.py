@@ -30,9 +30,17 @@ from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack import devices, networks
+from xenolith.toolstack.checkpoints import (
+    CheckpointedDomain,
+    Schedule,
+    check_complete,
+    checkpoints_in,
+    put_disks_back,
+)
 from xenolith.toolstack.client import (
     DOM0_UUID,
     AfterSave,
+    Checkpoint,
     Client,
     Closed,
     ConsoleStream,
@@ -82,6 +90,17 @@ class _Record:
     waiters: set[threading.Event] = field(default_factory=set)  # set when it has ended
     leaving: threading.Event = field(default_factory=threading.Event)  # it is being destroyed
     last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
+    checkpointed: CheckpointedDomain | None = None
+    schedule: Schedule | None = None  # of checkpoints
+
+    def end_checkpoints(self) -> None:
+        """The domain goes, or somebody else follows what it writes."""
+        if self.schedule is not None:
+            self.schedule.stop()
+            self.schedule = None
+        if self.checkpointed is not None:
+            self.checkpointed.close()
+            self.checkpointed = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +377,7 @@ class EmbeddedToolstack(Client):
         with record.lock:
             if domid not in self._records:
                 return  # somebody else was quicker
+            record.end_checkpoints()
             self.dom0.destroy(domain)
             with self._lock:
                 del self._records[domid]
@@ -562,7 +582,10 @@ class EmbeddedToolstack(Client):
             raise InvalidRequest(f"The path of a saved domain must be absolute: {path}.")
         with open_saved(path) as source:
             progress(Progress("restoring the domain", 0, 1))
-            domid = self._receive(Arriving(self.dom0, source), config)
+            arriving = Arriving(self.dom0, source, lambda name: open_saved(path.with_name(name)))
+            if arriving.series is not None and arriving.series.disks:
+                raise ToolstackError("This is a checkpoint with disks: `xenolith rollback` brings these back too.")
+            domid = self._receive(arriving, config)
         progress(Progress("restoring the domain", 1, 1))
         return NewDomid(domid)
 
@@ -586,9 +609,52 @@ class EmbeddedToolstack(Client):
             with self._lock:
                 self._creating.discard(config.name)
 
+    def checkpoint(self, domid: int, directory: Path, keep: int) -> Checkpoint:
+        if not directory.is_absolute() or keep < 1:
+            raise InvalidRequest("Checkpoints need a directory with an absolute path, and at least one is kept.")
+        with self._of_domain(domid) as domain:
+            record = self._records[domid]
+            if record.checkpointed is None or record.checkpointed.directory != directory:
+                if record.checkpointed is not None:
+                    record.checkpointed.close()
+                record.checkpointed = CheckpointedDomain(self.dom0, domain, directory)
+            return record.checkpointed.take(self.config(domid), keep)
+
+    def checkpoint_every(self, domid: int, directory: Path, seconds: float, keep: int) -> None:
+        def take() -> None:
+            self.checkpoint(domid, directory, keep)
+
+        def give_up(why: str) -> None:
+            self.dom0.domain.log(f"d{domid}: no more checkpoints: {why}")
+
+        with self._of_domain(domid):
+            record = self._records[domid]
+            record.end_checkpoints()
+        if seconds > 0:
+            self.checkpoint(domid, directory, keep)  # whether that is possible
+            record.schedule = Schedule(seconds, take, give_up)
+
+    def checkpoints(self, directory: Path) -> list[Checkpoint]:
+        return checkpoints_in(directory)
+
+    def rollback(self, path: Path) -> NewDomid:
+        if not path.is_absolute():
+            raise InvalidRequest(f"The path of a checkpoint must be absolute: {path}.")
+        with open_saved(path) as source:
+            arriving = Arriving(self.dom0, source, lambda name: open_saved(path.with_name(name)))
+            config = arriving.config
+            series = check_complete(path, config)
+            with self._lock:
+                found = [domid for domid, record in self._records.items() if record.config.name == config.name]
+            for domid in found:
+                self.destroy(domid)
+            put_disks_back(path, series, config)
+            return NewDomid(self._receive(arriving))
+
     def send(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
         with self._of_domain(domid) as domain:
             config = self.config(domid)
+            self._records[domid].end_checkpoints()
 
             def step_aside() -> None:
                 self.rename(domid, config.name + "--migratedaway")

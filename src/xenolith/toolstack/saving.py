@@ -13,6 +13,7 @@ from typing import BinaryIO
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.restore import Received, Receiver
 from xenolith.dom0.migration.save import save
+from xenolith.dom0.migration.series import OpenBase
 from xenolith.dom0.services import Dom0, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError
@@ -42,9 +43,11 @@ def _reporter(stage: str, progress: OnProgress) -> Callable[[int, int], None]:
 class Arriving:
     """A domain that comes in a stream. Methods raise ToolstackError."""
 
-    def __init__(self, dom0: Dom0, source: BinaryIO) -> None:
+    def __init__(self, dom0: Dom0, source: BinaryIO, open_base: OpenBase | None = None) -> None:
+        """`open_base`: where it may be a checkpoint that goes on from others."""
         try:
-            self._receiver = Receiver(dom0.control, source)
+            self._receiver = Receiver(dom0.control, source, open_base)
+            self.series = self._receiver.series
             toolstack = self._receiver.toolstack
             config = toolstack.get("config") if isinstance(toolstack, dict) else None
             self.config: DomainConfig = decode(DomainConfig, config)

@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Final, cast
+
+BUFFER: Final = 1 << 20
 
 
 @contextmanager
@@ -32,7 +34,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, "it is neither a file nor a device")
     target = path.resolve()
     # Its name may be as long as names may be.
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name[:100]}.", delete=False) as file:
+    prefix = f".{target.name[:100]}."
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=prefix, delete=False, buffering=BUFFER) as file:
         aside = Path(file.name)
         try:
             yield cast(BinaryIO, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+from contextlib import suppress
 from dataclasses import replace
 from resource import RUSAGE_SELF, getrusage
 from struct import pack, pack_into, unpack_from
@@ -14,8 +15,10 @@ import pytest
 
 from machines import Machine, missing
 from xenolith.dom0.image import load_image
+from xenolith.dom0.migration.checkpoint import Checkpointer
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
+from xenolith.dom0.migration.series import Series, join
 from xenolith.dom0.migration.stream import DESCRIPTION, ZSTD, Reader, Writer
 from xenolith.dom0.services import DomainSpec
 from xenolith.hypervisor import audit
@@ -107,6 +110,51 @@ def test_mutated_files_are_refused_or_make_a_sound_domain(small: tuple[Machine, 
         assert dom0.xenstore.statistics() == nodes
     print(outcomes)
     assert min(outcomes.values()) > 0
+
+
+def test_mutated_checkpoints_are_refused_or_make_a_sound_domain(small: tuple[Machine, DomainSpec, bytes]) -> None:
+    machine, spec, _ = small
+    dom0 = machine.dom0
+    domain = dom0.create(replace(spec, image=load_image(PREBUILT / "timers.elf")))
+    dom0.start(domain)
+    checkpointer = Checkpointer(dom0, domain)
+    files: dict[str, bytes] = {}
+    for number, base in ((1, ""), (2, "1"), (3, "2")):
+        out = io.BytesIO()
+        checkpointer.take(out, Series(number, 0, f"i{number}", base, f"i{base}" if base else ""), {"config": None})
+        files[str(number)] = out.getvalue()
+    checkpointer.close()
+    dom0.destroy(domain)
+    chance = random.Random(int(os.environ.get("XENOLITH_SEED", "1")))
+    free, nodes = dom0.control.machine().free_pages, dom0.xenstore.statistics()
+    outcomes = {"refused": 0, "restored": 0}
+    for _ in range(FILES // 3):
+        wrong = chance.choice(list(files))
+        given = files | {wrong: mutated(files[wrong], chance)}
+
+        def opened(name: str, given: dict[str, bytes] = given) -> io.BytesIO:
+            if name not in given:
+                raise FileNotFoundError(2, "no such file")
+            return io.BytesIO(given[name])
+
+        try:
+            domain = dom0.restore(spec, Receiver(dom0.control, opened("3"), opened).receive())
+        except (RecordError, DomainCreateError) as refusal:
+            assert " " in str(refusal)
+            outcomes["refused"] += 1
+        else:
+            assert audit.check(dom0.hypervisor) == []
+            dom0.destroy(domain)
+            outcomes["restored"] += 1
+        with suppress(RecordError):
+            join(opened("3"), io.BytesIO(), opened)
+        assert dom0.control.machine().free_pages == free
+        assert dom0.xenstore.statistics() == nodes
+    assert min(outcomes.values()) > 0
+    with pytest.raises(RecordError, match="goes on from 2"):
+        Receiver(dom0.control, io.BytesIO(files["3"])).receive()
+    with pytest.raises(RecordError, match="not the checkpoint that it goes on from"):
+        Receiver(dom0.control, io.BytesIO(files["3"]), lambda name: io.BytesIO(files["1"])).receive()
 
 
 @pytest.mark.parametrize("says", [1 << 30, 1 << 62])

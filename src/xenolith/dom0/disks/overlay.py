@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from xenolith.dom0.disks import SECTOR, Buffers, Disk, DiskError, DiskFormat, DiskSource, cut, rest
-from xenolith.dom0.disks.raw import RawDisk
+from xenolith.dom0.disks.raw import WHOLE, RawDisk
 
 BLOCK: Final = 4096
 SHIFT: Final = 12
@@ -38,6 +39,8 @@ MAX_LAYERS: Final = 255
 MAX_SECTORS: Final = 1 << 35  # 16 TiB, whose bitmap takes 512 MiB of this process
 _MAGIC: Final = b"Xenolith overlay 1\n"
 _BITMAP_PAGE: Final = 4096
+_TABLE_PIECE: Final = 1 << 16
+_COPIED_AT_ONCE: Final = 256  # blocks
 
 OpenDisk = Callable[[DiskSource], Disk]
 
@@ -373,6 +376,30 @@ class OverlayDisk:
         self._layers.append(layer)
         self._bitmap = bytearray(layer.header.bitmap_bytes)
 
+    def join(self, path: Path) -> None:
+        """Put what the layer of this file has into the one below it, see `join_layers`.
+
+        No other method may run meanwhile.  Raises DiskError, also where there is no such layer between others.
+        """
+        numbers = [number for number, layer in enumerate(self._layers, start=1) if layer.file.path == path]
+        if not numbers or not 1 < numbers[0] < len(self._layers):
+            raise DiskError(f"{path} is no layer of {self._layers[-1].file.path} that could be joined with another")
+        (number,) = numbers  # in the table
+        below, layer = self._layers[number - 2 : number]
+        below.file.unlock(WHOLE)  # others who use it have it locked
+        try:
+            join_layers(below.file.path, path)
+        finally:
+            below.file.freeze()
+        table = np.frombuffer(self._layer_of, dtype=np.uint8)
+        for start in range(0, len(table), _TABLE_PIECE):
+            piece = table[start : start + _TABLE_PIECE]
+            if piece.any():  # what nobody touched stays without memory
+                piece[piece >= number] -= 1
+        del self._layers[number - 1]
+        layer.file.close()
+        below.file.path = path
+
     def close(self) -> None:
         try:
             if self.writable:
@@ -382,3 +409,47 @@ class OverlayDisk:
                 layer.file.close()
             if self._base is not None:
                 self._base.close()
+
+
+def join_layers(lower: Path, upper: Path) -> None:
+    """Put what an overlay has into the one below it, which takes its name; what that held before is nowhere then.
+
+    Neither is written to by others meanwhile, and nothing else may have `lower` as its backing.  Dying at any moment
+    leaves all overlays above with what they had.  Raises DiskError, also where `lower` is not the backing of `upper`.
+    """
+    above = _Layer.open(upper, False)
+    try:
+        below = _Layer.open(lower, True)
+    except DiskError:
+        above.file.close()
+        raise
+    try:
+        backing = above.backing()
+        if backing is None or backing.format is not DiskFormat.OVERLAY or not backing.path.samefile(lower):
+            raise DiskError(f"{lower} is not what {upper} is an overlay of")
+        if below.header.sectors != above.header.sectors:
+            raise DiskError(f"{lower} and {upper} differ in size")
+        bits = [np.frombuffer(layer.bitmap(), dtype=np.uint8) for layer in (below, above)]
+        _copy_blocks(above, below, np.flatnonzero(np.unpackbits(bits[1], bitorder="little")))
+        below.file.flush()
+        below.file.write(HEADER_BYTES, [memoryview((bits[0] | bits[1]).tobytes())])
+        below.file.flush()
+        os.rename(lower, upper)
+        _sync_directory(upper.parent)
+    except OSError as error:
+        raise DiskError(f"cannot join {upper} and {lower}: {error.strerror}") from error
+    finally:
+        below.file.close()
+        above.file.close()
+
+
+def _copy_blocks(source: _Layer, sink: _Layer, blocks: npt.NDArray[np.int64]) -> None:
+    """These blocks, in ascending order."""
+    end = source.header.sectors * SECTOR
+    for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1) if len(blocks) else ():
+        for at in range(0, len(run), _COPIED_AT_ONCE):
+            position = int(run[at]) << SHIFT
+            length = min(min(len(run) - at, _COPIED_AT_ONCE) << SHIFT, -(-end // BLOCK) * BLOCK - position)
+            buffer = memoryview(bytearray(length))
+            source.file.read(source.header.data + position, [buffer])
+            sink.file.write(sink.header.data + position, [buffer])

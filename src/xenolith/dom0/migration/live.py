@@ -18,11 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-import numpy as np
-
-from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0.migration import stream
-from xenolith.dom0.migration.save import held, runs, write_pages
+from xenolith.dom0.migration.changes import Changes
+from xenolith.dom0.migration.save import held, write_pages
 from xenolith.dom0.migration.stream import Writer
 from xenolith.hypervisor.control import NotTracked
 
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
     from xenolith.hypervisor.control import StillDomain
     from xenolith.hypervisor.domain_record import Plain
-    from xenolith.machine.memory import Frames
-    from xenolith.machine.write_tracking import WriteTracking
 
 FEW_PAGES: Final = 64  # so few are sent at a standstill, in no time
 MOST_ROUNDS: Final = 30
@@ -83,52 +79,38 @@ def send(
     info = control.info(domid)
     sizes = {"max_pages": info.ceiling_pages, "vcpus": info.max_vcpus, "engine": info.engine}
     writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
-    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
+    changes: Changes | None = None
     try:
-        tracking: WriteTracking | None = control.track_writes(domid)
+        changes = Changes(control, domid)
+        _rounds(writer, changes, figures, on_round)
     except NotTracked as reason:
         on_round(f"the domain has to stand still: {reason}")
-        tracking = None
+        if changes is not None:
+            changes.close()
+            changes = None
     try:
-        if tracking is not None:
-            try:
-                sent = _rounds(dom0, domid, writer, tracking, figures, on_round)
-            except NotTracked as reason:
-                on_round(f"the domain has to stand still: {reason}")
-                tracking.close()
-                tracking = None
-        _hand_over(dom0, domain, writer, answers, tracking, sent, figures, on_ready)
+        _hand_over(dom0, domain, writer, answers, changes, figures, on_ready)
     finally:
-        if tracking is not None:
-            tracking.close()
+        if changes is not None:
+            changes.close()
     return figures
 
 
-def _rounds(
-    dom0: Dom0, domid: int, writer: Writer, tracking: WriteTracking, figures: Figures, on_round: OnRound
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Send pages while the domain runs; of each frame, whether it was sent at all."""
-    mfns, memory = dom0.control.running_frames(domid)
-    sent = np.zeros(len(memory) >> PAGE_SHIFT, dtype=bool)
+def _rounds(writer: Writer, changes: Changes, figures: Figures, on_round: OnRound) -> None:
+    """Send pages while the domain runs. Raises NotTracked."""
+    mfns = changes.look()
     limit = MOST_TIMES * max(len(mfns), FEW_PAGES)
     while True:
         figures.rounds += 1
         on_round(f"round {figures.rounds}: {len(mfns)} pages")
-        _send_pages(writer, memory, mfns)
-        sent[mfns] = True
+        changes.say(writer, mfns)
         figures.pages += len(mfns)
         before = len(mfns)
-        written = tracking.written()
-        mfns, memory = dom0.control.running_frames(domid, written)
+        mfns = changes.look()
         enough = len(mfns) <= FEW_PAGES or figures.rounds >= MOST_ROUNDS or figures.pages + len(mfns) > limit
         if enough or (figures.rounds > 1 and len(mfns) > SHRINKS * before):
-            tracking.put_back(written)
-            return sent
-
-
-def _send_pages(writer: Writer, memory: memoryview, mfns: Frames) -> None:
-    for _, (first, count) in runs(mfns):
-        writer.pages(first, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
+            changes.put_back()
+            return
 
 
 def _hand_over(
@@ -136,8 +118,7 @@ def _hand_over(
     domain: GuestDomain,
     writer: Writer,
     answers: BinaryIO,
-    tracking: WriteTracking | None,
-    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None,
+    changes: Changes | None,
     figures: Figures,
     on_ready: Callable[[], None],
 ) -> None:
@@ -149,7 +130,7 @@ def _hand_over(
     try:
         with held(dom0, domain) as services:
             with dom0.control.standing_still(domain.domid) as still:
-                _last_pages(writer, still, tracking, sent, figures)
+                figures.last_pages = last_pages(writer, still, changes)
                 _write_state(writer, still, services)
             dom0.let_go_of_disks(domain)  # they are for one at a time
             writer.end()
@@ -174,21 +155,13 @@ def _hand_over(
         raise
 
 
-def _last_pages(
-    writer: Writer,
-    still: StillDomain,
-    tracking: WriteTracking | None,
-    sent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None,
-    figures: Figures,
-) -> None:
-    if tracking is None or sent is None:
-        write_pages(writer, still, lambda done, total: None)
-        figures.last_pages = writer.pages_written
-        return
-    own = still.frames.mfns
-    wanted = tracking.written()[own] | (sent[: len(still.populated)][own] & ~still.populated[own])
-    figures.last_pages = int(np.count_nonzero(wanted))
-    _send_pages(writer, still.memory, own[wanted])
+def last_pages(writer: Writer, still: StillDomain, changes: Changes | None) -> int:
+    """Write what is left to be said at a standstill, which is all where nobody knows; how many pages."""
+    if changes is not None:
+        return changes.say_rest(writer, still)
+    before = writer.pages_written
+    write_pages(writer, still, lambda done, total: None)
+    return writer.pages_written - before
 
 
 def _write_state(writer: Writer, still: StillDomain, services: ServicesRecord) -> None:

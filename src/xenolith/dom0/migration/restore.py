@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from xenolith.dom0.migration import stream
+from xenolith.dom0.migration.series import OpenBase, Series, bases
 from xenolith.dom0.migration.services import ServicesRecord
 from xenolith.dom0.migration.stream import Reader
 from xenolith.hypervisor.control import Arrival, Control
@@ -33,10 +34,19 @@ class Received:
 class Receiver:
     """Reads a stream, first the description, then all the rest. Methods raise RecordError."""
 
-    def __init__(self, control: Control, source: BinaryIO) -> None:
+    def __init__(self, control: Control, source: BinaryIO, open_base: OpenBase | None = None) -> None:
+        """Without `open_base` a checkpoint is refused that has not all itself."""
         self._control = control
+        self._open_base = open_base or _no_bases
         self._reader = Reader(source)
-        record = Record(self._reader.json(self._reader.expect(stream.DESCRIPTION)), "the description")
+        section = self._reader.next()
+        self.series: Series | None = None
+        if section.kind == stream.SERIES:
+            self.series = Series.of(self._reader.json(section))
+            section = self._reader.next()
+        if section.kind != stream.DESCRIPTION:
+            raise RecordError(f"a section of kind {section.kind} comes where its description belongs")
+        record = Record(self._reader.json(section), "the description")
         self._max_pages: int = record.get("max_pages", Number(1 << 36))
         self._vcpus: int = record.get("vcpus", U32)
         self.toolstack: Plain = record.any("toolstack")
@@ -62,6 +72,10 @@ class Receiver:
 
     def _read_into(self, memory: MachineMemory) -> tuple[FrameRecord, Record]:
         reader = self._reader
+        if self.series is not None:
+            with bases(self.series, self._open_base) as below:
+                for each in below:
+                    _read_pages(each, memory)
         while (section := reader.next()).kind == stream.PAGES:
             reader.pages(section, memory.b, memory.frames)
         if section.kind != stream.FRAMES:
@@ -70,3 +84,16 @@ class Receiver:
         state = Record(reader.json(reader.expect(stream.STATE)), "the state")
         reader.payload(reader.expect(stream.END), 0)
         return frames, state
+
+
+def _read_pages(reader: Reader, memory: MachineMemory) -> None:
+    """What a base says of the memory."""
+    reader.json(reader.expect(stream.DESCRIPTION))
+    while (section := reader.next()).kind == stream.PAGES:
+        reader.pages(section, memory.b, memory.frames)
+    if section.kind != stream.FRAMES:
+        raise RecordError(f"a section of kind {section.kind} comes in one of its bases")
+
+
+def _no_bases(name: str) -> BinaryIO:
+    raise RecordError(f"it is the part of a series that goes on from {name}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
     from xenolith.hypervisor.control import StillDomain
     from xenolith.hypervisor.domain_record import Plain
+    from xenolith.machine.memory import Frames
 
 WORDS_PER_PAGE: Final = 512
 
@@ -73,20 +74,27 @@ def save(dom0: Dom0, domain: GuestDomain, writer: Writer, description: Plain, on
 
 def write_pages(writer: Writer, still: StillDomain, on_pages: OnPages) -> None:
     """Every frame of a domain's that is not all zeros."""
-    words = np.frombuffer(still.memory, dtype=np.uint64)
     mfns = still.frames.mfns[still.populated[still.frames.mfns]]
-    total = len(mfns)
     for done, (first, count) in runs(mfns):
-        on_pages(done, total)
-        rows = words[first * WORDS_PER_PAGE : (first + count) * WORDS_PER_PAGE].reshape(-1, WORDS_PER_PAGE)
-        filled = np.flatnonzero(rows.any(axis=1)).astype(np.uint64)
-        for _, (offset, length) in runs(filled):
-            start = first + offset
-            writer.pages(start, still.memory[start << PAGE_SHIFT : (start + length) << PAGE_SHIFT])
-    on_pages(total, total)
+        on_pages(done, len(mfns))
+        write_frames(writer, still.memory, filled(still.memory, first, count))
+    on_pages(len(mfns), len(mfns))
 
 
-def runs(numbers: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> Iterator[tuple[int, tuple[int, int]]]:
+def filled(memory: memoryview, first: int, count: int) -> Frames:
+    """Which of consecutive frames are not all zeros; their MFNs."""
+    words = np.frombuffer(memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT], dtype=np.uint64)
+    any_bits = np.bitwise_or.reduce(words.reshape(-1, WORDS_PER_PAGE), axis=1)
+    return np.flatnonzero(any_bits).astype(np.uint64) + np.uint64(first)
+
+
+def write_frames(writer: Writer, memory: memoryview, mfns: Frames) -> None:
+    """Write frames of this memory, in ascending order."""
+    for _, (first, count) in runs(mfns):
+        writer.pages(first, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
+
+
+def runs(numbers: Frames) -> Iterator[tuple[int, tuple[int, int]]]:
     """Runs of consecutive numbers among ascending ones, MOST_PAGES at most: where each begins, its first and length."""
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     begin = 0

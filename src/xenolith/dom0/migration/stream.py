@@ -10,10 +10,12 @@ Whoever reads trusts nothing: lengths are checked before anything is read or mad
 from __future__ import annotations
 
 import json
+import os
 from struct import Struct
 from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
@@ -32,12 +34,14 @@ FRAMES: Final = 3
 STATE: Final = 4  # JSON: the records of the hypervisor and of dom0's services
 END: Final = 5
 GO: Final = 6  # between daemons: the domain is the receiver's
+SERIES: Final = 7  # JSON: what series of checkpoints this is one of; the first section of those
 
 ZSTD: Final = 1  # flag: the section is one frame of zstd
 LEVEL: Final = 1
 _NOT_SAID: Final = -1  # by a frame of zstd, how long it is when unpacked
 MOST_PAGES: Final = 1024  # in a section
 MOST_JSON: Final = 64 << 20
+_MOST_FRAMES: Final = 1 << 36
 
 
 class Section(NamedTuple):
@@ -134,6 +138,30 @@ class Reader:
             raise RecordError(f"{length} bytes at frame {first:#x} are no pages of a domain with {frames} frames")
         self._into(section, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
         return first, count
+
+    def page_places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Section]:
+        """The MFNs of all pages that the next sections of a file say, where in the file each page stands, and the
+        section after them. Compressed ones are refused.
+        """
+        mfns: list[npt.NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+        places = list(mfns)
+        while (section := self.next()).kind == PAGES:
+            length = self._checked_length(section, MOST_PAGES * PAGE_SIZE)
+            if length % PAGE_SIZE or not length or section.first >= _MOST_FRAMES or section.flags:
+                raise RecordError(f"{length} bytes at frame {section.first:#x} are no pages of a checkpoint")
+            pages = np.arange(length >> PAGE_SHIFT)
+            mfns.append(section.first + pages)
+            places.append(self._source.tell() + (pages << PAGE_SHIFT))
+            self._source.seek(length, os.SEEK_CUR)
+        return np.concatenate(mfns), np.concatenate(places), section
+
+    def bytes_at(self, place: int, count: int) -> bytes:
+        """What stands at a place of a file that can be sought; it goes on being read where it was."""
+        here = self._source.tell()
+        self._source.seek(place)
+        data = self._read(count)
+        self._source.seek(here)
+        return data
 
     def frames(self, section: Section, frames: int) -> FrameRecord:
         """The list of a domain's frames, whose machine has so many."""
