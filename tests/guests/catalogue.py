@@ -90,6 +90,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("user-page"),
     checks("privileged"),
     checks("events"),
+    checks("fifo"),
     checks("nmi"),
     checks("multicall"),
     checks("version"),

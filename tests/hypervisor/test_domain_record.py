@@ -18,6 +18,7 @@ from xenolith.hypervisor import audit, domain_record
 from xenolith.hypervisor.control import Arrival, RecordError
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.domain_record import FrameRecord, fates, fields_of
+from xenolith.hypervisor.hypercalls.memory_op import allocate_extent
 
 from .bare import DATA, DEADLINE, BareMachine, Program
 
@@ -95,6 +96,29 @@ def test_a_domain_put_back_is_the_same_domain(machine: BareMachine) -> None:
             assert np.array_equal(mine, theirs)
 
 
+def test_the_words_and_queues_of_the_fifo_abi_travel(machine: BareMachine) -> None:
+    domain = domain_that_ran(machine)
+    first = allocate_extent(domain, 1)
+    assert first is not None
+    mfns = [first, first + 1]
+    with domain.lock:
+        assert domain.events.init_control(1, mfns[0], 64) == 0
+        assert domain.events.expand_array(mfns[1]) == 0
+        assert domain.events.set_priority(3, 2) == 0
+        domain.events.set_pending(3)
+    plain, frames, memory = taken(machine, domain)
+    other = put_back(machine, domain, plain, frames, memory)
+    assert audit.check(machine.hypervisor) == []
+    assert taken(machine, other)[0]["fifo"] == plain["fifo"]
+    assert other.events.pending(3)
+    third = other.events.bind_ipi(1)
+    with other.lock:
+        assert other.events.set_priority(third, 2) == 0
+        other.events.set_pending(third)
+    words = other.memory.d[mfns[1] << 10 : (mfns[1] + 1) << 10]
+    assert words[3] & 0x1FFFF == third  # it follows in the queue that came along
+
+
 def test_its_time_goes_on_from_where_it_stood(machine: BareMachine) -> None:
     domain = machine.domain(2)  # one that has not begun: an idle machine's virtual clock jumps from timer to timer
     domain.vcpus[1].regs[:] = domain.vcpus[0].regs
@@ -133,7 +157,17 @@ def _cpu(name: str, value: Any) -> Change:
     return lambda plain: plain["vcpus"][0]["cpu"].__setitem__(name, value)
 
 
+def _fifo(**values: Any) -> Change:
+    queues = {"controls": [None, [1, 0]], "tails": [[0] * 16] * 2, "pages": [], "queues": ""}
+    return lambda plain: plain.__setitem__("fifo", queues | values)
+
+
 WRONG: dict[str, Change] = {
+    "a control block where none can be": _fifo(),
+    "no control block": _fifo(controls=[None, None]),
+    "event words where none can be": _fifo(pages=[1 << 40]),
+    "a queue that there is not": _fifo(queues="0000000010000000"),
+    "a tail that there is not": _fifo(tails=[[1 << 17] * 16] * 2),
     "no vcpus": lambda plain: plain.pop("vcpus"),
     "three vcpus": lambda plain: plain["vcpus"].append({}),
     "no time": lambda plain: plain.pop("now"),

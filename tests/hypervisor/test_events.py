@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenolith.abi import hypercalls as abi
-from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EPERM, ESRCH
+from xenolith.abi.errno import EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 from xenolith.abi.layout import U64, VCPU_INFO_PENDING_SEL
 from xenolith.hypervisor import events
 from xenolith.hypervisor.domain import Domain, Vcpu
@@ -175,7 +175,9 @@ def test_bindings_that_are_refused(machine: BareMachine) -> None:
         (abi.EVTCHNOP_bind_vcpu, pack("<II", 1, 2), -ENOENT),
         (abi.EVTCHNOP_status, pack("<HHI16x", other.domid, 0, reserved), -EPERM),
         (abi.EVTCHNOP_reset, pack("<H", other.domid), -EPERM),
-        (abi.EVTCHNOP_init_control, bytes(32), -ENOSYS),
+        (abi.EVTCHNOP_init_control, bytes(32), -EINVAL),
+        (abi.EVTCHNOP_expand_array, bytes(32), -EOPNOTSUPP),
+        (abi.EVTCHNOP_set_priority, bytes(32), -ENOSYS),
         (99, bytes(32), -ENOSYS),
     ]
     assert [(cmd, op(vcpu, cmd, argument)) for cmd, argument, _ in cases] == [

@@ -17,6 +17,7 @@ from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from xenolith.abi import layout
+from xenolith.abi.event_fifo import EVENT_ARRAY_PAGES, EVTCHN_FIFO_MAX_QUEUES
 from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
 from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI, advanced
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
@@ -69,6 +70,8 @@ class VcpuFields(ModeFields):
     batch_begun: bool
     batch_done: int
     call_begun: bool
+    control_block: int  # machine address in bytes, 0: none; this and the next of the FIFO event ABI
+    queue_tails: ctypes.Array[c_uint32]  # the last port in each queue, 0: none
 
     _fields_: ClassVar[Fields] = (
         ("domain_address", c_uint64),
@@ -84,6 +87,8 @@ class VcpuFields(ModeFields):
         ("work_left", c_uint32),  # of native code, in the trap at hand
         ("looked_at", c_uint32),  # frames that became executable, by native code
         ("call", c_uint64 * 7),
+        ("control_block", c_uint64),
+        ("queue_tails", c_uint32 * EVTCHN_FIFO_MAX_QUEUES),
         ("flush_requested", c_bool),
         ("in_guest", c_bool),
         ("nmi_pending", c_bool),
@@ -315,6 +320,7 @@ class DomainFields(ctypes.Structure):
     flush_epoch: int  # complete TLB flushes so far, modulo 2**32, see frames.py
     vm_assist: int
     shared_info: int  # machine address in bytes
+    event_pages: ctypes.Array[c_uint64]  # machine address of each page of event words, 0: none, see event_fifo
     ldt_in_use: bool
     caches_tables: bool  # its engine caches page tables, not only translations
     bells: int  # address of EventChannels.bells
@@ -340,6 +346,8 @@ class DomainFields(ctypes.Structure):
         ("shared_info", c_uint64),
         ("bells", c_uint64),
         ("bell_count", c_uint64),
+        ("event_pages", c_uint64 * EVENT_ARRAY_PAGES),
+        ("queues_address", c_uint64),  # where `port_queues` lies
         ("flush_epoch", c_uint32),
         ("domid", c_uint32),
         ("vcpu_count", c_uint32),
@@ -404,6 +412,7 @@ class Domain(DomainFields):
         # Its part of the mechanisms, which lifecycle puts in place.
         self.hypercalls: list[Hypercall] = []  # by number
         self.events: EventChannels
+        self.port_queues: memoryview  # bytes, of its ports in the FIFO event ABI, see event_fifo
         self.grants: GrantTable
         # Events posted by other threads, applied at the next trap boundary of the domain's own (events.post).
         self.posted: deque[int] = deque()
@@ -437,6 +446,7 @@ class Domain(DomainFields):
             yield mfn, TYPE_WRITABLE
         if self.shared_info_mfn:
             yield self.shared_info_mfn, TYPE_WRITABLE
+        yield from self.events.references()
         yield from self.grants.references()
 
     def shared_frames(self) -> list[int]:
@@ -446,6 +456,11 @@ class Domain(DomainFields):
     def granted_frames(self) -> frozenset[int]:
         """Frames of other domains that it has mapped by grant."""
         return self.grants.granted_frames()
+
+    @property
+    def fifo(self) -> bool:
+        """Whether it uses the FIFO event ABI."""
+        return self.vcpus[0].fifo
 
     @property
     def shut_down(self) -> bool:

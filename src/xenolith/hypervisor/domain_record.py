@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 
 from xenolith.abi import layout
+from xenolith.abi.event_fifo import EVENT_ARRAY_PAGES, EVTCHN_FIFO_MAX_QUEUES
 from xenolith.abi.grant_table import GTF_reading, GTF_writing
 from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_SELF, NR_VIRQS
 from xenolith.abi.layout import VCPU_INFO_SIZE
@@ -47,7 +48,7 @@ from xenolith.abi.x86 import (
     XSTATE_X87,
     is_canonical,
 )
-from xenolith.hypervisor import cpuid, descriptors, events, paging
+from xenolith.hypervisor import cpuid, descriptors, event_fifo, events, paging
 from xenolith.hypervisor.domain import Domain, DomainFields, Vcpu, VcpuFields
 from xenolith.hypervisor.emulate import CR4_GUEST
 from xenolith.hypervisor.events import EventChannels, binding_lock
@@ -279,6 +280,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "syscall_masks_events": FLAG,
         "nmi_masked": FLAG,
         "architectural_iopl": FLAG,
+        "fifo": REBUILT,
         "may_run": REBUILT,
         "new_space": REBUILT,
     },
@@ -301,6 +303,8 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "begun": REBUILT,
         "batch_begun": REBUILT,
         "call_begun": REBUILT,
+        "control_block": BY_HAND,
+        "queue_tails": BY_HAND,
         "flush_requested": REBUILT,
         "in_guest": HOST,
         "nmi_pending": FLAG,
@@ -403,6 +407,8 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "undo_list": REBUILT,
         "undo_count": REBUILT,
         "vcpu_addresses": HOST,
+        "event_pages": BY_HAND,
+        "queues_address": HOST,
         "ldt_in_use": REBUILT,
         "caches_tables": HOST,
         "bells": HOST,
@@ -435,6 +441,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "hypercalls": HOST,
         "events": BY_HAND,
         "grants": BY_HAND,
+        "port_queues": BY_HAND,
         "posted": REBUILT,  # none is left
         "code_written": REBUILT,  # likewise
         "paused_by_control": HOST,
@@ -573,6 +580,7 @@ def state(domain: Domain) -> dict[str, Plain]:
         "memory_map": [list(entry) for entry in domain.memory_map],
         "watchdogs": watchdogs,
         "ports": _ports_state(domain.events),
+        "fifo": event_fifo.state(domain),
         "grant_frames": list(domain.grants.frames),
         "vcpus": [_vcpu_state(vcpu) | {"timers": times} for vcpu, times in zip(domain.vcpus, timers, strict=True)],
     }
@@ -794,6 +802,7 @@ def load(domain: Domain, plain: Plain, frames: FrameRecord, types: FrameTypes | 
         for mfn in frames.given_up.tolist():
             remove_pages(domain, mfn)
     _load_ports(domain, record)
+    _load_fifo(domain, record)
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _load_timers(vcpu, its)
     _load_watchdogs(domain, record)
@@ -962,8 +971,7 @@ def _load_ports(domain: Domain, record: Record) -> None:
             raise RecordError(f"{entry.where} is in use twice")
         channels.vcpu_id[port] = entry.get("vcpu", vcpu_id)
         _load_port(channels, port, entry)
-        while port >= channels.valid_ports:
-            channels.valid_ports = min(channels.valid_ports + events.PORTS_PER_BUCKET, channels.max_port + 1)
+        channels.make_valid(port)
     for port in range(1, channels.valid_ports):
         if channels.state[port] == events.INTERDOMAIN:
             other = channels.remote_port[port]
@@ -991,6 +999,31 @@ def _load_port(channels: EventChannels, port: int, entry: Record) -> None:
     else:
         entry.get("ipi", FLAG)
         channels.state[port] = events.IPI
+
+
+def _load_fifo(domain: Domain, record: Record) -> None:
+    if not record.has("fifo") or record.any("fifo") is None:
+        return
+    fifo = record.record("fifo")
+    ports = len(domain.port_queues) // event_fifo.QUEUE_BYTES
+    queues = fifo.get("queues", Octets(0, len(domain.port_queues)))
+    domain.port_queues[: len(queues)] = queues
+    limits = EVTCHN_FIFO_MAX_QUEUES, EVTCHN_FIFO_MAX_QUEUES, len(domain.vcpus), 2
+    if any(value >= limits[at % event_fifo.QUEUE_BYTES] for at, value in enumerate(queues)):
+        raise RecordError(f"{fifo.where}: a port is in a queue that there is not")
+    controls = fifo.get("controls", Array(Optional(Array(U64, 2)), len(domain.vcpus)))
+    tails = fifo.get("tails", Array(Array(Number(ports), EVTCHN_FIFO_MAX_QUEUES), len(domain.vcpus)))
+    for vcpu, control, last in zip(domain.vcpus, controls, tails, strict=True):
+        vcpu.queue_tails[:] = last
+        if control is not None:
+            mfn, offset = control
+            if event_fifo.init_control(domain, vcpu, mfn, offset, 0):
+                raise RecordError(f"{fifo.where}: {vcpu!r} has its control block where it cannot be")
+    if not domain.fifo:
+        raise RecordError(f"{fifo.where}: no vCPU has a control block")
+    for mfn in fifo.get("pages", Listing(U64, EVENT_ARRAY_PAGES)):
+        if event_fifo.expand_array(domain, mfn):
+            raise RecordError(f"{fifo.where}: frame {mfn:#x} cannot have event words")
 
 
 def _load_timers(vcpu: Vcpu, record: Record) -> None:

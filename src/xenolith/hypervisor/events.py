@@ -1,9 +1,10 @@
-"""Event channels: Xen's asynchronous notifications (paper 3.2.1 and 3.4; public/event_channel.h, 2-level ABI).
+"""Event channels: Xen's asynchronous notifications (paper 3.2.1 and 3.4; public/event_channel.h).
 
 An event channel is a *port* of a domain.  A port is bound to a port of another domain (interdomain), to a VIRQ, to
 an interprocessor event, or waits for its peer (unbound).  Setting a port pending sets its bit in the domain's
 shared_info; unless the guest has masked the port, also the bit of that word in the target vCPU's selector and the
-vCPU's upcall_pending byte, upon which `traps` bounces to the event callback.
+vCPU's upcall_pending byte, upon which `traps` bounces to the event callback.  That is the 2-level ABI, which every
+domain begins with; `event_fifo` has the words and queues of the other.
 
 Who sets the bits.  A guest changes the same words with locked instructions.  Those are atomic against other
 threads on KVM, but not on Unicorn, so the bits are set on the domain's own threads only: any other thread *posts* the
@@ -20,10 +21,11 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
-from xenolith.abi.errno import EEXIST, EINVAL, ENOENT, ENOSPC
+from xenolith.abi.errno import EEXIST, EINVAL, ENOENT, ENOSPC, ENOSYS
+from xenolith.abi.event_fifo import EVENT_WORDS_PER_PAGE, EVTCHN_FIFO_NR_CHANNELS
 from xenolith.abi.extensions import VIRQ_XENOLITH_VIRTUAL_TIMER
 from xenolith.abi.hypercalls import (
     EVTCHN_2L_NR_CHANNELS,
@@ -35,8 +37,10 @@ from xenolith.abi.hypercalls import (
     SHUTDOWN_watchdog,
 )
 from xenolith.abi.layout import SHARED_EVTCHN_MASK, SHARED_EVTCHN_PENDING, VCPU_INFO_PENDING_SEL
+from xenolith.hypervisor import event_fifo
 from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.machine.atomic import clear_bit, set_bit
+from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_PORT: Final = 1023  # as xl.cfg's max_event_channels
 PORTS_PER_BUCKET: Final = 64  # the port table grows by buckets; a port is valid once its bucket exists
 CLOSE_WORK: Final = 2  # of Domain.work_left, for a port
+MOST_BUSY: Final = 1024  # free ports that the guest has yet to take from its queues, passed over in search of another
 
 # Port states (Xen: ECS_*).
 FREE: Final = 0
@@ -71,7 +76,7 @@ class EventChannels:
 
     def __init__(self, domain: Domain, max_port: int = DEFAULT_MAX_PORT) -> None:
         self.domain = domain
-        self.max_port = min(max_port, EVTCHN_2L_NR_CHANNELS - 1)
+        self.max_port = min(max_port, EVTCHN_FIFO_NR_CHANNELS - 1)
         count = self.max_port + 1
         self.valid_ports = min(count, PORTS_PER_BUCKET)
         self.state = bytearray(count)
@@ -85,6 +90,8 @@ class EventChannels:
         self.bells = (ctypes.c_int32 * count)(*[-1] * count)
         domain.bells, domain.bell_count = ctypes.addressof(self.bells), count
         self.posted = bytearray(count)  # 1: the port is in Domain.posted
+        queues = bytearray(count * event_fifo.QUEUE_BYTES)
+        domain.port_queues, domain.queues_address = memoryview(queues), buffer_address(queues)
         self.pollers: list[Vcpu] = []  # vCPUs in SCHEDOP_poll
         self.interrupt: Handler | None = None  # of a domain in Python (python_domain), instead of bits in shared_info
 
@@ -94,13 +101,22 @@ class EventChannels:
         return 0 <= port < self.valid_ports
 
     def _allocate(self) -> int:
-        port = self.state.find(FREE, 1)
-        if port < 0:
-            return -ENOSPC
+        end = self.max_port + 1 if self.domain.fifo else min(self.max_port + 1, EVTCHN_2L_NR_CHANNELS)
+        port = 0
+        for _ in range(MOST_BUSY):
+            port = self.state.find(FREE, port + 1, end)
+            if port < 0:
+                return -ENOSPC
+            if not self.domain.fifo or not event_fifo.busy(self.domain, port):
+                self.make_valid(port)
+                self.vcpu_id[port] = 0
+                event_fifo.reset_port(self.domain, port)
+                return port
+        return -ENOSPC
+
+    def make_valid(self, port: int) -> None:
         while port >= self.valid_ports:
             self.valid_ports = min(self.valid_ports + PORTS_PER_BUCKET, self.max_port + 1)
-        self.vcpu_id[port] = 0
-        return port
 
     def alloc_unbound(self, remote_domid: int) -> int:
         """A new port that `remote_domid` may bind to."""
@@ -193,7 +209,9 @@ class EventChannels:
                 theirs.bells[their_port] = self.bells[port] = -1
                 self.remote[port] = None
             self.state[port] = FREE
-        if self.domain.shared_info:
+        if self.domain.fifo:
+            event_fifo.clear_pending(self.domain, port)
+        elif self.domain.shared_info:
             clear_bit(self.domain.memory.address + self.domain.shared_info + SHARED_EVTCHN_PENDING, port)
         return 0
 
@@ -210,6 +228,10 @@ class EventChannels:
                 self.domain.work_left -= CLOSE_WORK
                 self.close(port)
         return True
+
+    def references(self) -> Iterator[tuple[int, int | None]]:
+        """References to frames, as Domain.references."""
+        return event_fifo.references(self.domain)
 
     # --- notification ---
 
@@ -237,19 +259,33 @@ class EventChannels:
             self.set_pending(port)
 
     def set_pending(self, port: int) -> None:
-        """Set a port's bits (Xen: evtchn_2l_set_pending). The domain's own thread, holding its lock."""
+        """Raise an event. The domain's own thread, holding its lock."""
+        domain = self.domain
+        if domain.fifo:
+            vcpu = domain.vcpus[self.vcpu_id[port]]
+            self._raised(port, vcpu, *event_fifo.set_pending(domain, vcpu, port))
+        elif self._set_bits(port) and self.pollers:
+            self._wake_pollers(port)
+
+    def _raised(self, port: int, vcpu: Vcpu, is_new: bool, notify: bool) -> None:
+        if notify:
+            mark_events_pending(vcpu)
+        if is_new and self.pollers:
+            self._wake_pollers(port)
+
+    def _set_bits(self, port: int) -> bool:
+        """Set a port's bits (Xen: evtchn_2l_set_pending); whether it was not pending."""
         domain = self.domain
         memory = domain.memory
         shared_info = domain.shared_info
         if set_bit(memory.address + shared_info + SHARED_EVTCHN_PENDING, port):
-            return
+            return False
         word = port >> 6
         if not memory.q[(shared_info + SHARED_EVTCHN_MASK >> 3) + word] >> (port & 63) & 1:
             vcpu = domain.vcpus[self.vcpu_id[port]]
             if not set_bit(memory.address + vcpu.info + VCPU_INFO_PENDING_SEL, word):
                 mark_events_pending(vcpu)
-        if self.pollers:
-            self._wake_pollers(port)
+        return True
 
     def _wake_pollers(self, port: int) -> None:
         scheduler = self.domain.hypervisor.scheduler
@@ -257,8 +293,38 @@ class EventChannels:
             if vcpu.poll_port in (port, -1):
                 scheduler.unblock(vcpu)
 
+    # --- the FIFO ABI ---
+
+    def init_control(self, vcpu_id: int, mfn: int, offset: int) -> int:
+        """Give a vCPU its control block, in a frame of the domain's."""
+        if vcpu_id >= len(self.domain.vcpus):
+            return -ENOENT
+        return event_fifo.init_control(self.domain, self.domain.vcpus[vcpu_id], mfn, offset, self.valid_ports)
+
+    def expand_array(self, mfn: int) -> int:
+        """Add a frame of the domain's to the event array, and raise what was pending there."""
+        status = event_fifo.expand_array(self.domain, mfn)
+        if not status:
+            end = event_fifo.event_pages(self.domain) * EVENT_WORDS_PER_PAGE
+            for port in range(end - EVENT_WORDS_PER_PAGE, min(end, self.valid_ports)):
+                if event_fifo.take_early(self.domain, port):
+                    self.set_pending(port)
+        return status
+
+    def set_priority(self, port: int, priority: int) -> int:
+        """Choose the queue of a port's future events."""
+        if not self.valid(port):
+            return -EINVAL
+        if not self.domain.fifo:
+            return -ENOSYS
+        return event_fifo.set_priority(self.domain, port, priority)
+
+    # --- the bits of the guest ---
+
     def pending(self, port: int) -> bool:
         domain = self.domain
+        if domain.fifo:
+            return event_fifo.pending(domain, port)
         word = domain.memory.q[(domain.shared_info + SHARED_EVTCHN_PENDING >> 3) + (port >> 6)]
         return bool(word >> (port & 63) & 1)
 
@@ -269,6 +335,10 @@ class EventChannels:
         if self.state[port] <= RESERVED:
             return 0
         domain = self.domain
+        if domain.fifo:
+            vcpu = domain.vcpus[self.vcpu_id[port]]
+            self._raised(port, vcpu, *event_fifo.unmask(domain, vcpu, port))
+            return 0
         shared_info = domain.memory.address + domain.shared_info
         if clear_bit(shared_info + SHARED_EVTCHN_MASK, port) and self.pending(port):
             vcpu = domain.vcpus[self.vcpu_id[port]]

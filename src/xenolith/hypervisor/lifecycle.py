@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
-from xenolith.hypervisor import audit, descriptors, domain_record, paging, ring0
+from xenolith.hypervisor import audit, descriptors, domain_record, event_fifo, paging, ring0
 from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
 from xenolith.hypervisor.domain_record import FrameRecord, FrameTypes, Plain, Record, RecordError
 from xenolith.hypervisor.events import DEFAULT_MAX_PORT, EventChannels
@@ -206,6 +206,7 @@ def destroy(domain: Domain) -> None:
     domain.work_left = UNLIMITED_WORK
     domain.events.close_all()
     with domain.lock:
+        event_fifo.give_up(domain)
         for vcpu in domain.vcpus:
             vcpu.cpu = None
             descriptors.destroy_gdt(vcpu)

@@ -74,6 +74,10 @@ static void set_pending(struct vcpu *v, u32 port)
 {
     struct domain *d = v->domain_address;
     u8 *shared = d->memory_address + d->shared_info, *info = d->memory_address + v->info;
+    if (v->fifo) {
+        info[VCPU_INFO_UPCALL_PENDING] |= fifo_set_pending(v, port);
+        return;
+    }
     u64 *pending = (u64 *)(shared + SHARED_EVTCHN_PENDING), *mask = (u64 *)(shared + SHARED_EVTCHN_MASK);
     u64 bit = 1ull << (port & 63), word = port >> 6;
     if (__atomic_fetch_or(pending + word, bit, __ATOMIC_SEQ_CST) & bit || mask[word] & bit)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import ClassVar, Final
 
 from xenolith.abi import errno, hypercalls, layout, x86
-from xenolith.hypervisor import bounce, domain, frames, guest_memory, paging, time
+from xenolith.hypervisor import bounce, domain, event_fifo, frames, guest_memory, paging, time
 from xenolith.hypervisor.hypercalls import iret, mmu, multicall, version
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
@@ -28,6 +28,7 @@ HALVES: Final = tuple(  # a file uses those before it
     for name in (
         "prelude.h",
         "guest_memory.c",
+        "event_fifo.c",
         "tlb.c",
         "paging.c",
         "hypercalls/mmu.c",
@@ -50,6 +51,7 @@ _DOMAIN_POINTERS = {
     "type_info_address": "u64 *{}",
     "count_info_address": "u64 *{}",
     "stamp_address": "u32 *{}",
+    "queues_address": "u8 *{}",
     "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
     "undo_list": "u64 {}[MOST_UNDONE]",
     "bells": "int32_t *{}",
@@ -103,6 +105,11 @@ def declarations() -> str:
                 frames,
                 "TYPE_COUNT EXISTENCE_COUNT MOST_REFERENCES VALIDATED PINNED PARTIAL UNDOING PROGRESS_SHIFT "
                 "PROGRESS_MASK TYPE_SHIFT TYPE_MASK TYPE_L1 TYPE_L4 TYPE_SEGDESC TYPE_WRITABLE",
+            ),
+            native.define(
+                event_fifo,
+                "P M L BUSY LINK_MASK LINK_ATTEMPTS QUEUE_BYTES PRIORITY LAST_PRIORITY LAST_VCPU EARLY "
+                "EVENT_WORDS_PER_PAGE CONTROL_BLOCK_HEADS",
             ),
             native.define(guest_memory, "READ WRITE"),
             native.define(paging, "DISALLOWED L1_DISALLOWED COUNTED GUEST_KERNEL"),

@@ -7,6 +7,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.errno import EFAULT, EINVAL, ENOSYS, EPERM, ESRCH
+from xenolith.abi.event_fifo import EVTCHN_FIFO_LINK_BITS
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
     EVTCHNOP_alloc_unbound,
@@ -16,8 +17,11 @@ from xenolith.abi.hypercalls import (
     EVTCHNOP_bind_vcpu,
     EVTCHNOP_bind_virq,
     EVTCHNOP_close,
+    EVTCHNOP_expand_array,
+    EVTCHNOP_init_control,
     EVTCHNOP_reset,
     EVTCHNOP_send,
+    EVTCHNOP_set_priority,
     EVTCHNOP_status,
     EVTCHNOP_unmask,
     EVTCHNSTAT_closed,
@@ -27,7 +31,8 @@ from xenolith.abi.hypercalls import (
     EVTCHNSTAT_virq,
     HYPERVISOR_event_channel_op,
 )
-from xenolith.abi.layout import U16, U32
+from xenolith.abi.layout import U16, U32, U64
+from xenolith.hypervisor import event_fifo
 from xenolith.hypervisor.events import FREE, INTERDOMAIN, IPI, RESERVED, UNBOUND, VIRQ, binding_lock
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
 
@@ -41,6 +46,8 @@ _BIND_PIRQ = Struct("<III")  # pirq, flags, port
 _BIND_IPI = Struct("<II")  # vcpu, port
 _BIND_VCPU = Struct("<II")  # port, vcpu
 _STATUS = Struct("<HHI")  # dom, pad, port; then status and vcpu, then what the status tells of
+_INIT_CONTROL = Struct("<QIIB7x")  # control_gfn, offset, vcpu, link_bits
+_SET_PRIORITY = Struct("<II")  # port, priority
 _EVTCHN_OP_SIZE = 28  # struct evtchn_op: the command and a union of the above
 EVTCHNOP_reset_cont: Final = 14  # Xen's own continuation of a reset
 STATUS: Final = {
@@ -149,6 +156,23 @@ def _op_status(vcpu: Vcpu, data: bytes, va: int) -> int:
     return 0 if copy_to_guest(vcpu, va + 8, answer) else -EFAULT
 
 
+def _op_init_control(vcpu: Vcpu, data: bytes, va: int) -> int:
+    mfn, offset, vcpu_id, _ = _INIT_CONTROL.unpack(data)
+    status = vcpu.domain.events.init_control(vcpu_id, mfn, offset)
+    if status:
+        return status
+    answer = _INIT_CONTROL.pack(mfn, offset, vcpu_id, EVTCHN_FIFO_LINK_BITS)
+    return 0 if copy_to_guest(vcpu, va, answer) else -EFAULT
+
+
+def _op_expand_array(vcpu: Vcpu, data: bytes, va: int) -> int:
+    return vcpu.domain.events.expand_array(U64.unpack(data)[0])
+
+
+def _op_set_priority(vcpu: Vcpu, data: bytes, va: int) -> int:
+    return vcpu.domain.events.set_priority(*_SET_PRIORITY.unpack(data))
+
+
 def _op_reset(vcpu: Vcpu, data: bytes, va: int) -> int:
     domain = _target(vcpu, U16.unpack(data)[0])
     if isinstance(domain, int):
@@ -158,6 +182,7 @@ def _op_reset(vcpu: Vcpu, data: bytes, va: int) -> int:
     if domain is not vcpu.domain:
         domain.work_left = vcpu.domain.work_left
     if domain.events.close_all():
+        event_fifo.give_up(domain)
         return 0
     return vcpu.restart_hypercall(HYPERVISOR_event_channel_op, EVTCHNOP_reset, va)
 
@@ -175,7 +200,9 @@ _OPERATIONS: Final[dict[int, tuple[int, Callable[[Vcpu, bytes, int], int]]]] = {
     EVTCHNOP_unmask: (4, _op_unmask),
     EVTCHNOP_reset: (2, _op_reset),
     EVTCHNOP_reset_cont: (2, _op_reset),
-    # init_control, expand_array, set_priority: the FIFO ABI, which guests can do without, is not offered
+    EVTCHNOP_init_control: (_INIT_CONTROL.size, _op_init_control),
+    EVTCHNOP_expand_array: (8, _op_expand_array),
+    EVTCHNOP_set_priority: (_SET_PRIORITY.size, _op_set_priority),
 }
 
 

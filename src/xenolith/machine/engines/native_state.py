@@ -46,6 +46,7 @@ class ModeFields(ctypes.Structure):
     syscall_masks_events: bool
     nmi_masked: bool
     architectural_iopl: bool  # frames show the I/O privilege level, and iret loads it: no engine does that
+    fifo: bool  # its domain uses the FIFO event ABI: ticks without an exit are for the other
     may_run: bool  # False makes it leave the engine at the next trap boundary
     native_handler: int
     """Address of `int handler(struct vcpu *, u32 vector, u64 error_code, u64 address)`, 0: none.
@@ -89,6 +90,7 @@ class ModeFields(ctypes.Structure):
         ("syscall_masks_events", c_bool),
         ("nmi_masked", c_bool),
         ("architectural_iopl", c_bool),
+        ("fifo", c_bool),
         ("may_run", c_bool),
         ("new_space", c_bool),
     )

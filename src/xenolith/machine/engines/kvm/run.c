@@ -153,7 +153,7 @@ static bool start_ticks(struct kvm_cpu *k, struct vcpu *v, u64 now, i64 first)
     u64 *data = k->data, length = k->host_tick;
     u32 port = v->virq_port[VIRQ_TIMER], setting[2] = {(u32)length, 1};
     i64 longer = v->timer_interval - length;
-    if (!k->lapic || !port || longer > SAME_LENGTH || longer < -SAME_LENGTH || first > (i64)length)
+    if (!k->lapic || !port || v->fifo || longer > SAME_LENGTH || longer < -SAME_LENGTH || first > (i64)length)
         return false; /* KVM would take `length` for a longer `first` */
     if (first > SETTING_TAKES)
         setting[1] = (u32)(first - SETTING_TAKES);
