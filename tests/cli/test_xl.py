@@ -560,7 +560,7 @@ def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
 
 
 WITHOUT_EFFECT = {
-    "cpus": '"0"', "cpus_soft": '"0"', "cpu_weight": "512", "cap": "50", "pool": '"other"',
+    "cpu_weight": "512", "cap": "50",
     "channel": '["name=a,connection=pty"]',
     "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_version": "1",
     "seclabel": '"a:b:c"', "passthrough": '"enabled"',

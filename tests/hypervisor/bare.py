@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from xenolith.abi import layout
@@ -135,13 +135,19 @@ class ScriptedEngine(Engine):
 class BareMachine:
     """A hypervisor with dom0, on a virtual clock."""
 
-    def __init__(self, pcpus: int = 1, cpus_shared: bool = True, policy: MakePolicy = Fair) -> None:
+    def __init__(
+        self,
+        pcpus: int = 1,
+        cpus_shared: bool = True,
+        policy: MakePolicy = Fair,
+        host_cpus: Sequence[int] = (),
+    ) -> None:
         self.clock = VirtualClock()
 
         def engine(_: MachineMemory) -> Any:
             return ScriptedEngine(cpus_shared)
 
-        self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus, policy)
+        self.hypervisor = Hypervisor(MemoryBudget(4096), engine, self.clock, pcpus, policy, host_cpus)
         self.control = Control(self.hypervisor)
         self.dom0 = boot_dom0(self.hypervisor)
         self._started: list[Domain] = []
@@ -181,11 +187,14 @@ class BareMachine:
     def compute(self, nanoseconds: int) -> Callable[[], None]:
         """A step that takes time.
 
-        Virtual time must not go on while the host has yet to run the thread of a vCPU that wants a pCPU.
+        Virtual time must not go on while the host has yet to run the thread of a vCPU that wants a pCPU, or is to
+        leave one.
         """
 
         def advance() -> None:
             while not all(map(_settled, self._started)):
+                if any(map(_preempted_here, self._started)):
+                    return
                 os.sched_yield()
             self.clock.advance(nanoseconds)
             deadline = self.hypervisor.timers.next_deadline()
@@ -218,7 +227,15 @@ def _settled(domain: Domain) -> bool:
         if domain.posted and not any(context.running for context in contexts):
             return False
         wanting = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None and runnable(vcpu)}
+        if any(context.preempt and context.running for context in contexts):
+            return False
         return all(context.running is not None or context.wanted is not None for context in wanting)
+
+
+def _preempted_here(domain: Domain) -> bool:
+    """Whether the vCPU of this thread is one of the domain's and has to leave its pCPU."""
+    contexts = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None}
+    return any(context.preempt and context.thread.ident == threading.get_ident() for context in contexts)
 
 
 def write(vcpu: Vcpu, va: int, data: bytes) -> None:

@@ -21,6 +21,7 @@ from xenolith.hypervisor.sched.simulator import (
     Load,
     Phase,
     Simulator,
+    Task,
     hog,
     periodic,
     random_bursts,
@@ -109,6 +110,87 @@ def test_the_same_loads_give_the_same_history(make: MakePolicy) -> None:
     assert history() == history()
 
 
+# --- affinity ----------------------------------------------------------------------------------------
+
+
+class Checked(Simulator):
+    """Nobody runs where it may not."""
+
+    def _grant(self, task: Task) -> None:
+        super()._grant(task)
+        for unit in self.pool.running:
+            assert unit.hard is None or unit.pcpu in unit.hard
+
+
+def most_at_once(affinities: list[set[int]]) -> int:
+    """How many can run at once: a greatest matching, by trying them all."""
+    if not affinities:
+        return 0
+    first, *rest = affinities
+    without = most_at_once(rest)
+    return max([without, *(1 + most_at_once([each - {pcpu} for each in rest]) for pcpu in first)])
+
+
+affinities = st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=6)
+
+
+@EVERY
+@given(affinities=affinities)
+@settings(max_examples=15)
+def test_affinities_are_kept_and_as_many_run_as_can(make: MakePolicy, affinities: list[set[int]]) -> None:
+    machine = Checked(make(4), 4)
+    tasks = [machine.add(domid, hog(), hard=hard) for domid, hard in enumerate(affinities, 1)]
+    machine.run(2 * SECOND)
+    assert sum(task.cpu_time for task in tasks) == 2 * SECOND * most_at_once(affinities)
+    assert all(task.cpu_time >= 2 * SECOND // (2 * len(tasks)) for task in tasks), "and nobody starves"
+
+
+@EVERY
+def test_who_is_pinned_shares_its_pcpu_and_leaves_the_others_alone(make: MakePolicy) -> None:
+    machine = Checked(make(2), 2)
+    pinned = [machine.add(domid, hog(), hard={0}) for domid in (1, 2, 3)]
+    free = machine.add(4, hog())
+    machine.run(6 * SECOND)
+    assert free.cpu_time == 6 * SECOND
+    assert [task.cpu_time / SECOND for task in pinned] == pytest.approx([2, 2, 2], abs=0.1)
+
+
+@EVERY
+def test_one_that_had_a_pcpu_to_itself_for_long_is_not_kept_from_it_for_that(make: MakePolicy) -> None:
+    machine = Checked(make(2), 2)
+    for domid in (1, 2, 3):
+        machine.add(domid, hog(), hard={0})
+    alone = machine.add(4, hog(), hard={1})
+    machine.add(5, hog(), hard={1}, at=20 * SECOND)
+    machine.run(22 * SECOND)
+    assert alone.cpu_time >= 20 * SECOND + SECOND // 2
+
+
+@EVERY
+def test_who_prefers_a_pcpu_gets_it_when_nobody_needs_it(make: MakePolicy) -> None:
+    machine = Checked(make(2), 2)
+    machine.add(1, iter([Phase(SECOND, 0)]), hard={1})
+    prefers = machine.add(2, hog(), soft={1})
+    machine.run(SECOND // 2)
+    assert prefers.unit.pcpu == 0, "preferring is not waiting"
+    machine.run(2 * SECOND)
+    assert (prefers.unit.pcpu, prefers.cpu_time, machine.moves) == (1, 2 * SECOND, 1)
+
+
+def test_a_rate_limit_keeps_those_that_run_from_being_preempted_sooner() -> None:
+    def turns(ratelimit: int) -> int:
+        policy = Credit2(1)
+        policy.schedparam["ratelimit"] = ratelimit
+        machine = Simulator(policy, 1)
+        machine.add(1, hog())
+        machine.add(2, periodic(MS // 50, MS))
+        machine.run(SECOND)
+        return machine.decisions
+
+    assert turns(0) > 900
+    assert turns(5000) <= 2 * SECOND // (5 * MS) + 2
+
+
 # --- credit2 ---------------------------------------------------------------------------------------
 
 
@@ -161,6 +243,8 @@ def test_borrowed_time_is_paid_back() -> None:
 
 def test_a_warp_limit_ends_the_warp_of_one_that_computes() -> None:
     policy = BorrowedVirtualTime(1)
+    policy = BorrowedVirtualTime(1)
+    policy.schedparam["allowance"] = 20_000
     machine = Simulator(policy, 1)
     greedy = machine.add(1, hog(), warp=10_000_000, warp_limit=5_000, unwarp=1_000_000)
     other = machine.add(2, hog())
@@ -169,7 +253,9 @@ def test_a_warp_limit_ends_the_warp_of_one_that_computes() -> None:
 
 
 def test_equals_are_not_exchanged_before_the_allowance_is_used() -> None:
-    machine = Simulator(BorrowedVirtualTime(1, allowance=20 * MS), 1)
+    policy = BorrowedVirtualTime(1)
+    policy.schedparam["allowance"] = 20_000
+    machine = Simulator(policy, 1)
     tasks = [machine.add(domid, hog()) for domid in (1, 2)]
     machine.run(2 * SECOND)
     assert sum(task.turns for task in tasks) <= 2 * SECOND // (20 * MS) + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from struct import pack
 from typing import ClassVar
@@ -45,8 +46,10 @@ MakeMachine = Callable[..., BareMachine]
 def make() -> Iterator[MakeMachine]:
     made: list[BareMachine] = []
 
-    def make(pcpus: int = 1, cpus_shared: bool = True, policy: MakePolicy = Fair) -> BareMachine:
-        made.append(BareMachine(pcpus, cpus_shared, policy))
+    def make(
+        pcpus: int = 1, cpus_shared: bool = True, policy: MakePolicy = Fair, host_cpus: Sequence[int] = ()
+    ) -> BareMachine:
+        made.append(BareMachine(pcpus, cpus_shared, policy, host_cpus))
         return made[-1]
 
     yield make
@@ -215,22 +218,162 @@ def test_a_policy_can_keep_a_vcpu_from_running_though_nobody_else_wants_to(make:
 
 
 def test_a_policy_hears_who_was_sent_an_event(make: MakeMachine) -> None:
-    heard: list[Unit] = []
-
-    class Listening(Fair):
-        def notified(self, unit: Unit) -> None:
-            heard.append(unit)
-
     def sleeps() -> Program:
         while True:
             yield (HYPERVISOR_sched_op, SCHEDOP_block, 0)
 
-    machine = make(policy=Listening)
+    machine = make()
     domain = machine.domain()
     port = machine.dom0.bind_interdomain(domain.domid, domain.events.alloc_unbound(0))
     machine.run(domain, sleeps())
     machine.dom0.send(port)
-    assert heard == [domain.vcpus[0].unit]
+    assert domain.vcpus[0].unit.notified == 1
+
+
+# --- affinity and cpupools -----------------------------------------------------------------------------
+
+
+def all_compute(machine: BareMachine, until: int, *domains: Domain) -> None:
+    """All vCPUs of these compute from the same moment until then; returns when that has come."""
+    ended = machine.ended()
+    both_start_together(machine, *domains)
+    for domain in domains:
+        machine.run(domain, *(computes(machine, domain, until) for _ in domain.vcpus))
+    for domain in domains:
+        machine.control.unpause(domain.domid)
+    assert ended.wait(DEADLINE)
+
+
+def test_pinned_vcpus_share_their_pcpu(make: MakeMachine) -> None:
+    machine = make(pcpus=2)
+    domains = [machine.domain() for _ in range(2)]
+    for domain in domains:
+        machine.control.set_affinity(domain.domid, 0, frozenset({1}), None)
+    all_compute(machine, 1200 * MS, *domains)
+    assert [running(domain) // MS for domain in domains] == pytest.approx([600, 600], abs=4 * QUANTUM // MS)
+    assert [domain.vcpus[0].unit.pcpu for domain in domains] == [1, 1]
+
+
+@pytest.mark.parametrize("cpus_shared", [True, False])
+def test_a_vcpu_that_is_pinned_while_it_runs_goes_there(make: MakeMachine, cpus_shared: bool) -> None:
+    machine = make(2, cpus_shared)
+    ended = machine.ended()
+    domain = machine.domain()
+    seen: list[int] = []
+
+    def wanders() -> Program:
+        for pcpu in (1, 0, 1):
+            machine.control.set_affinity(domain.domid, None, frozenset({pcpu}), None)
+            yield (HYPERVISOR_sched_op, SCHEDOP_yield, 0)
+            seen.append(domain.vcpus[0].unit.pcpu)
+        yield from shutdown(domain)
+
+    machine.run(domain, wanders())
+    assert ended.wait(DEADLINE)
+    assert seen == [1, 0, 1]
+    with pytest.raises(ValueError, match="has none of these"):
+        machine.control.set_affinity(domain.domid, 0, frozenset({7}), None)
+    with pytest.raises(ValueError, match="no vCPU 1"):
+        machine.control.set_affinity(domain.domid, 1, frozenset({0}), None)
+
+
+def test_pools_have_pcpus_and_algorithms_of_their_own(make: MakeMachine) -> None:
+    machine = make(pcpus=2)
+    control = machine.control
+    control.remove_from_cpupool("Pool-0", {1})
+    assert control.machine().unassigned_pcpus == {1}
+    control.create_cpupool("apart", "credit2", {1})
+    domains = [machine.domain() for _ in range(2)]
+    for domain, weight in zip(domains, (512, 256), strict=True):
+        control.move_to_cpupool(domain.domid, "apart")
+        control.set_scheduling(domain.domid, {"weight": weight})
+    all_compute(machine, 1200 * MS, *domains)
+    assert [running(domain) // MS for domain in domains] == pytest.approx([800, 400], abs=40)
+    assert [domain.vcpus[0].unit.pcpu for domain in domains] == [1, 1]
+    assert [(pool.name, pool.scheduler, pool.pcpus, pool.domains) for pool in control.cpupools()] == [
+        ("Pool-0", "fair", (0,), 1),  # dom0
+        ("apart", "credit2", (1,), 2),
+    ]
+
+
+def test_a_domain_that_runs_moves_between_pools_and_pcpus_leave_from_under_it(make: MakeMachine) -> None:
+    machine = make(pcpus=3, cpus_shared=False)
+    control = machine.control
+    ended = machine.ended()
+    control.remove_from_cpupool("Pool-0", {2})
+    control.create_cpupool("apart", "bvt", {2})
+    domain = machine.domain(vcpus=2)
+    stop = 0
+
+    def goes_on() -> Program:
+        while not stop:
+            yield machine.compute(MS // 10)
+        yield from shutdown(domain)
+
+    machine.run(domain, goes_on(), goes_on())
+    for _ in range(20):
+        control.move_to_cpupool(domain.domid, "apart")
+        control.remove_from_cpupool("Pool-0", {1})
+        control.add_to_cpupool("apart", {1})
+        control.set_affinity(domain.domid, 1, frozenset({1}), None)
+        control.remove_from_cpupool("apart", {1})
+        assert all(vcpu.unit.pcpu == 2 or vcpu.unit.running_since is None for vcpu in domain.vcpus)
+        control.add_to_cpupool("Pool-0", {1})
+        control.move_to_cpupool(domain.domid, "Pool-0")
+    stop = 1
+    assert ended.wait(DEADLINE)
+
+
+def test_what_cannot_be_done_to_pools_is_refused(make: MakeMachine) -> None:
+    machine = make(pcpus=2)
+    control = machine.control
+    domain = machine.domain()
+    control.remove_from_cpupool("Pool-0", {1})
+    control.create_cpupool("apart", "sfs", ())
+    refused: list[tuple[Callable[[], None], str]] = [
+        (lambda: control.create_cpupool("apart", "sfs", {1}), "already"),
+        (lambda: control.create_cpupool("", "sfs", {1}), "needs a name"),
+        (lambda: control.create_cpupool("other", "best", {1}), "no scheduler best"),
+        (lambda: control.create_cpupool("other", "sfs", {0}), "pCPU 0 is in a cpupool"),
+        (lambda: control.add_to_cpupool("nowhere", {1}), "no cpupool nowhere"),
+        (lambda: control.add_to_cpupool("apart", {9}), "or there is none"),
+        (lambda: control.remove_from_cpupool("Pool-0", {0}), "needs a pCPU"),
+        (lambda: control.remove_from_cpupool("Pool-0", {1}), "not all"),
+        (lambda: control.move_to_cpupool(domain.domid, "apart"), "has no pCPU"),
+        (lambda: control.destroy_cpupool("Pool-0"), "has domains"),
+        (lambda: control.rename_cpupool("apart", "Pool-0"), "cannot be the name"),
+        (lambda: control.set_schedparam("apart", {"ratelimit": 1}), "no parameter ratelimit"),
+    ]
+    for act, why in refused:
+        with pytest.raises(ValueError, match=why):
+            act()
+    control.rename_cpupool("apart", "away")
+    control.add_to_cpupool("away", {1})
+    control.move_to_cpupool(domain.domid, "away")
+    with pytest.raises(ValueError, match="has domains"):
+        control.destroy_cpupool("away")
+    control.move_to_cpupool(domain.domid, "Pool-0")
+    control.destroy_cpupool("away")
+    assert control.machine().unassigned_pcpus == {1}
+
+
+def test_pcpus_that_are_pinned_run_their_vcpus_on_that_cpu_of_the_host(make: MakeMachine) -> None:
+    host_cpus = sorted(os.sched_getaffinity(0))
+    machine = make(pcpus=2, host_cpus=(host_cpus[-1], host_cpus[0]))
+    domain = machine.domain()
+    seen: list[set[int]] = []
+
+    def looks() -> Program:
+        for pcpu in (0, 1):
+            machine.control.set_affinity(domain.domid, 0, frozenset({pcpu}), None)
+            yield (HYPERVISOR_sched_op, SCHEDOP_yield, 0)
+            seen.append(os.sched_getaffinity(0))
+        yield from shutdown(domain)
+
+    ended = machine.ended()
+    machine.run(domain, looks())
+    assert ended.wait(DEADLINE)
+    assert seen == [{host_cpus[-1]}, {host_cpus[0]}]
 
 
 def test_vcpus_that_share_a_cpu_take_turns(make: MakeMachine) -> None:

@@ -13,6 +13,7 @@ from uuid import UUID
 from xenolith.toolstack.client import (
     Client,
     ConsoleStream,
+    CpupoolInfo,
     DomainEvent,
     DomainInfo,
     DomainNotFound,
@@ -156,6 +157,18 @@ class FakeClient(Client):
 
     def departed(self) -> list[DomainInfo]:
         return self.gone
+
+    def cpupools(self) -> list[CpupoolInfo]:
+        return [
+            CpupoolInfo(
+                name="Pool-0",
+                scheduler=HOST.scheduler,
+                scheduler_parameters=HOST.scheduler_parameters,
+                schedparam={},
+                cpus=frozenset(range(HOST.nr_cpus)),
+                domains=1 + len(self.guests),
+            )
+        ]
 
     def vcpus(self, domid: int) -> list[VcpuInfo]:
         everywhere = frozenset(range(HOST.nr_cpus))

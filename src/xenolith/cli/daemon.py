@@ -85,6 +85,12 @@ class _Ready:
     help="The scheduling algorithm. Environment: XENOLITH_SCHEDULER.",
 )
 @click.option(
+    "--host-cpus",
+    envvar="XENOLITH_HOST_CPUS",
+    metavar="CPUS",
+    help="Pin the pCPUs to these CPUs of the host, one each, such as 0-3. Environment: XENOLITH_HOST_CPUS.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
@@ -98,6 +104,7 @@ def daemon(
     memory_mib: int,
     pcpus: int,
     scheduler: str,
+    host_cpus: str | None,
     log_level: str,
     ready_fd: int | None,
 ) -> None:
@@ -117,7 +124,7 @@ def daemon(
     try:
         leftovers = directory.acquire()
         _tell_losses(leftovers, ready)
-        _serve(directory, partial(_switched_on, memory_mib, engine, pcpus, scheduler), ready)
+        _serve(directory, partial(_switched_on, memory_mib, engine, pcpus, scheduler, _numbers(host_cpus)), ready)
     except Exception as error:
         text = error.message if isinstance(error, click.ClickException) else str(error)
         note("the daemon cannot start", logging.ERROR, error=text)
@@ -141,9 +148,21 @@ def _tell_losses(leftovers: Leftovers | None, ready: _Ready) -> None:
         ready.say(leftovers.describe())
 
 
-def _switched_on(memory_mib: int, engine: str, pcpus: int, scheduler: str) -> Dom0:
+def _numbers(text: str | None) -> list[int]:
+    """The CPUs of the host that are named."""
+    from xenolith.toolstack.config.cpus import CpuSetError, HostTopology, parse_cpu_set
+
     try:
-        return power_on(memory_mib, engine, pcpus, scheduler)
+        return sorted(parse_cpu_set(text or "", HostTopology.of_this_machine()))
+    except CpuSetError as error:
+        raise click.ClickException(f"--host-cpus: {error}") from error
+
+
+def _switched_on(memory_mib: int, engine: str, pcpus: int, scheduler: str, host_cpus: list[int]) -> Dom0:
+    try:
+        return power_on(memory_mib, engine, pcpus, scheduler, host_cpus)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     except (OSError, MemoryError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "no memory left"
         raise click.ClickException(

@@ -24,7 +24,7 @@ _SOCKET = """\
 Domains live in a daemon, which the first command that needs it starts and which stays. Its socket is the one that
 XENOLITH_SOCKET or --socket names; else, for root, /run/xenolith/control.sock, and for others xenolith/control.sock
 in XDG_RUNTIME_DIR, in /run/user/UID, or /tmp/xenolith-UID/control.sock. XENOLITH_ENGINE, XENOLITH_MEMORY (MiB),
-XENOLITH_PCPUS and XENOLITH_SCHEDULER are for a daemon that a command starts."""
+XENOLITH_PCPUS, XENOLITH_HOST_CPUS and XENOLITH_SCHEDULER are for a daemon that a command starts."""
 
 _XL = """\
 Understands the configuration files of Xen's xl 4.17 and prints its columns, messages and exit statuses. A

@@ -1,8 +1,8 @@
 """The `xl` command: Xen's toolstack on the command line.
 
 `xl [-vfNtT] <subcommand> [args]`. The subcommands are the functions with `@command` of the modules `xl_create`,
-`xl_list`, `xl_domain`, `xl_resources`, `xl_block`, `xl_network`, `xl_relocate` and `top`; what is missing of Xen's own
-says so by name. A subcommand may be abbreviated as long as it stays unambiguous.
+`xl_list`, `xl_domain`, `xl_resources`, `xl_cpupool`, `xl_block`, `xl_network`, `xl_relocate` and `top`; what is missing
+of Xen's own says so by name. A subcommand may be abbreviated as long as it stays unambiguous.
 
 `xl` is a click group of its own; another group may include its subcommands with `subcommand`, giving them a `Session`
 as the context's object.
@@ -20,7 +20,18 @@ from typing import Final, NoReturn
 
 import click
 
-from xenolith.cli import entry, top, xl_block, xl_create, xl_domain, xl_list, xl_network, xl_relocate, xl_resources
+from xenolith.cli import (
+    entry,
+    top,
+    xl_block,
+    xl_cpupool,
+    xl_create,
+    xl_domain,
+    xl_list,
+    xl_network,
+    xl_relocate,
+    xl_resources,
+)
 from xenolith.cli.xl_command import (
     Session,
     Toolstack,
@@ -44,7 +55,7 @@ OF_XEN: Final = """
     """.split()  # noqa: SIM905
 """The subcommands that Xen's has, in the order of its usage list."""
 
-_MODULES: Final = (xl_create, xl_list, xl_domain, xl_resources, xl_block, xl_network, xl_relocate, top)
+_MODULES: Final = (xl_create, xl_list, xl_domain, xl_resources, xl_cpupool, xl_block, xl_network, xl_relocate, top)
 
 
 def _subcommands() -> dict[str, XlCommand]:

@@ -12,7 +12,7 @@ import click
 
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import USAGE_ERROR, Failure, Option, Options, Session, command, complain, resolve
-from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every
+from xenolith.toolstack.client import DomainEvent, EventKind, ToolstackError, every, scheduler_parameters
 from xenolith.toolstack.config.as_json import Json, domain_config_json, render
 from xenolith.toolstack.config.cpus import HostTopology
 from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
@@ -97,8 +97,7 @@ def create(session: Session, options: Options, operands: Sequence[str]) -> int:
     if dry_run:
         return 0
     session.makes_domains = True
-    host = session.client.host()
-    for sentence in config.without_effect(host.nr_cpus, host.scheduler_parameters):
+    for sentence in config.without_effect(scheduler_parameters(session.client, config)):
         complain(f"WARNING: {path}: {sentence}")
     try:
         with progress_bar() as progress:

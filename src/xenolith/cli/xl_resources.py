@@ -6,21 +6,26 @@ Two of our own, in the style of sched-credit2: sched-bvt and sched-sfs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import click
 
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve, shown
-from xenolith.toolstack.client import ToolstackError
-from xenolith.toolstack.config.domain import DEFAULT_POOL
+from xenolith.cli.xl_cpupool import pool_named
+from xenolith.toolstack.client import CpupoolInfo, DomainInfo, ToolstackError, find_domain
 
 _DOMAIN: Final = Option("d", "The domain", long="domain", value="<Domain>")
 _WEIGHT: Final = Option("w", "Its weight, from 1 to 65535", long="weight", value="<weight>")
 _POOL: Final = Option("p", "Only the domains of this cpupool", long="cpupool", value="<cpupool>")
 
+_PARAMETER: Final = Option("s", "The parameters of the cpupool itself", long="schedparam")
+
 _NAMES: Final = {"w": "weight", "c": "cap", "b": "warp", "l": "warp_limit", "u": "unwarp"}
 """What the algorithms call the parameters that these options set."""
+
+_SCHEDPARAMS: Final = {"r": "ratelimit", "a": "allowance"}
+"""And those of a cpupool."""
 
 
 def _scheduling(session: Session, options: Options, scheduler: str, columns: Sequence[tuple[str, str, int]]) -> int:
@@ -30,38 +35,74 @@ def _scheduling(session: Session, options: Options, scheduler: str, columns: Seq
         raise Failure("Specifying a cpupool is not allowed with other options.")
     if given and "d" not in options:
         raise Failure("Must specify a domain.")
-    if options.get("p", DEFAULT_POOL) not in (DEFAULT_POOL, "0"):
-        raise Failure(f"unknown cpupool '{options['p']}'")
-    client = session.client
-    used = client.host().scheduler
-    if "d" not in options:
-        if used != scheduler:  # no pool has it: xl lists none
-            complain(f"No cpupool uses the scheduler {scheduler}; {DEFAULT_POOL} uses {used}.")
-            return 0
-        wanted = [domain.domid for domain in client.domains() if domain.domid]
-    else:
-        wanted = [resolve(session, options["d"])]
-        if used != scheduler:
-            raise Failure(f"libxl_domain_sched_params_get returned {used} not {scheduler}.")
-        if given:
-            try:
-                client.set_scheduling(wanted[0], given)
-            except ToolstackError as error:
-                raise Failure(f"{error}\nlibxl_domain_sched_params_set failed.") from error
-            return 0
-    names = {domain.domid: domain.name for domain in client.domains()}
-    rows = [(domid, client.scheduling(domid)) for domid in wanted]
-    if "d" not in options:
-        click.echo(_pool_line(scheduler))
-    click.echo(f"{'Name':<33} {'ID':>4} " + " ".join(f"{heading:>{width}}" for _, heading, width in columns))
-    for domid, parameters in rows:
+    wanted = {letter: _number(options[letter]) for letter in _SCHEDPARAMS if letter in options}
+    if "s" in options:
+        return _schedparam(session, pool_named(session, options.get("p", "0")), scheduler, wanted)
+    if wanted:
+        raise Failure("Must specify schedparam to set schedule parameter values.")
+    heading = f"{'Name':<33} {'ID':>4} " + " ".join(f"{heading:>{width}}" for _, heading, width in columns)
+
+    def row(domain: DomainInfo) -> str:
+        parameters = session.client.scheduling(domain.domid)
         values = " ".join(f"{parameters[_NAMES[letter]]:{width}}" for letter, _, width in columns)
-        click.echo(f"{shown(names.get(domid, '')):<33} {domid:4} {values}")
+        return f"{shown(domain.name):<33} {domain.domid:4} {values}"
+
+    if "d" in options:
+        return _of_domain(
+            session, resolve(session, options["d"]), scheduler, given, lambda info: f"{heading}\n{row(info)}"
+        )
+    if "p" in options:
+        pools = [pool_named(session, options["p"])]
+    else:
+        pools = session.client.cpupools()
+    domains = session.client.domains()
+    for pool in pools:
+        if pool.scheduler == scheduler:
+            click.echo(f"{_pool_line(pool)}\n{heading}")
+            for domain in domains:
+                if domain.domid and domain.pool == pool.name:
+                    click.echo(row(domain))
+    if all(pool.scheduler != scheduler for pool in pools):  # xl says nothing
+        used = ", ".join(f"{pool.name} uses {pool.scheduler}" for pool in pools)
+        complain(f"No cpupool uses the scheduler {scheduler}; {used}.")
     return 0
 
 
-def _pool_line(scheduler: str) -> str:
-    return f"Cpupool {DEFAULT_POOL}: " + ("ratelimit=0us" if scheduler == "credit2" else f"sched={scheduler}")
+def _of_domain(
+    session: Session, domid: int, scheduler: str, given: dict[str, int], table: Callable[[DomainInfo], str]
+) -> int:
+    """Set parameters of a domain, or print them."""
+    info = find_domain(session.client, domid)
+    used = pool_named(session, info.pool).scheduler
+    if domid and used != scheduler:
+        raise Failure(f"libxl_domain_sched_params_get returned {used} not {scheduler}.")
+    if not given:
+        click.echo(table(info))
+        return 0
+    try:
+        session.client.set_scheduling(domid, given)
+    except ToolstackError as error:
+        raise Failure(f"{error}\nlibxl_domain_sched_params_set failed.") from error
+    return 0
+
+
+def _schedparam(session: Session, pool: CpupoolInfo, scheduler: str, wanted: dict[str, int]) -> int:
+    """Set parameters of a pool's algorithm, or print them."""
+    if pool.scheduler != scheduler:
+        raise Failure(f"Cpupool {pool.name}: its scheduler is {pool.scheduler}, not {scheduler}.")
+    if not wanted:
+        click.echo(_pool_line(pool))
+        return 0
+    try:
+        session.client.set_schedparam(pool.name, {_SCHEDPARAMS[letter]: value for letter, value in wanted.items()})
+    except ToolstackError as error:
+        raise Failure(f"{error}\nlibxl_sched_{scheduler}_params_set failed.") from error
+    return 0
+
+
+def _pool_line(pool: CpupoolInfo) -> str:
+    values = " ".join(f"{name}={value}us" for name, value in pool.schedparam.items())
+    return f"Cpupool {shown(pool.name)}: {values or f'sched={pool.scheduler}'}"
 
 
 def _number(text: str) -> int:
@@ -71,32 +112,29 @@ def _number(text: str) -> int:
 
 
 @command(
-    "[-d <Domain> [-w[=WEIGHT]|-c[=CAP]]] [-s] [-p CPUPOOL]",
+    "[-d <Domain> [-w[=WEIGHT]|-c[=CAP]]] [-s [-r RATELIMIT]] [-p CPUPOOL]",
     "Get or set the parameters of the scheduler credit2",
     _DOMAIN,
     _WEIGHT,
     Option("c", "Its cap in per cent of one pCPU; 0: none", long="cap", value="<cap>"),
-    Option("s", "The cpupool's own parameters; there is no rate limit", long="schedparam"),
+    _PARAMETER,
+    Option("r", "For how long nobody is preempted; 0: no limit", long="ratelimit_us", value="<microseconds>"),
     _POOL,
 )
 def sched_credit2(session: Session, options: Options, operands: Sequence[str]) -> int:
-    if "s" in options and not {"d", "w", "c"} & options.keys():
-        used = session.client.host().scheduler
-        if used != "credit2":
-            raise Failure(f"Cpupool {DEFAULT_POOL}: its scheduler is {used}, not credit2.")
-        click.echo(_pool_line("credit2"))
-        return 0
     return _scheduling(session, options, "credit2", [("w", "Weight", 6), ("c", "Cap", 4)])
 
 
 @command(
-    "[-d <Domain> [-w WEIGHT] [-b WARP] [-l LIMIT] [-u UNWARP]] [-p CPUPOOL]",
+    "[-d <Domain> [-w WEIGHT] [-b WARP] [-l LIMIT] [-u UNWARP]] [-s [-a ALLOWANCE]] [-p CPUPOOL]",
     "Get or set the parameters of the scheduler bvt",
     _DOMAIN,
     _WEIGHT,
     Option("b", "How far it is warped, in microseconds; 0: not", long="warp", value="<microseconds>"),
     Option("l", "For how long it may run warped; 0: no limit", long="limit", value="<microseconds>"),
     Option("u", "For how long it is not warped after that", long="unwarp", value="<microseconds>"),
+    _PARAMETER,
+    Option("a", "The context-switch allowance", long="allowance_us", value="<microseconds>"),
     _POOL,
 )
 def sched_bvt(session: Session, options: Options, operands: Sequence[str]) -> int:

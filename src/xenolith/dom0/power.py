@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from xenolith.abi.x86 import PAGE_SHIFT
@@ -18,15 +18,19 @@ XEN_SHARE: Final = 128  # and one part in this many: the machine-to-physical tab
 
 
 def power_on(
-    domains_mib: Iterable[int], engine: str = "auto", pcpus: int = 2, policy: MakePolicy | None = None
+    domains_mib: Iterable[int],
+    engine: str = "auto",
+    pcpus: int = 2,
+    policy: MakePolicy | None = None,
+    host_cpus: Sequence[int] = (),
 ) -> Dom0:
     """A machine with memory for domains of these sizes, and room for Xen itself.
 
-    `policy`: a scheduling algorithm of your own.  Host memory is used only as guests touch theirs.  Raises EngineError
-    when the engine cannot run here.
+    `policy`: a scheduling algorithm of your own; `host_cpus`: what each pCPU is pinned to, if they are.  Host memory is
+    used only as guests touch theirs.  Raises EngineError when the engine cannot run here.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     mib = sum(domains_mib)
     memory = MemoryBudget(mib + mib // XEN_SHARE + XEN_MIB << 20 - PAGE_SHIFT)
     chosen = choose(engine)
-    return Dom0(Hypervisor(memory, chosen.factory, pcpus=pcpus, policy=policy or DEFAULT_POLICY), chosen.name)
+    return Dom0(Hypervisor(memory, chosen.factory, None, pcpus, policy or DEFAULT_POLICY, host_cpus), chosen.name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,6 +71,9 @@ class DomainSpec:
     nets: tuple[VifSpec, ...] = ()
     limits: Limits = USUAL
     scheduling: Mapping[str, int] = field(default_factory=dict)  # what is other than usual, see sched.policy
+    cpupool: str = ""  # empty: the first one
+    hard_affinity: Sequence[frozenset[int]] = ()  # of each vCPU, from the first on; for the rest it is any pCPU
+    soft_affinity: Sequence[frozenset[int]] = ()
     uuid: uuids.UUID = field(default_factory=uuids.uuid4)
 
 
@@ -232,7 +235,13 @@ class Dom0:
 
     def _schedule(self, domid: int, spec: DomainSpec) -> None:
         try:
+            if spec.cpupool:
+                self.control.move_to_cpupool(domid, spec.cpupool)
             self.control.set_scheduling(domid, spec.scheduling)
+            for vcpu_id, hard in enumerate(spec.hard_affinity):
+                self.control.set_affinity(domid, vcpu_id, hard, None)
+            for vcpu_id, soft in enumerate(spec.soft_affinity):
+                self.control.set_affinity(domid, vcpu_id, None, soft)
         except ValueError as error:
             raise DomainCreateError(str(error)) from error
 

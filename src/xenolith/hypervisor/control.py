@@ -6,7 +6,7 @@ Domains are named by domid.  Operations on a domain that does not exist raise No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -39,7 +39,8 @@ from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
 from xenolith.hypervisor.lifecycle import USUAL, Arrival, DomainCreateError, Limits, NoSuchDomain
-from xenolith.hypervisor.runstate import running_time
+from xenolith.hypervisor.runstate import running_time, runstate_times
+from xenolith.hypervisor.sched.algorithms import ALGORITHMS
 from xenolith.hypervisor.shutdown import domain_shutdown
 from xenolith.hypervisor.statistics import Counters, counters, cpu_time
 from xenolith.machine.cpuid import native_cpuid
@@ -79,6 +80,7 @@ class DomainInfo:
     cpu_time: int  # ns
     traps: int
     engine: str
+    cpupool: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,21 @@ class VcpuInfo:
     blocked: bool
     pcpu: int  # on which it runs or ran last; 0 before that
     cpu_time: int  # ns
+    times: tuple[int, int, int, int]  # ns running (as `cpu_time`), runnable, blocked, offline
+    hard_affinity: frozenset[int] | None  # None: all pCPUs
+    soft_affinity: frozenset[int] | None
+
+
+@dataclass(frozen=True)
+class CpupoolInfo:
+    """A cpupool (Xen: XEN_SYSCTL_CPUPOOL_OP_INFO)."""
+
+    name: str
+    scheduler: str
+    pcpus: tuple[int, ...]
+    domains: int  # how many
+    schedparam: Mapping[str, int]
+    scheduler_parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class MachineInfo:
     capabilities: str
     scheduler: str
     scheduler_parameters: tuple[str, ...]
+    unassigned_pcpus: frozenset[int]  # that are in no cpupool
     features: tuple[int, ...]  # CPUID words 1.edx 1.ecx e1.edx e1.ecx Da1.eax 7b0.ebx 7c0.ecx e7.edx (Xen: hw_cap)
 
 
@@ -193,12 +211,12 @@ class Control:
 
     def scheduling(self, domid: int) -> dict[str, int]:
         """The scheduler's parameters of a domain (Xen: XEN_DOMCTL_SCHEDOP_getinfo)."""
-        return {**self._hypervisor.scheduler.policy.parameters, **self._domain(domid).scheduling}
+        return dict(self._domain(domid).vcpus[0].unit.parameters)
 
     def set_scheduling(self, domid: int, parameters: Mapping[str, int]) -> None:
         """Change some of them (Xen: XEN_DOMCTL_SCHEDOP_putinfo). Raises ValueError."""
         domain = self._domain(domid)
-        policy = self._hypervisor.scheduler.policy
+        policy = domain.cpupool.policy
         for name, value in parameters.items():
             if name not in policy.parameters:
                 raise ValueError(f"the scheduler {policy.name} has no parameter {name}")
@@ -210,6 +228,19 @@ class Control:
             if not least <= value <= most:
                 raise ValueError(f"{name} out of range, valid values are from {least} to {most}")
         self._hypervisor.scheduler.adjust(domain, parameters)
+
+    def set_affinity(
+        self, domid: int, vcpu_id: int | None, hard: frozenset[int] | None, soft: frozenset[int] | None
+    ) -> None:
+        """Where a vCPU (None: each) may run and where it would rather (Xen: XEN_DOMCTL_setvcpuaffinity).
+
+        None for a set leaves it as it is.  Raises ValueError.
+        """
+        domain = self._domain(domid)
+        if vcpu_id is not None and not 0 <= vcpu_id < len(domain.vcpus):
+            raise ValueError(f"domain {domid} has no vCPU {vcpu_id}")
+        vcpus = domain.vcpus if vcpu_id is None else [domain.vcpus[vcpu_id]]
+        self._hypervisor.scheduler.set_affinity(vcpus, hard, soft)
 
     def set_max_pages(self, domid: int, pages: int) -> None:
         """Let the domain have no more than so many frames (Xen: XEN_DOMCTL_max_mem); those that it has stay.
@@ -243,11 +274,74 @@ class Control:
                     vcpu.online,
                     vcpu.runstate == RUNSTATE_running,
                     vcpu.blocked,
-                    max(vcpu.context.pcpu, 0) if vcpu.context else 0,
+                    max(vcpu.unit.pcpu, 0),
                     running_time(vcpu, now),
+                    runstate_times(vcpu, now),
+                    vcpu.unit.hard,
+                    vcpu.unit.soft,
                 )
                 for vcpu in domain.vcpus
             ]
+
+    # --- cpupools (Xen: XEN_SYSCTL_cpupool_op) -----------------------------------------------------------
+
+    def cpupools(self) -> Sequence[CpupoolInfo]:
+        """All cpupools, that in which domains begin first."""
+        return [
+            CpupoolInfo(
+                pool.name,
+                pool.policy.name,
+                tuple(pool.holders),
+                len({unit.domid for unit in pool.members}),
+                dict(pool.policy.schedparam),
+                tuple(pool.policy.parameters),
+            )
+            for pool in list(self._hypervisor.scheduler.pools.values())
+        ]
+
+    def create_cpupool(self, name: str, scheduler: str, pcpus: Collection[int]) -> None:
+        """Make one of pCPUs that are in none. `scheduler` is one of ALGORITHMS. Raises ValueError."""
+        if scheduler not in ALGORITHMS:
+            raise ValueError(f"there is no scheduler {scheduler}, only {', '.join(ALGORITHMS)}")
+        self._hypervisor.scheduler.create_pool(name, ALGORITHMS[scheduler], pcpus)
+
+    def destroy_cpupool(self, name: str) -> None:
+        """Its pCPUs are in no cpupool then. Raises ValueError where it has domains."""
+        self._hypervisor.scheduler.destroy_pool(name)
+
+    def rename_cpupool(self, name: str, new_name: str) -> None:
+        """Raises ValueError."""
+        self._hypervisor.scheduler.rename_pool(name, new_name)
+
+    def add_to_cpupool(self, name: str, pcpus: Collection[int]) -> None:
+        """Give it pCPUs that are in none. Raises ValueError."""
+        self._hypervisor.scheduler.add_pcpus(name, pcpus)
+
+    def remove_from_cpupool(self, name: str, pcpus: Collection[int]) -> None:
+        """Take pCPUs from it; nobody runs on them when this returns. Raises ValueError."""
+        self._hypervisor.scheduler.remove_pcpus(name, pcpus)
+
+    def move_to_cpupool(self, domid: int, name: str) -> None:
+        """Its vCPUs may run on any pCPU of the pool then. Raises ValueError."""
+        domain = self._domain(domid)
+        scheduler = self._hypervisor.scheduler
+        scheduler.pause(domain)
+        try:
+            scheduler.move_domain(domain, name)
+        finally:
+            scheduler.unpause(domain)
+
+    def set_schedparam(self, name: str, parameters: Mapping[str, int]) -> None:
+        """Change parameters of a cpupool's algorithm. Raises ValueError."""
+        policy = self._hypervisor.scheduler.pool(name).policy
+        for parameter, value in parameters.items():
+            if parameter not in policy.schedparams:
+                raise ValueError(f"the scheduler {policy.name} has no parameter {parameter}")
+            if not 0 <= value <= MAX_MICROSECONDS:
+                raise ValueError(f"{parameter} out of range, valid values are from 0 to {MAX_MICROSECONDS}")
+        self._hypervisor.scheduler.set_schedparam(name, parameters)
+
+    # --- what there is -----------------------------------------------------------------------------------
 
     def counters(self, domid: int) -> Counters:
         """What the domain did, counted by kind."""
@@ -270,8 +364,9 @@ class Control:
             version=(version.MAJOR, version.MINOR),
             extra_version=version.EXTRAVERSION.decode(),
             capabilities=version.CAPABILITIES.decode().strip(),
-            scheduler=hypervisor.scheduler.policy.name,
-            scheduler_parameters=tuple(hypervisor.scheduler.policy.parameters),
+            scheduler=hypervisor.scheduler.first_pool.policy.name,
+            scheduler_parameters=tuple(hypervisor.scheduler.first_pool.policy.parameters),
+            unassigned_pcpus=frozenset(hypervisor.scheduler.unassigned),
             features=tuple(native_cpuid(leaf, subleaf)[word] for leaf, subleaf, word in FEATURE_WORDS),
         )
 
@@ -538,6 +633,7 @@ def _info(domain: Domain) -> DomainInfo:
         cpu_time=cpu_time(domain),
         traps=counters(domain).total_traps,
         engine=domain.engine.name if domain.engine else "python",
+        cpupool=domain.cpupool.name,
     )
 
 
@@ -545,6 +641,7 @@ __all__ = [
     "USUAL",
     "Arrival",
     "Control",
+    "CpupoolInfo",
     "DomainCreateError",
     "DomainInfo",
     "Limits",

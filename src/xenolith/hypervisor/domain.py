@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
     from xenolith.hypervisor.sched.core import Context
+    from xenolith.hypervisor.sched.cpupool import Cpupool
     from xenolith.hypervisor.sched.policy import Unit
     from xenolith.hypervisor.time import Timer, VcpuTimers
     from xenolith.hypervisor.view import View
@@ -155,7 +156,7 @@ class Vcpu(VcpuFields):
         self.runstate_times = [0, 0, 0, 0]  # ns in each RUNSTATE_*
         self.context: Context | None = None  # the scheduler's, once the domain was started
         self.kicked = False  # somebody wants it to leave the guest: long hypercalls restart (Xen: preempt check)
-        self.unit: Unit  # as the scheduling policy sees it, likewise
+        self.unit: Unit  # as the scheduling policy sees it
         self.timers: VcpuTimers
         self.time_version = 0
         self.time_outdated = True  # vcpu_time_info is to be written before it runs
@@ -427,7 +428,7 @@ class Domain(DomainFields):
         self.crash_report = ""
         self.watchdogs: list[Timer | None] = [None, None]
         self.emergency_console = EmergencyConsole()
-        self.scheduling: dict[str, int] = {}  # parameters that were set for its vCPUs, see sched.policy
+        self.cpupool: Cpupool  # set by the scheduler, like the units of its vCPUs
 
     def references(self) -> Iterator[tuple[int, int | None]]:
         """Every reference to a frame that the domain's own state holds, beyond its page tables and pins.

@@ -452,7 +452,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "crash_report": HOST,
         "watchdogs": BY_HAND,
         "emergency_console": HOST,
-        "scheduling": HOST,  # the toolstack's
+        "cpupool": HOST,
     },
     EventChannels: {
         "domain": HOST,

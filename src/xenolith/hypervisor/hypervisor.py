@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
@@ -27,7 +27,8 @@ class Hypervisor:
     """One machine under Xenolith's control.
 
     `memory` what all domains may use together, `engine_factory` makes the engine of a new domain on its memory, `pcpus`
-    how many vCPUs run at once.  Each domain's memory is its own, see `view`.
+    how many vCPUs run at once, `host_cpus` what those are pinned to, see sched.core.  Each domain's memory is its own,
+    see `view`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Hypervisor:
         clock: Clock | None = None,
         pcpus: int = 2,
         policy: MakePolicy = DEFAULT_POLICY,
+        host_cpus: Sequence[int] = (),
     ) -> None:
         self.memory = memory
         self.clock: Clock = clock or host_clock()
@@ -47,10 +49,13 @@ class Hypervisor:
         self._log: deque[str] = deque(maxlen=LOG_LINES)
         self.tsc_hz = frequency()
         self.timers = TimerQueue(self.clock)
-        self.scheduler = Scheduler(self.clock, self.timers, pcpus, policy(pcpus))
+        if host_cpus:
+            self.timers.start()  # by a thread that is not pinned
+        self.scheduler = Scheduler(self.clock, self.timers, pcpus, policy, host_cpus)
         self.log(f"Xenolith {version.MAJOR}.{version.MINOR}{version.EXTRAVERSION.decode()}")
         self.log(f"machine memory: {memory.frames >> 8} MiB, {memory.free_frames >> 8} MiB free for domains")
-        self.log(f"{pcpus} pCPUs, scheduler {self.scheduler.policy.name}, TSC {self.tsc_hz // 1_000_000} MHz")
+        name = self.scheduler.first_pool.policy.name
+        self.log(f"{pcpus} pCPUs, scheduler {name}, TSC {self.tsc_hz // 1_000_000} MHz")
 
     def next_domid(self) -> int:
         """A domain id that was not in use lately. The caller holds `lock`."""

@@ -56,6 +56,7 @@ def create_dom0(hypervisor: Hypervisor) -> Domain:
     """Make domain 0, whose code is Python (`python_domain`). Once, before any other domain."""
     domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
     _wire(domain, USUAL)
+    hypervisor.scheduler.init_domain(domain)
     with hypervisor.lock:
         hypervisor.domains[0] = domain
     return domain
@@ -130,6 +131,7 @@ def _create(
         except OutOfMemory as error:
             raise DomainCreateError(f"not enough machine memory: {error}") from error
         undo.pop_all()
+    hypervisor.scheduler.init_domain(domain)
     with hypervisor.lock:
         hypervisor.domains[domid] = domain
     how = "restored" if arrival else "created"

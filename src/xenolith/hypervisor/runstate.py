@@ -36,9 +36,15 @@ def running_time(vcpu: Vcpu, now: int) -> int:
 
 def runstate_info(vcpu: Vcpu, now: int) -> bytes:
     """vcpu_runstate_info up to this moment."""
+    return VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, _entry_time(vcpu), *runstate_times(vcpu, now))
+
+
+def runstate_times(vcpu: Vcpu, now: int) -> tuple[int, int, int, int]:
+    """ns up to this moment that it was running, runnable, blocked and offline."""
     times = vcpu.runstate_times.copy()
     times[vcpu.runstate] += now - vcpu.runstate_since
-    return VCPU_RUNSTATE_INFO.pack(vcpu.runstate, 0, _entry_time(vcpu), *times)
+    running, runnable, blocked, offline = times
+    return running, runnable, blocked, offline
 
 
 def _entry_time(vcpu: Vcpu) -> int:

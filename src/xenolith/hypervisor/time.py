@@ -97,7 +97,7 @@ class TimerQueue:
             if timer.deadline < self._waits_until:
                 self._changed.notify()
             elif self._thread is None and not self._virtual:
-                self._start()
+                self.start()
 
     def cancel(self, timer: Timer) -> None:
         """Do not call it. A callback that has begun is not waited for."""
@@ -171,7 +171,8 @@ class TimerQueue:
             self._calling += bool(due)
         return due
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin the thread, which otherwise happens when a timer is set for the first time."""
         self._thread = threading.Thread(target=self._run, name="timers", daemon=True)
         self._thread.start()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import StrEnum
@@ -41,6 +41,7 @@ from xenolith.toolstack.client import (
     find_by_name,
     find_domain,
     no_progress,
+    scheduler_parameters,
 )
 from xenolith.toolstack.config.cpus import HostTopology
 from xenolith.toolstack.config.disk import Disk, DiskSpecError, parse_disk
@@ -176,6 +177,8 @@ class Domain:
     rename = _verb(Client.rename)
     scheduling = _verb(Client.scheduling)
     set_scheduling = _verb(Client.set_scheduling)
+    set_affinity = _verb(Client.set_affinity)
+    move_to_cpupool = _verb(Client.move_to_cpupool)
     set_vcpus = _verb(Client.set_vcpus)
     set_memory_target = _verb(Client.set_memory_target)
     set_max_memory = _verb(Client.set_max_memory)
@@ -381,7 +384,7 @@ class Machine:
         """Make a domain of a configuration, or of an xl.cfg file by its path; it is paused."""
         if not isinstance(config, DomainConfig):
             config = load_config(config)
-        for sentence in config.without_effect(self.host.nr_cpus, self.host.scheduler_parameters):
+        for sentence in config.without_effect(scheduler_parameters(self.client, config)):
             log.warning("%s: %s", config.name, sentence)
         return Domain(self, self.client.create(absolute_paths(config, Path.cwd()), progress))
 
@@ -414,11 +417,16 @@ class Machine:
 
 
 def power_on(
-    memory_mib: int = 1024, engine: str = "auto", pcpus: int = 2, scheduler: str = DEFAULT_SCHEDULER
+    memory_mib: int = 1024,
+    engine: str = "auto",
+    pcpus: int = 2,
+    scheduler: str = DEFAULT_SCHEDULER,
+    host_cpus: Sequence[int] = (),
 ) -> Machine:
     """Switch a machine on in this process. Raises EngineUnavailable where the engine cannot run here.
 
-    `scheduler` is the scheduling algorithm, one of those that `xenolith daemon --help` names.
+    `scheduler` is the scheduling algorithm, one of those that `xenolith daemon --help` names. `host_cpus` are the CPUs
+    of the host that the pCPUs are pinned to, one each; without them the host chooses from moment to moment.
     """
     from xenolith.machine.engines.protocol import EngineError
     from xenolith.toolstack.embedded import EmbeddedToolstack
@@ -431,7 +439,7 @@ def power_on(
     with ExitStack() as resources:
         try:
             directory = Path(resources.enter_context(TemporaryDirectory(prefix="xenolith-")))
-            dom0 = host.power_on(memory_mib, engine, pcpus, scheduler)
+            dom0 = host.power_on(memory_mib, engine, pcpus, scheduler, host_cpus)
         except (EngineError, ValueError) as error:
             raise EngineUnavailable(str(error)) from error
         except (OSError, MemoryError) as error:

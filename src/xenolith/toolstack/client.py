@@ -137,9 +137,24 @@ class VcpuInfo:
     cpu: int  # the pCPU it runs or last ran on
     running: bool = False
     blocked: bool = False
-    cpu_time_ns: int = 0
+    cpu_time_ns: int = 0  # running
+    runnable_ns: int = 0  # waiting for a pCPU; a guest counts this and `offline_ns` as stolen
+    blocked_ns: int = 0
+    offline_ns: int = 0
     hard_affinity: frozenset[int]
     soft_affinity: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpupoolInfo:
+    """A cpupool, as `xl cpupool-list` shows it."""
+
+    name: str
+    scheduler: str
+    scheduler_parameters: tuple[str, ...]  # what it lets be set for a domain
+    schedparam: dict[str, int]  # its own, in microseconds
+    cpus: frozenset[int]
+    domains: int  # how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +384,44 @@ class Client(ABC):
         """Change some of the scheduler's parameters of a domain."""
 
     @abstractmethod
+    def set_affinity(
+        self, domid: int, vcpu: int | None, hard: frozenset[int] | None = None, soft: frozenset[int] | None = None
+    ) -> None:
+        """Set on which pCPUs a vCPU, or each, may run and on which it had best run; null leaves it as it is."""
+
+    @abstractmethod
+    def cpupools(self) -> list[CpupoolInfo]:
+        """The cpupools, that in which domains begin first."""
+
+    @abstractmethod
+    def create_cpupool(self, name: str, scheduler: str, cpus: frozenset[int]) -> None:
+        """Make a cpupool of pCPUs that are in none."""
+
+    @abstractmethod
+    def destroy_cpupool(self, name: str) -> None:
+        """End a cpupool that has no domains; its pCPUs are in none then."""
+
+    @abstractmethod
+    def rename_cpupool(self, name: str, new_name: str) -> None:
+        """Give a cpupool another name."""
+
+    @abstractmethod
+    def add_to_cpupool(self, name: str, cpus: frozenset[int]) -> None:
+        """Give a cpupool pCPUs that are in none."""
+
+    @abstractmethod
+    def remove_from_cpupool(self, name: str, cpus: frozenset[int]) -> None:
+        """Take pCPUs from a cpupool; nobody runs on them then."""
+
+    @abstractmethod
+    def move_to_cpupool(self, domid: int, name: str) -> None:
+        """Move a domain to a cpupool; its vCPUs may run on any pCPU of it."""
+
+    @abstractmethod
+    def set_schedparam(self, name: str, parameters: dict[str, int]) -> None:
+        """Change parameters of a cpupool's scheduler itself, in microseconds."""
+
+    @abstractmethod
     def set_vcpus(self, domid: int, count: int) -> None:
         """Tell the guest how many of its vCPUs to have online; it takes them up and down itself."""
 
@@ -566,6 +619,12 @@ DOM0_UUID = UUID(int=0)
 def find_by_name(client: Client, name: str) -> int | None:
     """The domid of the domain with this name."""
     return next((domain.domid for domain in client.domains() if domain.name == name), None)
+
+
+def scheduler_parameters(client: Client, config: DomainConfig) -> tuple[str, ...]:
+    """What the scheduler of the cpupool that a domain is to be in lets be set for it."""
+    first, *_ = pools = client.cpupools()
+    return next((pool for pool in pools if pool.name == config.pool), first).scheduler_parameters
 
 
 def find_domain(client: Client, domid: int) -> DomainInfo:

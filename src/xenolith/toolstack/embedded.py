@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from xenolith.abi import layout
+from xenolith.abi.hypercalls import RUNSTATE_blocked, RUNSTATE_offline, RUNSTATE_runnable
 from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
@@ -44,6 +45,7 @@ from xenolith.toolstack.client import (
     Client,
     Closed,
     ConsoleStream,
+    CpupoolInfo,
     DiskInfo,
     DomainEvent,
     DomainInfo,
@@ -181,6 +183,7 @@ class EmbeddedToolstack(Client):
             xen_caps=tuple(machine.capabilities.split()),
             scheduler=machine.scheduler,
             scheduler_parameters=machine.scheduler_parameters,
+            free_cpus=len(machine.unassigned_pcpus),
             virt_start=layout.HYPERVISOR_VIRT_START,
             engine=self.dom0.engine,
             xenstore_socket=str(self._xenstore_socket) if self._xenstore_socket else None,
@@ -216,6 +219,7 @@ class EmbeddedToolstack(Client):
             max_memory_kib=0,
             vcpus_online=1,
             cpu_time_ns=time.process_time_ns(),
+            pool=self._control.cpupools()[0].name,
             start_time=self._power_on_time,
         )
 
@@ -235,6 +239,7 @@ class EmbeddedToolstack(Client):
             max_memory_kib=info.max_pages * 4,
             vcpus_online=info.online_vcpus,
             cpu_time_ns=info.cpu_time,
+            pool=info.cpupool,
             start_time=record.start_time,
         )
 
@@ -262,8 +267,11 @@ class EmbeddedToolstack(Client):
                 running=vcpu.running,
                 blocked=vcpu.blocked,
                 cpu_time_ns=vcpu.cpu_time,
-                hard_affinity=everywhere,
-                soft_affinity=everywhere,
+                runnable_ns=vcpu.times[RUNSTATE_runnable],
+                blocked_ns=vcpu.times[RUNSTATE_blocked],
+                offline_ns=vcpu.times[RUNSTATE_offline],
+                hard_affinity=everywhere if vcpu.hard_affinity is None else vcpu.hard_affinity,
+                soft_affinity=everywhere if vcpu.soft_affinity is None else vcpu.soft_affinity,
             )
             for vcpu in vcpus
         ]
@@ -324,7 +332,7 @@ class EmbeddedToolstack(Client):
         try:
             for nic in config.nics:
                 nic.mac = nic.mac or networks.random_mac()  # the domain's as long as it is built again
-            spec = replace(_spec(config, progress), scheduling=self._scheduling_of(config))
+            spec = self._scheduled(_spec(config, progress), config)
             progress(Progress("building the domain", 1, 2))
             domain = self.dom0.create(spec)
             with self._lock:
@@ -343,12 +351,20 @@ class EmbeddedToolstack(Client):
                 self._creating.discard(config.name)
 
     def _described(self, config: DomainConfig) -> DomainSpec:
-        return replace(_described(config), scheduling=self._scheduling_of(config))
+        return self._scheduled(_described(config), config)
 
-    def _scheduling_of(self, config: DomainConfig) -> dict[str, int]:
-        """The scheduler's parameters that a configuration gives and that the algorithm in use has."""
+    def _scheduled(self, spec: DomainSpec, config: DomainConfig) -> DomainSpec:
+        """With its cpupool, affinities, and of the parameters those that the pool's algorithm has."""
+        first, *_ = pools = self.cpupools()
+        pool = next((each for each in pools if each.name == config.pool), first)
         given = config.scheduler.given()
-        return {name: given[name] for name in self._control.machine().scheduler_parameters if name in given}
+        return replace(
+            spec,
+            scheduling={name: given[name] for name in pool.scheduler_parameters if name in given},
+            cpupool=config.pool or "",
+            hard_affinity=config.hard_affinity or (),
+            soft_affinity=config.soft_affinity or (),
+        )
 
     def _claim_name(self, name: str) -> None:
         """Names are unique, of domains that are being made too. The caller discards the claim."""
@@ -420,6 +436,63 @@ class EmbeddedToolstack(Client):
         with self._of_domain(domid), _refusals():
             self._control.set_scheduling(domid, parameters)
             self._records[domid].config.scheduler.update(parameters)
+
+    def set_affinity(
+        self, domid: int, vcpu: int | None, hard: frozenset[int] | None = None, soft: frozenset[int] | None = None
+    ) -> None:
+        with self._of_domain(domid), _refusals():
+            self._control.set_affinity(domid, vcpu, hard, soft)
+            config, now = self._records[domid].config, self.vcpus(domid)
+            if hard is not None:
+                config.hard_affinity = [each.hard_affinity for each in now]
+            if soft is not None:
+                config.soft_affinity = [each.soft_affinity for each in now]
+
+    def cpupools(self) -> list[CpupoolInfo]:
+        return [
+            CpupoolInfo(
+                name=pool.name,
+                scheduler=pool.scheduler,
+                scheduler_parameters=pool.scheduler_parameters,
+                schedparam=dict(pool.schedparam),
+                cpus=frozenset(pool.pcpus),
+                domains=pool.domains,
+            )
+            for pool in self._control.cpupools()
+        ]
+
+    def create_cpupool(self, name: str, scheduler: str, cpus: frozenset[int]) -> None:
+        with _refusals():
+            self._control.create_cpupool(name, scheduler, cpus)
+
+    def destroy_cpupool(self, name: str) -> None:
+        with _refusals():
+            self._control.destroy_cpupool(name)
+
+    def rename_cpupool(self, name: str, new_name: str) -> None:
+        with self._lock, _refusals():
+            self._control.rename_cpupool(name, new_name)
+            for record in self._records.values():
+                if record.config.pool == name:
+                    record.config.pool = new_name
+
+    def add_to_cpupool(self, name: str, cpus: frozenset[int]) -> None:
+        with _refusals():
+            self._control.add_to_cpupool(name, cpus)
+
+    def remove_from_cpupool(self, name: str, cpus: frozenset[int]) -> None:
+        with _refusals():
+            self._control.remove_from_cpupool(name, cpus)
+
+    def move_to_cpupool(self, domid: int, name: str) -> None:
+        with self._of_domain(domid), _refusals():
+            self._control.move_to_cpupool(domid, name)
+            config = self._records[domid].config
+            config.pool, config.hard_affinity, config.soft_affinity = name, None, None
+
+    def set_schedparam(self, name: str, parameters: dict[str, int]) -> None:
+        with _refusals():
+            self._control.set_schedparam(name, parameters)
 
     def set_vcpus(self, domid: int, count: int) -> None:
         with self._of_domain(domid):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from xenolith.hypervisor.sched.algorithms import ALGORITHMS, DEFAULT
@@ -55,11 +56,16 @@ def _found(name: str) -> str:
     return f"works: {choice.title}{choice.kind and ': '}{choice.kind}"
 
 
-def power_on(memory_mib: int, engine: str, pcpus: int, scheduler: str = DEFAULT_SCHEDULER) -> Dom0:
-    """A machine for domains of this size together. Raises EngineError, OSError and MemoryError.
+def power_on(
+    memory_mib: int, engine: str, pcpus: int, scheduler: str = DEFAULT_SCHEDULER, host_cpus: Sequence[int] = ()
+) -> Dom0:
+    """A machine for domains of this size together. Raises EngineError, OSError, MemoryError and ValueError.
 
-    `scheduler` is one of SCHEDULERS.
+    `scheduler` is one of SCHEDULERS. `host_cpus`: the CPUs of the host that the pCPUs are pinned to, if they are.
     """
     from xenolith.dom0 import power
 
-    return power.power_on([memory_mib], engine, pcpus, ALGORITHMS[scheduler])
+    if host_cpus and (len(host_cpus) != pcpus or not os.sched_getaffinity(0).issuperset(host_cpus)):
+        there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise ValueError(f"{pcpus} pCPUs are pinned to one CPU each of {there}, not to {','.join(map(str, host_cpus))}")
+    return power.power_on([memory_mib], engine, pcpus, ALGORITHMS[scheduler], host_cpus)

@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
+from xenolith.hypervisor.sched.policy import LEAD, NO_LIMIT, US, Simple, Unit
 
-ALLOWANCE: Final = 5_000_000  # ns, the context-switch allowance
+ALLOWANCE: Final = 5_000  # us, the context-switch allowance
 DEFAULT_WEIGHT: Final = 256
-US: Final = 1000  # ns
 
 
 @dataclass(slots=True)
@@ -32,13 +31,14 @@ class _Account:
 
 
 class BorrowedVirtualTime(Simple):
-    """Borrowed virtual time. `warp`, `warp_limit` and `unwarp` are in microseconds."""
+    """Borrowed virtual time. Parameters but the weight are in microseconds."""
 
     name: ClassVar[str] = "bvt"
     parameters: ClassVar[Mapping[str, int]] = {"weight": DEFAULT_WEIGHT, "warp": 0, "warp_limit": 0, "unwarp": 0}
+    schedparams: ClassVar[Mapping[str, int]] = {"allowance": ALLOWANCE}
 
-    def __init__(self, pcpus: int, allowance: int = ALLOWANCE) -> None:
-        self.allowance = allowance
+    def __init__(self, pcpus: int) -> None:
+        super().__init__(pcpus)
         self._scheduler_time = 0
         self._active: set[Unit] = set()  # those that want to run
 
@@ -50,10 +50,14 @@ class BorrowedVirtualTime(Simple):
 
     def wake(self, unit: Unit, now: int) -> None:
         if unit not in self._active:
-            least = min((_actual(other, now) for other in self._active), default=self._scheduler_time)
-            self._scheduler_time = max(self._scheduler_time, least)
-            unit.account.actual = max(unit.account.actual, self._scheduler_time)
+            unit.account.actual = max(unit.account.actual, self._advance(now))
             self._active.add(unit)
+
+    def _advance(self, now: int) -> int:
+        """The scheduler virtual time; it never goes back."""
+        least = min((_actual(other, now) for other in self._active), default=self._scheduler_time)
+        self._scheduler_time = max(self._scheduler_time, least)
+        return self._scheduler_time
 
     def sleep(self, unit: Unit, now: int) -> None:
         self._active.discard(unit)
@@ -67,7 +71,7 @@ class BorrowedVirtualTime(Simple):
             if limit and account.warped_run >= limit:
                 account.warped_run = 0
                 account.unwarped_until = now + unit.parameters["unwarp"] * US
-        account.actual += _virtual(unit, ran)
+        account.actual = min(account.actual + _virtual(unit, ran), self._advance(now) + _virtual(unit, LEAD))
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account.actual = max(unit.account.actual, max(_actual(other, now) for other in others) + 1)
@@ -83,7 +87,8 @@ class BorrowedVirtualTime(Simple):
         if not contended:
             return NO_LIMIT
         limit = unit.parameters["warp_limit"] * US
-        return min(self.allowance, limit) if limit and _warped(unit, now) else self.allowance
+        allowance = self.schedparam["allowance"] * US
+        return min(allowance, limit) if limit and _warped(unit, now) else allowance
 
     def expired(self, unit: Unit, others: Sequence[Unit], now: int) -> bool:
         return any(_effective(other, now) < _effective(unit, now) for other in others)

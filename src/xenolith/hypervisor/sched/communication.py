@@ -27,7 +27,6 @@ DEFAULT_WEIGHT: Final = 256
 
 @dataclass(slots=True)
 class _Account:
-    pending: int = 0  # events since it was last charged: counted by any thread, so it is a hint
     sender: float = 0.0  # how often its latest turns were bursts: 0 to 1
     used: int = 0  # ns of this period
     turn: int = 0  # ns since it was last blocked
@@ -41,7 +40,7 @@ class CommunicationAware(Simple):
     parameters: ClassVar[Mapping[str, int]] = {"weight": DEFAULT_WEIGHT}
 
     def __init__(self, pcpus: int) -> None:
-        self.pcpus = pcpus
+        super().__init__(pcpus)
         self._units: set[Unit] = set()
         self._period = -1
         self._weights = 0  # the sum of those that are active
@@ -59,9 +58,6 @@ class CommunicationAware(Simple):
         account.sender = 0.75 * account.sender + 0.25 * (account.turn < BURST)
         account.turn = 0
 
-    def notified(self, unit: Unit) -> None:
-        unit.account.pending += 1
-
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         self._begin_period(now)
         if not unit.account.active or not self._weights:
@@ -73,10 +69,10 @@ class CommunicationAware(Simple):
         account = unit.account
         account.used += min(ran, PERIOD)
         account.turn += ran
-        account.pending = 0
+        unit.notified = 0
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
-        unit.account.pending = 0
+        unit.notified = 0
 
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         return min(units, key=lambda unit: self._order(unit, now))
@@ -85,13 +81,13 @@ class CommunicationAware(Simple):
         account, used = unit.account, self._used(unit, now)
         if used >= 1:
             return True, 0, used, 0.0
-        return False, -account.pending, -round(account.sender, 2), used
+        return False, -unit.notified, -round(account.sender, 2), used
 
     def victim(self, unit: Unit, running: Sequence[Unit], now: int) -> Unit | None:
         """Whoever computes, for one that has events and a reservation left."""
-        if self._used(unit, now) >= 1 or not unit.account.pending:
+        if self._used(unit, now) >= 1 or not unit.notified:
             return None
-        quiet = [other for other in running if not other.account.pending or self._used(other, now) >= 1]
+        quiet = [other for other in running if not other.notified or self._used(other, now) >= 1]
         return max(quiet, key=lambda other: self._used(other, now), default=None)
 
     def quantum(self, unit: Unit, contended: bool, now: int) -> int:

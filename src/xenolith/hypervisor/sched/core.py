@@ -2,20 +2,23 @@
 
 A pCPU here is a token: as many vCPUs execute guest code at once as there are tokens.  Each execution context of an
 engine (`Cpu`) has a thread, its `Context`.  It picks one of its vCPUs that can run, waits for a pCPU, loads the vCPU
-and executes it until it blocks, its time is up and another vCPU wants the pCPU, or it is told to stop.
+and executes it until it blocks, its time is up and another vCPU wants the pCPU, or it is told to stop.  Where pCPUs are
+pinned to CPUs of the host, the thread runs on that of the pCPU which it holds.
 
-Who goes first, and for how long, a `policy` decides.
+Each pCPU belongs to a `Cpupool` or to none, each domain to one.  Who goes first, and for how long, the pool's `policy`
+decides.
 
 Waking and kicking come from any thread, in the middle of anything, so they take no lock: a context sleeps on a binary
-semaphore, and whoever wakes it releases that.  `Scheduler._lock` protects the tokens and the policy, and is never held
-while waiting.  Lock order: a domain's lock, then the scheduler's.
+semaphore, and whoever wakes it releases that.  `Scheduler._lock` protects the pools and their policies, and is never
+held while waiting.  Lock order: a domain's lock, then the scheduler's.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from threading import get_ident
 from time import sleep
@@ -32,7 +35,8 @@ from xenolith.abi.x86 import DS, ES, FS, GS
 from xenolith.hypervisor import bounce, events, traps
 from xenolith.hypervisor.domain import runnable
 from xenolith.hypervisor.runstate import set_runstate, write_runstate_area
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
+from xenolith.hypervisor.sched.cpupool import Cpupool
+from xenolith.hypervisor.sched.policy import NO_LIMIT, MakePolicy, Unit
 from xenolith.hypervisor.shutdown import domain_crash
 from xenolith.hypervisor.time import Timer, TimerQueue, update_time
 from xenolith.machine.clock import Clock
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain, Vcpu
     from xenolith.machine.engines.protocol import Cpu, TrapHandler
 
+POOL_0: Final = "Pool-0"
 STORE_PATIENCE: Final = 1.0  # s between looks whether a thread that should store its vCPU's state still lives
 
 
@@ -54,7 +59,7 @@ class Context:
         self.cpu = cpu
         self.vcpus: list[Vcpu] = []
         self.running: Vcpu | None = None  # holds a pCPU
-        self.pcpu = -1  # the one it holds, or held last
+        self.pinned = -1  # the pCPU to whose host CPU its thread is pinned
         self.wanted: Vcpu | None = None  # waits for one
         self.loaded: Vcpu | None = None
         self.preempt = False  # leave the pCPU at the next chance
@@ -86,22 +91,39 @@ class Context:
 
 
 class Scheduler:
-    """Gives `pcpus` tokens to the contexts that want to run, as `policy` says."""
+    """Gives `pcpus` tokens to the contexts that want to run, as `policy` says, all in one cpupool at first.
 
-    def __init__(self, clock: Clock, timers: TimerQueue, pcpus: int, policy: Policy) -> None:
+    `host_cpus`: those that the pCPUs are pinned to, one each; none: they are not.
+    """
+
+    def __init__(
+        self, clock: Clock, timers: TimerQueue, pcpus: int, policy: MakePolicy, host_cpus: Sequence[int] = ()
+    ) -> None:
         self.pcpus = pcpus
-        self.policy = policy
+        self.pools = {POOL_0: Cpupool(POOL_0, policy(pcpus), range(pcpus))}
+        self.unassigned: set[int] = set()  # pCPUs of no pool
+        self._host_cpus = host_cpus
         self._clock = clock
         self._timers = timers
         self._refresh_time = not isinstance(self._clock, TscClock)
         self._lock = threading.Condition(threading.Lock())
-        self._free = list(range(pcpus))
-        self._waiting: list[Context] = []
-        self._running: list[Context] = []
         self._busy = 0  # contexts that are not idle
         self._woken = False  # a context was woken since the machine fell idle
 
+    @property
+    def first_pool(self) -> Cpupool:
+        """In which domains begin."""
+        return next(iter(self.pools.values()))
+
     # --- life of a domain ------------------------------------------------------------------------------
+
+    def init_domain(self, domain: Domain) -> None:
+        """The domain is there: its vCPUs are units of the first pool (Xen: sched_init_domain)."""
+        with self._lock:
+            pool = domain.cpupool = self.first_pool
+            for vcpu in domain.vcpus:
+                vcpu.unit = Unit(domain.domid, vcpu.vcpu_id, dict(pool.policy.parameters))
+                pool.members.add(vcpu.unit)
 
     def _begin(self, domain: Domain) -> None:
         """Give the domain its threads; its online vCPUs may run from now on. The caller holds the domain's lock."""
@@ -112,14 +134,13 @@ class Scheduler:
             cpu = engine.cpu(vcpu.vcpu_id)
             context = contexts.get(id(cpu)) or contexts.setdefault(id(cpu), Context(self, domain, cpu))
             context.vcpus.append(vcpu)
-            vcpu.context = context
+            vcpu.context = vcpu.unit.runner = context
             vcpu.runstate_since = self._clock.now()
-            vcpu.unit = Unit(domain.domid, vcpu.vcpu_id, {**self.policy.parameters, **domain.scheduling})
         domain.contexts = len(contexts)
         with self._lock:
             self._busy += len(contexts)
             for vcpu in domain.vcpus:
-                self.policy.add(vcpu.unit, self._clock.now())
+                domain.cpupool.policy.add(vcpu.unit, self._clock.now())
         for context in contexts.values():
             context.thread.start()
 
@@ -133,8 +154,9 @@ class Scheduler:
             context.thread.join()
         with self._lock:
             for vcpu in domain.vcpus:
+                domain.cpupool.members.discard(vcpu.unit)
                 if vcpu.context is not None:
-                    self.policy.remove(vcpu.unit, self._clock.now())
+                    domain.cpupool.policy.remove(vcpu.unit, self._clock.now())
         for vcpu in domain.vcpus:
             vcpu.context = None
             vcpu.timers.stop()
@@ -162,21 +184,6 @@ class Scheduler:
         for context, stored in waiting:
             while not stored.wait(STORE_PATIENCE) and context.thread.is_alive():
                 pass
-
-    def adjust(self, domain: Domain, parameters: Mapping[str, int]) -> None:
-        """Set some of the policy's parameters for all of a domain's vCPUs (Xen: XEN_DOMCTL_SCHEDOP_putinfo)."""
-        with self._lock:
-            now = self._clock.now()
-            running = [context for context in self._running if context.domain is domain and context.running is not None]
-            for context in running:
-                self._charge(context, now)  # what it ran so far is paid for as it was then
-            domain.scheduling.update(parameters)
-            for vcpu in domain.vcpus:
-                if vcpu.context is not None:
-                    vcpu.unit.parameters.update(parameters)
-            for context in running:
-                if context.running is not None:
-                    self._set_quantum(context, context.running, contended=bool(self._waiting))
 
     def unpause(self, domain: Domain) -> None:
         """Undo one pause. The first time that leaves none, the domain begins: an unstarted one has no threads."""
@@ -215,7 +222,7 @@ class Scheduler:
         context = vcpu.context or vcpu.domain.vcpus[0].context
         if context is None:
             return  # not started yet: it looks when it is
-        self.policy.notified(vcpu.unit)
+        vcpu.unit.notified += 1
         running = context.running
         if running is None:
             self._woken = True
@@ -236,7 +243,7 @@ class Scheduler:
         now = self._clock.now()
         set_runstate(vcpu, RUNSTATE_runnable, now)
         with self._lock:
-            self.policy.wake(vcpu.unit, now)
+            vcpu.domain.cpupool.policy.wake(vcpu.unit, now)
 
     def unblock(self, vcpu: Vcpu) -> None:
         """End SCHEDOP_block or SCHEDOP_poll. The caller holds the domain's lock."""
@@ -261,7 +268,7 @@ class Scheduler:
         with self._lock:
             others = self._rivals(context, vcpu)
             if others:
-                self.policy.yield_(vcpu.unit, others, self._clock.now())
+                vcpu.domain.cpupool.policy.yield_(vcpu.unit, others, self._clock.now())
         if others:
             vcpu.may_run = False
             context.preempt = True
@@ -274,7 +281,8 @@ class Scheduler:
         if running is None or not runnable(vcpu):
             return
         with self._lock:
-            preempts = self.policy.victim(vcpu.unit, [running.unit], self._clock.now()) is not None
+            policy = context.domain.cpupool.policy
+            preempts = policy.victim(vcpu.unit, [running.unit], self._clock.now()) is not None
             if not preempts and not context.quantum_timer.deadline:
                 self._set_quantum(context, running, contended=True)
         if preempts:
@@ -284,7 +292,8 @@ class Scheduler:
     def _rivals(self, context: Context, vcpu: Vcpu) -> list[Unit]:
         """Those that could run in the place of a vCPU that runs on the context. The caller holds `_lock`."""
         rivals = [other.unit for other in context.vcpus if other is not vcpu and runnable(other)]
-        return rivals + [waiting.wanted.unit for waiting in self._waiting if waiting.wanted is not None]
+        pool = context.domain.cpupool
+        return rivals + pool.could_use(vcpu.unit.pcpu, pool.waiting)
 
     # --- a context's thread ------------------------------------------------------------------------------
 
@@ -327,10 +336,12 @@ class Scheduler:
             return None
         with self._lock:
             now = self._clock.now()
-            moments = [self.policy.not_before(vcpu.unit, now) for vcpu in candidates]
+            pool = context.domain.cpupool
+            moments = [pool.policy.not_before(vcpu.unit, now) for vcpu in candidates]
             units = [vcpu.unit for vcpu, moment in zip(candidates, moments, strict=True) if moment <= now]
             if units:
-                unit = self.policy.pick(units, now)
+                at_once = [unit for unit in units if any(pool.could_use(pcpu, [unit]) for pcpu in pool.free)]
+                unit = pool.policy.pick(at_once or units, now)
                 return next(vcpu for vcpu in candidates if vcpu.unit is unit)
         self._timers.set(context.quantum_timer, min(moments))
         return None
@@ -362,6 +373,7 @@ class Scheduler:
         start = clock.now()
         with domain.lock:
             if not runnable(vcpu):
+                self._account(context, vcpu)
                 return
             if context.loaded is not vcpu:
                 self._switch(context, vcpu)
@@ -371,7 +383,8 @@ class Scheduler:
             vcpu.timers.entered()
         with self._lock:
             vcpu.unit.running_since = start  # not when it was granted the pCPU, but had yet to be woken
-            contended = any(runnable(other) for other in context.vcpus if other is not vcpu)
+            contended = bool(domain.cpupool.waiting)
+            contended = contended or any(runnable(other) for other in context.vcpus if other is not vcpu)
             if contended or not context.quantum_timer.deadline:
                 self._set_quantum(context, vcpu, contended)
         handler = context.handler(vcpu)
@@ -421,7 +434,7 @@ class Scheduler:
         with self._lock:
             self._charge(context, now)
             if not runnable(vcpu):
-                self.policy.sleep(vcpu.unit, now)
+                context.domain.cpupool.policy.sleep(vcpu.unit, now)
         vcpu.timers.left()
         if vcpu.blocked:
             set_runstate(vcpu, RUNSTATE_blocked, now)
@@ -435,7 +448,7 @@ class Scheduler:
         if context.running is not None:
             unit = context.running.unit
             ran, unit.running_since = unit.ran(now), now
-            self.policy.charge(unit, ran, now)
+            context.domain.cpupool.policy.charge(unit, ran, now)
 
     # --- pCPUs -----------------------------------------------------------------------------------------
 
@@ -443,67 +456,85 @@ class Scheduler:
         """Wait for a pCPU."""
         now = self._clock.now()
         with self._lock:
-            others = [each.running.unit for each in self._running if each.running is not None]
-            others += [each.wanted.unit for each in self._waiting if each.wanted is not None]
-            self.policy.queue(vcpu.unit, others, now)
-            if self._free and not self._waiting:
-                self._grant(context, vcpu, now, self._free.pop())
+            pool, unit = context.domain.cpupool, vcpu.unit
+            pool.policy.queue(unit, [*pool.running, *pool.waiting], now)
+            moved = pool.place(unit)
+            if moved is not None:
+                self._grant(context, vcpu, now, moved)
                 return
             context.wanted = vcpu
-            self._waiting.append(context)
-            self._make_room(vcpu, now)
+            pool.waiting.append(unit)
+            self._make_room(pool, unit, now)
         context.granted.acquire()
 
-    def _grant(self, context: Context, vcpu: Vcpu, now: int, pcpu: int) -> None:
+    def _grant(self, context: Context, vcpu: Vcpu, now: int, moved: Iterable[Unit]) -> None:
+        """The vCPU holds a pCPU, to which end some were moved to another."""
         context.running, context.wanted = vcpu, None
-        context.pcpu = pcpu
         context.preempt = False
         vcpu.unit.running_since = now
-        self._running.append(context)
+        for unit in (*moved, vcpu.unit):
+            self._pin(unit)
 
-    def _make_room(self, vcpu: Vcpu, now: int) -> None:
-        """Somebody waits: whoever runs leaves when its quantum is over, or now if the policy says so."""
-        running: dict[Unit, Context] = {}
-        for context in self._running:
-            if context.running is None:
+    def _pin(self, unit: Unit) -> None:
+        """Have the thread of who runs on a pCPU run where that is pinned to."""
+        context: Context = unit.runner
+        if self._host_cpus and context.pinned != unit.pcpu and context.thread.native_id is not None:
+            with suppress(OSError):  # the host has taken that CPU away: anywhere, then
+                os.sched_setaffinity(context.thread.native_id, {self._host_cpus[unit.pcpu]})
+            context.pinned = unit.pcpu
+
+    def _make_room(self, pool: Cpupool, unit: Unit, now: int) -> None:
+        """It waits: whoever runs in its way leaves when its quantum is over, or now if the policy says so."""
+        running = []
+        for pcpu in pool.reach(unit):
+            holder = pool.holders[pcpu]
+            context: Context | None = holder.runner if holder is not None else None
+            if holder is None or context is None or context.running is None:
                 continue
             self._set_quantum(context, context.running, contended=True)
             if not context.preempt:
-                running[context.running.unit] = context
-        victim = self.policy.victim(vcpu.unit, list(running), now)
+                running.append(holder)
+        victim = pool.policy.victim(unit, running, now)
         if victim is not None:
-            self.preempt(running[victim])
+            self.preempt(victim.runner)
 
     def _set_quantum(self, context: Context, vcpu: Vcpu, contended: bool) -> None:
         """Ask the policy once more when the vCPU that runs has used its quantum. The caller holds `_lock`."""
         now = self._clock.now()
-        quantum = self.policy.quantum(vcpu.unit, contended, now)
+        quantum = context.domain.cpupool.policy.quantum(vcpu.unit, contended, now)
         if quantum != NO_LIMIT:
             self._timers.set(context.quantum_timer, now - vcpu.unit.ran(now) + quantum)
 
     def _release(self, context: Context) -> None:
-        """Give the pCPU to whom the policy picks of those that wait."""
+        """Give the pCPU to whom the policy picks of those that wait and may use it."""
         with self._lock:
+            pool = context.domain.cpupool
             if context.running is not None:
                 context.running.unit.running_since = None
+                pool.release(context.running.unit)
             context.running = None
-            self._running.remove(context)
-            waiting = {each.wanted.unit: each for each in self._waiting if each.wanted is not None}
-            if waiting:
-                now = self._clock.now()
-                following = waiting[self.policy.pick(list(waiting), now)]
-                self._waiting.remove(following)
-                vcpu = following.wanted
-                assert vcpu is not None
-                self._grant(following, vcpu, now, context.pcpu)
-                following.granted.release()
-                if self._waiting:
-                    self._set_quantum(following, vcpu, contended=True)
-            else:
-                self._free.append(context.pcpu)
+            self._dispatch(pool)
             self._lock.notify_all()
         if context.domain.shutdown_reason is not None:
             self.announce_shutdown(context.domain)
+
+    def _dispatch(self, pool: Cpupool) -> None:
+        """Let nobody wait who could have a free pCPU. The caller holds `_lock`."""
+        for pcpu in pool.free:
+            while pool.holders[pcpu] is None and (waiting := pool.could_use(pcpu, pool.waiting)):
+                now = self._clock.now()
+                unit = pool.policy.pick(waiting, now)
+                pool.waiting.remove(unit)
+                moved = pool.place(unit)
+                following: Context = unit.runner
+                vcpu = following.wanted
+                assert vcpu is not None and moved is not None
+                self._grant(following, vcpu, now, moved)
+                following.granted.release()
+                if pool.waiting:
+                    self._set_quantum(following, vcpu, contended=True)
+            if pool.holders[pcpu] is None and (attracted := pool.attract(pcpu)) is not None:
+                self._pin(attracted)
 
     def announce_shutdown(self, domain: Domain) -> None:
         """Tell dom0 that the domain has shut down, once its last vCPU has stopped (Xen: VIRQ_DOM_EXC)."""
@@ -519,9 +550,9 @@ class Scheduler:
         with self._lock:
             running = context.running
             if running is not None:
-                others = self._rivals(context, running)
-                if not self.policy.expired(running.unit, others, now):
-                    quantum = self.policy.quantum(running.unit, bool(others), now)
+                policy, others = context.domain.cpupool.policy, self._rivals(context, running)
+                if not policy.expired(running.unit, others, now):
+                    quantum = policy.quantum(running.unit, bool(others), now)
                     if quantum != NO_LIMIT:
                         self._timers.set(context.quantum_timer, now + quantum)
                     return
@@ -538,6 +569,153 @@ class Scheduler:
         if running is not None:
             running.kicked = True
             context.cpu.kick()
+
+    # --- what dom0 may change (Xen: domctl, XEN_SYSCTL_cpupool_op) ---------------------------------------------
+
+    def adjust(self, domain: Domain, parameters: Mapping[str, int]) -> None:
+        """Set some of the policy's parameters for all of a domain's vCPUs (Xen: XEN_DOMCTL_SCHEDOP_putinfo)."""
+        with self._lock:
+            now = self._clock.now()
+            running = [context for context in _contexts(domain) if context.running is not None]
+            for context in running:
+                self._charge(context, now)  # what it ran so far is paid for as it was then
+            for vcpu in domain.vcpus:
+                vcpu.unit.parameters.update(parameters)
+            for context in running:
+                if context.running is not None:
+                    self._set_quantum(context, context.running, contended=bool(domain.cpupool.waiting))
+
+    def set_affinity(self, vcpus: Iterable[Vcpu], hard: frozenset[int] | None, soft: frozenset[int] | None) -> None:
+        """Where vCPUs of a domain may run and where they would rather; None: leave that as it is.
+
+        Raises ValueError where its pool has none of the hard ones.
+        """
+        with self._lock:
+            for vcpu in vcpus:
+                pool, unit = vcpu.domain.cpupool, vcpu.unit
+                if hard is not None and hard.isdisjoint(pool.holders):
+                    raise ValueError(f"the domain's cpupool {pool.name} has none of these pCPUs")
+                unit.hard = _restriction(hard, self.pcpus) if hard is not None else unit.hard
+                unit.soft = _restriction(soft, self.pcpus) if soft is not None else unit.soft
+                self._reconsider(pool)
+
+    def _reconsider(self, pool: Cpupool) -> None:
+        """Affinities or pCPUs have changed. The caller holds `_lock`."""
+        for unit in pool.running:
+            if unit.pcpu not in pool.usable(unit):
+                self.preempt(unit.runner)
+        self._dispatch(pool)
+        for unit in pool.waiting:
+            self._make_room(pool, unit, self._clock.now())
+
+    def create_pool(self, name: str, policy: MakePolicy, pcpus: Collection[int]) -> None:
+        """Make a cpupool of pCPUs that are in none. Raises ValueError."""
+        with self._lock:
+            if name in self.pools or not name:
+                raise ValueError(f'there is a cpupool "{name}" already' if name else "a cpupool needs a name")
+            self._check_unassigned(pcpus)
+            self.unassigned.difference_update(pcpus)
+            self.pools[name] = Cpupool(name, policy(len(pcpus)), sorted(pcpus))
+
+    def destroy_pool(self, name: str) -> None:
+        """Its pCPUs are in no pool then. Raises ValueError where it has domains."""
+        with self._lock:
+            pool = self._pool(name)
+            if pool.members or pool is self.first_pool:
+                raise ValueError(f"the cpupool {name} " + ("has domains" if pool.members else "is the first one"))
+            del self.pools[name]
+            self.unassigned.update(pool.holders)
+
+    def rename_pool(self, name: str, new_name: str) -> None:
+        """Raises ValueError."""
+        with self._lock:
+            self._pool(name)
+            if new_name in self.pools or not new_name:
+                raise ValueError(f'"{new_name}" cannot be the name of another cpupool')
+            self.pools = {new_name if each == name else each: pool for each, pool in self.pools.items()}
+            self.pools[new_name].name = new_name
+
+    def add_pcpus(self, name: str, pcpus: Collection[int]) -> None:
+        """Give a pool pCPUs that are in none. Raises ValueError."""
+        with self._lock:
+            pool = self._pool(name)
+            self._check_unassigned(pcpus)
+            self.unassigned.difference_update(pcpus)
+            pool.holders = {pcpu: pool.holders.get(pcpu) for pcpu in sorted({*pool.holders, *pcpus})}
+            pool.policy.pcpus = len(pool.holders)
+            self._reconsider(pool)
+
+    def remove_pcpus(self, name: str, pcpus: Collection[int]) -> None:
+        """Take pCPUs from a pool, with nobody on them when this returns. Raises ValueError. Not for guests' threads."""
+        with self._lock:
+            pool = self._pool(name)
+            gone = set(pcpus)
+            if not gone <= pool.holders.keys():
+                raise ValueError(f"the cpupool {name} has not all of these pCPUs")
+            if gone == pool.holders.keys() and pool.members:
+                raise ValueError(f"the cpupool {name} has domains and needs a pCPU")
+            leaving = [unit for pcpu in gone if (unit := pool.holders.pop(pcpu)) is not None]
+            pool.policy.pcpus = max(len(pool.holders), 1)
+            for unit in leaving:
+                self.preempt(unit.runner)
+            self._reconsider(pool)
+            while any(unit.pcpu in gone and unit.running_since is not None for unit in leaving):
+                self._lock.wait()
+            self.unassigned |= gone
+
+    def move_domain(self, domain: Domain, name: str) -> None:
+        """Into another pool, where its vCPUs may run anywhere. It is paused. Raises ValueError."""
+        contexts = _contexts(domain)
+        with self._lock:
+            while any(context.running is not None for context in contexts):
+                self._lock.wait()
+            before, pool, now = domain.cpupool, self._pool(name), self._clock.now()
+            if not pool.holders:
+                raise ValueError(f"the cpupool {name} has no pCPU")
+            domain.cpupool = pool
+            waiting = {vcpu.unit for vcpu in domain.vcpus if vcpu.unit in before.waiting}
+            for vcpu in domain.vcpus:
+                unit, known = vcpu.unit, vcpu.unit.parameters
+                before.members.discard(unit)
+                pool.members.add(unit)
+                if vcpu.context is not None:
+                    before.policy.remove(unit, now)
+                unit.parameters = {key: known.get(key, value) for key, value in pool.policy.parameters.items()}
+                unit.hard = unit.soft = None
+                if vcpu.context is not None:
+                    pool.policy.add(unit, now)
+                    if vcpu.runstate == RUNSTATE_runnable:
+                        pool.policy.wake(unit, now)
+                if unit in waiting:
+                    before.waiting.remove(unit)
+                    pool.policy.queue(unit, [*pool.running, *pool.waiting], now)
+                    pool.waiting.append(unit)
+            self._reconsider(pool)
+
+    def set_schedparam(self, name: str, parameters: Mapping[str, int]) -> None:
+        """Change parameters of a pool's algorithm (Xen: XEN_SYSCTL_SCHEDOP_putinfo)."""
+        with self._lock:
+            self._pool(name).policy.schedparam.update(parameters)
+
+    def pool(self, name: str) -> Cpupool:
+        """Raises ValueError where there is none of this name."""
+        with self._lock:
+            return self._pool(name)
+
+    def _pool(self, name: str) -> Cpupool:
+        if name not in self.pools:
+            raise ValueError(f"there is no cpupool {name}")
+        return self.pools[name]
+
+    def _check_unassigned(self, pcpus: Collection[int]) -> None:
+        for pcpu in pcpus:
+            if pcpu not in self.unassigned:
+                raise ValueError(f"pCPU {pcpu} is in a cpupool already, or there is none")
+
+
+def _restriction(pcpus: frozenset[int], count: int) -> frozenset[int] | None:
+    """None where all pCPUs are meant."""
+    return None if pcpus >= frozenset(range(count)) else pcpus
 
 
 def _contexts(domain: Domain) -> list[Context]:

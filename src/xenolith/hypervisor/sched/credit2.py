@@ -8,7 +8,8 @@ A `cap` (percent of one CPU, for the whole domain; 0: none) is a budget: cap per
 period, for all vCPUs of the domain together.  Used up, they do not run before the next period, whatever is idle; what
 was used beyond it is taken from the next.
 
-Whoever wakes preempts one that runs if it has RESISTANCE more credit.
+Whoever wakes preempts one that runs if it has RESISTANCE more credit and that one has run for `ratelimit`, which is set
+for a whole cpupool: none unless somebody asks for one (Xen's is 1 ms).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
+from xenolith.hypervisor.sched.policy import NO_LIMIT, US, Simple, Unit
 
 CREDIT_INIT: Final = 10_000_000  # ns of running at the default weight
 MIN_QUANTUM: Final = 1_000_000  # ns
@@ -41,8 +42,10 @@ class Credit2(Simple):
 
     name: ClassVar[str] = "credit2"
     parameters: ClassVar[Mapping[str, int]] = {"weight": DEFAULT_WEIGHT, "cap": 0}
+    schedparams: ClassVar[Mapping[str, int]] = {"ratelimit": 0}
 
     def __init__(self, pcpus: int) -> None:
+        super().__init__(pcpus)
         self._units: set[Unit] = set()
         self._active: set[Unit] = set()  # those that want to run
         self._woken: set[Unit] = set()  # those that wait for a pCPU since they were woken
@@ -102,7 +105,9 @@ class Credit2(Simple):
             unit.account = min(unit.account + credit, most)
 
     def victim(self, unit: Unit, running: Sequence[Unit], now: int) -> Unit | None:
-        least = min(running, key=lambda other: _credit_now(other, now), default=None)
+        limit = self.schedparam["ratelimit"] * US
+        may = [other for other in running if other.ran(now) >= limit]
+        least = min(may, key=lambda other: _credit_now(other, now), default=None)
         return least if least is not None and _credit_now(least, now) + RESISTANCE < unit.account else None
 
     def quantum(self, unit: Unit, contended: bool, now: int) -> int:
@@ -111,6 +116,7 @@ class Credit2(Simple):
         if contended:
             lasts = int(unit.account) * unit.parameters["weight"] // DEFAULT_WEIGHT
             quantum = MIN_QUANTUM if self._woken else max(min(lasts, MAX_QUANTUM), MIN_QUANTUM)
+            quantum = max(quantum, self.schedparam["ratelimit"] * US)
         if unit.parameters["cap"]:
             left = max(self._left(unit, now) // max(len(self._running(unit)), 1), MIN_BUDGET)
             return min(quantum, left) if quantum else left

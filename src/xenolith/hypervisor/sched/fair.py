@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
+from xenolith.hypervisor.sched.policy import LEAD, NO_LIMIT, Simple, Unit
 
 QUANTUM: Final = 10_000_000  # ns for which a vCPU runs while others wait
 WAKE_CREDIT: Final = 5_000_000  # ns of unused share that a vCPU keeps over a sleep
@@ -24,6 +24,7 @@ class Fair(Simple):
     parameters: ClassVar[Mapping[str, int]] = {"weight": DEFAULT_WEIGHT}
 
     def __init__(self, pcpus: int) -> None:
+        super().__init__(pcpus)
         self._least = 0  # the lowest share of those that want to run
 
     def add(self, unit: Unit, now: int) -> None:
@@ -38,7 +39,7 @@ class Fair(Simple):
         unit.account = max(unit.account, self._least - WAKE_CREDIT)
 
     def charge(self, unit: Unit, ran: int, now: int) -> None:
-        unit.account += _weighted(unit, ran)
+        unit.account = min(unit.account + _weighted(unit, ran), self._least + _weighted(unit, LEAD))
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account = max(unit.account, max(other.account for other in others) + 1)

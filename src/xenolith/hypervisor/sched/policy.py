@@ -17,6 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 NO_LIMIT: Final = 0  # as a quantum
+US: Final = 1000  # ns
+LEAD: Final = 100_000_000
+"""ns of its own running that a vCPU can be ahead of the others' virtual time, where an algorithm has one.
+
+Who had a pCPU that those behind could not use, by their affinity or their number, must not stand still for it later."""
 
 
 @dataclass(eq=False, slots=True)
@@ -28,6 +33,11 @@ class Unit:
     parameters: dict[str, int] = field(default_factory=dict)  # a value for each of Policy.parameters
     running_since: int | None = None  # begin of the time that it runs and was not charged for; None: it does not run
     account: Any = None
+    notified: int = 0  # events that it was sent since the algorithm looked: counted by any thread, so it is a hint
+    hard: frozenset[int] | None = None  # the pCPUs that it may use; None: any (see cpupool)
+    soft: frozenset[int] | None = None  # those that it prefers
+    pcpu: int = -1  # the one it holds, or held last
+    runner: Any = None  # what executes it, core's or the simulator's own
 
     def ran(self, now: int) -> int:
         """ns for which it has run without being charged so far."""
@@ -40,6 +50,11 @@ class Policy(Protocol):
     name: ClassVar[str]
     parameters: ClassVar[Mapping[str, int]]
     """What can be set for each domain or vCPU, with what holds where nothing was (weight, cap, ...)."""
+    schedparams: ClassVar[Mapping[str, int]]
+    """What can be set of the algorithm itself, for its whole cpupool, likewise. In microseconds."""
+
+    schedparam: dict[str, int]
+    pcpus: int  # how many the cpupool has; core keeps it up to date
 
     def add(self, unit: Unit, now: int) -> None:
         """There is one more unit. It does not want to run yet."""
@@ -52,9 +67,6 @@ class Policy(Protocol):
 
     def sleep(self, unit: Unit, now: int) -> None:
         """It has been charged, and is blocked or paused."""
-
-    def notified(self, unit: Unit) -> None:
-        """It was sent an event. The exception among these: called by any thread without the lock, to count at most."""
 
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         """It wants a pCPU, beside the `others` that have one or wait for one."""
@@ -85,6 +97,11 @@ class Simple(Policy):
     """An algorithm that does not care: one inherits from it and answers what makes it different, at least `pick`."""
 
     parameters: ClassVar[Mapping[str, int]] = {}
+    schedparams: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self, pcpus: int) -> None:
+        self.pcpus = pcpus
+        self.schedparam = dict(self.schedparams)
 
     def add(self, unit: Unit, now: int) -> None:
         pass
@@ -96,9 +113,6 @@ class Simple(Policy):
         pass
 
     def sleep(self, unit: Unit, now: int) -> None:
-        pass
-
-    def notified(self, unit: Unit) -> None:
         pass
 
     def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
@@ -124,4 +138,4 @@ class Simple(Policy):
 
 
 MakePolicy = Callable[[int], Policy]
-"""An algorithm for a machine with so many pCPUs."""
+"""An algorithm for a cpupool of so many pCPUs."""

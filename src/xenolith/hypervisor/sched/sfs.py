@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, Simple, Unit
+from xenolith.hypervisor.sched.policy import LEAD, NO_LIMIT, Simple, Unit
 
 QUANTUM: Final = 10_000_000  # ns
 SLACK: Final = 1_000_000  # ns of surplus by which whoever wakes must be behind one that runs to preempt it
@@ -33,10 +33,10 @@ class SurplusFair(Simple):
     parameters: ClassVar[Mapping[str, int]] = {"weight": DEFAULT_WEIGHT}
 
     def __init__(self, pcpus: int) -> None:
-        self.pcpus = pcpus
+        super().__init__(pcpus)
         self._active: set[Unit] = set()  # those that want to run
         self._weights: dict[Unit, float] = {}  # readjusted
-        self._asked: dict[Unit, int] = {}  # the weights that those were made from
+        self._asked: tuple[int, dict[Unit, int]] = 0, {}  # the pCPUs and weights that those were made from
         self._virtual_time = 0
 
     def add(self, unit: Unit, now: int) -> None:
@@ -62,7 +62,8 @@ class SurplusFair(Simple):
         self._advance(now)
 
     def charge(self, unit: Unit, ran: int, now: int) -> None:
-        unit.account += int(ran * DEFAULT_WEIGHT / self._weight(unit))
+        per_ns = DEFAULT_WEIGHT / self._weight(unit)
+        unit.account = int(min(unit.account + ran * per_ns, self._advance(now) + LEAD * per_ns))
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         unit.account = max(unit.account, max(int(other.account) for other in others) + 1)
@@ -89,8 +90,8 @@ class SurplusFair(Simple):
         least = min((int(self._tag(unit, now)) for unit in self._active), default=self._virtual_time)
         self._virtual_time = max(self._virtual_time, least)
         asked = {unit: unit.parameters["weight"] for unit in self._active}
-        if asked != self._asked:
-            self._asked = asked
+        if (self.pcpus, asked) != self._asked:
+            self._asked = self.pcpus, asked
             self._weights = {unit: float(weight) for unit, weight in readjusted(asked, self.pcpus).items()}
         return self._virtual_time
 

@@ -13,12 +13,13 @@ blocked, and what happens in between, such as an event for another.  It ends wit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from random import Random
 from typing import Final, NamedTuple
 
+from xenolith.hypervisor.sched.cpupool import Cpupool
 from xenolith.hypervisor.sched.policy import NO_LIMIT, Policy, Unit
 
 MS: Final = 1_000_000
@@ -83,24 +84,35 @@ class Simulator:
 
     def __init__(self, policy: Policy, pcpus: int) -> None:
         self.policy = policy
-        self.pcpus = pcpus
+        self.pool = Cpupool("simulated", policy, range(pcpus))
         self.now = 0
         self.decisions = 0  # how often the policy was asked who goes first
-        self._running: list[Task] = []
-        self._waiting: list[Task] = []
+        self.moves = 0  # how often one that ran was moved to another pCPU
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
 
-    def add(self, domid: int, load: Load, vcpu_id: int = 0, at: int = 0, **parameters: int) -> Task:
-        """One more vCPU, which wakes at `at`."""
+    def add(
+        self,
+        domid: int,
+        load: Load,
+        vcpu_id: int = 0,
+        at: int = 0,
+        hard: Iterable[int] | None = None,
+        soft: Iterable[int] | None = None,
+        **parameters: int,
+    ) -> Task:
+        """One more vCPU, which wakes at `at`. `hard` and `soft`: its affinities."""
         task = Task(Unit(domid, vcpu_id, {**self.policy.parameters, **parameters}), load)
+        task.unit.runner = task
+        task.unit.hard = None if hard is None else frozenset(hard)
+        task.unit.soft = None if soft is None else frozenset(soft)
         self.policy.add(task.unit, self.now)
         self._at(at, lambda: self._wake(task))
         return task
 
     def notify(self, task: Task) -> None:
         """It is sent an event."""
-        self.policy.notified(task.unit)
+        task.unit.notified += 1
         if task.blocked:
             task.blocked = False
             self._at(self.now, lambda: self._wake(task))
@@ -120,8 +132,12 @@ class Simulator:
             task.started = task.unit.running_since = self.now
 
     @property
+    def _running(self) -> list[Task]:
+        return [unit.runner for unit in self.pool.running]
+
+    @property
     def idle_pcpus(self) -> int:
-        return self.pcpus - len(self._running)
+        return len(self.pool.free)
 
     def _at(self, moment: int, happen: Callable[[], None]) -> None:
         heappush(self._events, (moment, next(self._numbers), happen))
@@ -143,21 +159,24 @@ class Simulator:
         if moment > self.now:
             self._at(moment, lambda: self._acquire(task))
             return
-        others = [other.unit for other in (*self._running, *self._waiting)]
-        self.policy.queue(task.unit, others, self.now)
-        if self.idle_pcpus and not self._waiting:
+        self.policy.queue(task.unit, [*self.pool.running, *self.pool.waiting], self.now)
+        if self._place(task):
             self._grant(task)
             return
-        self._waiting.append(task)
-        for running in self._running:
-            self._set_quantum(running, contended=True)
-        by_unit = {running.unit: running for running in self._running}
-        victim = self.policy.victim(task.unit, list(by_unit), self.now)
+        self.pool.waiting.append(task.unit)
+        rivals = [unit for pcpu in self.pool.reach(task.unit) if (unit := self.pool.holders[pcpu]) is not None]
+        for unit in rivals:
+            self._set_quantum(unit.runner, contended=True)
+        victim = self.policy.victim(task.unit, rivals, self.now)
         if victim is not None:
-            self._preempt(by_unit[victim])
+            self._preempt(victim.runner)
+
+    def _place(self, task: Task) -> bool:
+        moved = self.pool.place(task.unit)
+        self.moves += len(moved or ())
+        return moved is not None
 
     def _grant(self, task: Task) -> None:
-        self._running.append(task)
         task.turns += 1
         task.started = task.unit.running_since = self.now
         if task.woken is not None:
@@ -167,7 +186,7 @@ class Simulator:
         epoch = task.epoch
         if task.remaining < FOR_EVER >> 1:
             self._at(self.now + task.remaining, lambda: self._block(task, epoch))
-        self._set_quantum(task, contended=bool(self._waiting))
+        self._set_quantum(task, contended=bool(self.pool.waiting))
 
     def _set_quantum(self, task: Task, contended: bool) -> None:
         quantum = self.policy.quantum(task.unit, contended, self.now)
@@ -179,12 +198,13 @@ class Simulator:
             self._at(moment, lambda: self._quantum_over(task, epoch))
 
     def _quantum_over(self, task: Task, epoch: int) -> None:
-        if epoch != task.quantum_epoch or task not in self._running:
+        if epoch != task.quantum_epoch:
             return
-        if self.policy.expired(task.unit, [other.unit for other in self._waiting], self.now):
+        rivals = self.pool.could_use(task.unit.pcpu, self.pool.waiting)
+        if self.policy.expired(task.unit, rivals, self.now):
             self._preempt(task)
             return
-        quantum = self.policy.quantum(task.unit, bool(self._waiting), self.now)
+        quantum = self.policy.quantum(task.unit, bool(rivals), self.now)
         task.quantum_set = quantum != NO_LIMIT
         if task.quantum_set:
             task.quantum_epoch += 1
@@ -197,7 +217,7 @@ class Simulator:
         self._acquire(task)
 
     def _block(self, task: Task, epoch: int) -> None:
-        if epoch != task.epoch or task not in self._running:
+        if epoch != task.epoch:
             return
         self._leave(task)
         self.policy.sleep(task.unit, self.now)
@@ -222,13 +242,15 @@ class Simulator:
         task.unit.running_since = self.now
         self.policy.charge(task.unit, ran, self.now)
         task.unit.running_since = None
-        self._running.remove(task)
+        self.pool.release(task.unit)
 
     def _release(self) -> None:
-        if not self._waiting:
-            return
-        self.decisions += 1
-        by_unit = {task.unit: task for task in self._waiting}
-        task = by_unit[self.policy.pick(list(by_unit), self.now)]
-        self._waiting.remove(task)
-        self._grant(task)
+        for pcpu in self.pool.free:
+            while self.pool.holders[pcpu] is None and (units := self.pool.could_use(pcpu, self.pool.waiting)):
+                self.decisions += 1
+                unit = self.policy.pick(units, self.now)
+                self.pool.waiting.remove(unit)
+                self._place(unit.runner)
+                self._grant(unit.runner)
+            if self.pool.holders[pcpu] is None and self.pool.attract(pcpu) is not None:
+                self.moves += 1

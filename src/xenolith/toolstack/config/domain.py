@@ -23,7 +23,6 @@ from xenolith.toolstack.config.vif import Nic
 
 DEFAULT_MEMORY_KIB = 32 * 1024  # libxl's, when neither memory nor maxmem is given
 DEFAULT_WEIGHT = 256  # what a domain weighs with Xen's schedulers
-DEFAULT_POOL = "Pool-0"
 
 
 class DomainType(StrEnum):
@@ -213,18 +212,15 @@ class DomainConfig:
         }
         return [name for name, given in asked.items() if given] + self.ignored_keys
 
-    def without_effect(self, pcpus: int, scheduler_parameters: Collection[str]) -> list[str]:
+    def without_effect(self, scheduler_parameters: Collection[str]) -> list[str]:
         """Settings that the domain lives without: which, and what is missing here, a sentence each for people.
 
-        A value that asks for what every domain gets anyway is not among them. `pcpus` is how many pCPUs there are,
-        `scheduler_parameters` what the scheduler in use lets be set.
+        A value that asks for what every domain gets anyway is not among them. `scheduler_parameters` is what the
+        scheduler of its cpupool lets be set.
         Whoever makes one of these work takes it out of here.
         """
-        everywhere = frozenset(range(pcpus))
         scheduling = self.scheduler
         asked = {
-            "cpus": (_pins(self.hard_affinity, everywhere), "a vCPU runs on any pCPU"),
-            "cpus_soft": (_pins(self.soft_affinity, everywhere), "a vCPU runs on any pCPU"),
             "cpu_weight": (
                 scheduling.weight not in (None, DEFAULT_WEIGHT) and "weight" not in scheduler_parameters,
                 "the scheduler in use has no weights",
@@ -234,7 +230,6 @@ class DomainConfig:
             "slice": (scheduling.slice is not None, "the scheduler has no such parameter"),
             "latency": (scheduling.latency is not None, "the scheduler has no such parameter"),
             "extratime": (scheduling.extratime is not None, "the scheduler has no such parameter"),
-            "pool": (self.pool not in (None, DEFAULT_POOL), f"there is one cpupool, {DEFAULT_POOL}"),
             "max_grant_version": (self.max_grant_version is not None, "all domains may use the same versions"),
             "tsc_mode": (self.tsc_mode not in (TscMode.DEFAULT, TscMode.NATIVE), "guests read the processor's counter"),
             "localtime": (bool(self.localtime), "guests get UTC"),
@@ -251,10 +246,6 @@ class DomainConfig:
             "xend_suspend_evtchn_compat": (bool(self.suspend_evtchn_compat), "no old tool looks for that port"),
         }
         return [f"{key} has no effect: {reason}" for key, (given, reason) in asked.items() if given]
-
-
-def _pins(affinity: list[frozenset[int]] | None, everywhere: frozenset[int]) -> bool:
-    return any(not cpus >= everywhere for cpus in affinity or ())
 
 
 def absolute_paths(config: DomainConfig, directory: Path) -> DomainConfig:
