@@ -24,6 +24,7 @@ SUBCOMMANDS: Final = {
     "checkpoint": ("xenolith.cli.checkpoint", "checkpoint", "Keep what a domain is, once or every few seconds."),
     "checkpoints": ("xenolith.cli.checkpoint", "checkpoints", "List the checkpoints of a domain."),
     "rollback": ("xenolith.cli.checkpoint", "rollback", "Let a domain be what it was at a checkpoint."),
+    "image": ("xenolith.cli.image", "image", "Make a root file system with a Debian in it; list and remove those."),
     "net": ("xenolith.cli.net", "net", "Look at the network: who is attached, rules and their counters, packets."),
     "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
     "help": ("xenolith.cli.main", "help_", "Print this list, or how to use a subcommand."),

@@ -18,10 +18,11 @@ from xenolith.toolstack.client import OnProgress, Progress, no_progress
 PATIENCE_S: Final = 1.0  # what is done sooner needs no bar
 
 
-def tell_of_downloads() -> None:
-    """Say on standard error what is being fetched."""
+def tell_of_downloads(*others: str) -> None:
+    """Say on standard error what is being fetched, and what the loggers of these names tell."""
     logging.basicConfig(stream=sys.stderr, format="xenolith: %(message)s")
-    logging.getLogger("xenolith.debian.packages").setLevel(logging.INFO)
+    for name in ("xenolith.debian.packages", *others):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import click
 
 from xenolith.cli.progress import tell_of_downloads
 from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
-from xenolith.toolstack import run_disks, run_network
+from xenolith.toolstack import run_disks, run_network, run_root
 from xenolith.toolstack.errors import RunError, UsageError
 from xenolith.toolstack.foreground import (
     Completed,
@@ -114,6 +114,7 @@ class CannotRun(click.ClickException):
     metavar="NAME",
     help="Put a module of the Debian kernel into the initramfs, with those it needs, for modprobe; may be repeated.",
 )
+@click.option("--root", default="", metavar="DIR|TAR|IMAGE", help=run_root.HELP)
 @click.option("--disk", "disks", multiple=True, metavar="FILE[,ro|cow]", help=run_disks.HELP)
 @click.option("--net", is_flag=False, flag_value="", metavar="[RULES]", help=run_network.NET_HELP)
 @click.option("--publish", multiple=True, metavar="[ADDRESS:]HOST:GUEST[/udp]", help=run_network.PUBLISH_HELP)
@@ -124,7 +125,13 @@ class CannotRun(click.ClickException):
     metavar="NAME[=VALUE]",
     help="Set a variable for COMMAND or the shell, or pass ours on.",
 )
-@click.option("--workdir", "directory", default="/root", metavar="DIR", help="Where COMMAND starts.  [default: /root]")
+@click.option(
+    "--workdir",
+    "directory",
+    default="",
+    metavar="DIR",
+    help="Where COMMAND starts.  [default: /root; with --root what a container image says, or /]",
+)
 @click.option(
     "--user", default="", metavar="USER", help="Run COMMAND as this user: a number, or a name the guest knows."
 )
@@ -146,6 +153,7 @@ def run(
     cmdline: str,
     files: Sequence[str],
     modules: Sequence[str],
+    root: str,
     disks: Sequence[str],
     net: str | None,
     publish: Sequence[str],
@@ -175,6 +183,7 @@ def run(
         engine=engine,
         files=files,
         modules=modules,
+        root=root,
         disks=disks,
         net=net,
         publish=publish,

@@ -12,7 +12,7 @@ with (`Mount`), and the one that the kernel's command line names as Linux's does
     root=DEVICE [rootfstype=TYPE] [rootflags=OPTIONS] [ro|rw] [init=PROGRAM]
 
 Then it becomes `init` of that root; without one it starts a shell on the console, and a command to run it runs, in that
-root if there is one.
+root if there is one. There, all that it needs is our own busybox (/dev/.xenolith): a root may hold one program alone.
 
 busybox's poweroff, reboot and halt leave the work to an init that they signal, the process called linuxrc if there is
 one. Process 1 is a shell, which waits for its child and hears no signal. So there is a linuxrc, which makes the system
@@ -209,9 +209,6 @@ if [ -d /lib/modules ]; then
         done
     done
 fi
-for interface in /sys/class/net/eth*; do
-    [ -e "$interface" ] && udhcpc -q -n -t 5 -T 1 -S -s /etc/udhcpc.script -i "${interface##*/}"
-done
 
 # A disk is there a moment after its driver.
 await() {
@@ -219,12 +216,11 @@ await() {
     /dev/*) for tenth in $(seq 100); do [ -e "$1" ] && break; sleep 0.1; done ;;
     esac
 }
-while read -r source target rest; do
-    await "$source"
-    mkdir -p "$(printf %b "$target")"
-done </etc/fstab.disks
-[ -s /etc/fstab.disks ] && mount -a -T /etc/fstab.disks
-
+# A command has nothing to run on.
+fail() {
+    echo "/init: $1" >&2
+    [ -e /etc/command ] && poweroff -f
+}
 root= type=auto flags=ro options= program=/sbin/init
 read -r words </proc/cmdline
 for word in $words; do
@@ -239,9 +235,45 @@ done
 if [ "$root" ]; then
     await "$root"
     mkdir -p /newroot
-    mount -t "$type" -o "$flags$options" "$root" /newroot || echo "/init: $root cannot be mounted as the root" >&2
-    for directory in dev proc sys; do mount -o bind /$directory /newroot/$directory; done
-    [ -e /etc/command ] || exec switch_root /newroot "$program"
+    mount -t "$type" -o "$flags$options" "$root" /newroot || fail "$root cannot be mounted as the root"
+fi
+while read -r source target kind options _; do
+    source=$(printf %b "$source") target=${root:+/newroot}$(printf %b "$target")
+    await "$source"
+    mkdir -p "$target"
+    for tenth in $(seq 50); do  # a share is there a moment after its driver
+        mount -t "$kind" -o "$options" "$source" "$target" && continue 2
+        [ "$kind" = 9p ] || break
+        sleep 0.1
+    done 2>/run/mount-said
+    fail "$source cannot be mounted on $target: $(cat /run/mount-said)"
+done </etc/fstab.disks
+shell='sh -l'
+if [ "$root" ]; then
+    for directory in dev proc sys; do mkdir -p /newroot/$directory; mount -o bind /$directory /newroot/$directory; done
+    mkdir /dev/.xenolith
+    cp /bin/busybox /dev/.xenolith/
+    inside='chroot /newroot /dev/.xenolith/busybox'
+    if [ ! -e /etc/command ]; then
+        $inside test -x "$program" && exec switch_root /newroot "$program"
+        shell="$inside sh -l"
+        $inside test -x /bin/sh && shell='chroot /newroot /bin/sh -l'
+    fi
+    mkdir -p /newroot/dev/pts /newroot/run
+    mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /newroot/dev/pts
+    mount -t tmpfs -o mode=755 tmpfs /newroot/run
+fi
+for interface in /sys/class/net/eth*; do
+    [ -e "$interface" ] && udhcpc -q -n -t 5 -T 1 -S -s /etc/udhcpc.script -i "${interface##*/}"
+done
+if [ "$root" ] && [ -e /etc/resolv.conf ]; then  # wherever its own leads
+    cp /etc/resolv.conf /dev/.xenolith/
+    $inside sh -c '
+        target=$(readlink -f /etc/resolv.conf)
+        [ "$target" ] || target=/etc/$(readlink /etc/resolv.conf)
+        mkdir -p "${target%/*}"
+        [ -e "$target" ] || : >"$target"
+        mount -o bind /dev/.xenolith/resolv.conf "$target"'
 fi
 /etc/linuxrc &
 linuxrc=$!
@@ -268,8 +300,8 @@ while :; do read -r _; done <>/run/nothing
 # In the foreground: what a shell without job control starts in the background ignores Ctrl-C, and so do its children.
 _SHELL: Final = """\
 echo 4 >/proc/sys/kernel/printk
-cd /root
-setsid cttyhack sh -l
+[ "$root" ] || cd /root
+setsid cttyhack $shell
 poweroff -f
 """
 
@@ -287,6 +319,7 @@ kill -WINCH $linuxrc && read -r _ </run/no-ending
 stty raw -echo
 printf '{separator}{nonce} exit %d\\n' $status
 stty sane
+[ "$root" ] && mount -o remount,ro /newroot 2>/dev/null
 poweroff -f
 """
 
@@ -358,12 +391,59 @@ def _init(command: Command | None, environment: Mapping[str, str], size: tuple[i
         run = _ON_TERMINAL.replace("{size}", follow)
     else:
         run = _PIPED
-    prefix = "${root:+chroot /newroot} "
-    shell = f"su -p -s /bin/sh {shlex.quote(command.user)} -c" if command.user else "sh -c"
-    run = run.replace("{command}", f'{prefix}{shell} "$(cat /etc/command)"')
+    run = run.replace("{command}", '"$@" "$(cat /etc/command)"')
     separator = f"\\{RECORD_SEPARATOR[0]:03o}"
     text = _COMMAND.replace("{separator}", separator).replace("{nonce}", command.nonce).replace("{run}", run)
-    return os.fsencode(_ENVIRONMENT + _SETUP + text)
+    return os.fsencode(_ENVIRONMENT + _SETUP + _who(command.user) + text)
+
+
+# USER[:GROUP], by the names of the root; a user who is only a number need not be known there.
+_IN_ROOT_AS: Final = """\
+    user={user}
+    group=${user#"${user%%:*}"} user=${user%%:*}
+    uid=$($inside id -u "$user" 2>/dev/null) gid=$($inside id -g "$user" 2>/dev/null)
+    case $user in *[!0-9]*) ;; *) uid=$user gid=${gid:-$user} ;; esac
+    case ${group#:} in
+    '') ;;
+    *[!0-9]*) gid=$($inside awk -F: -v name="${group#:}" '$1 == name { print $3 }' /etc/group) ;;
+    *) gid=${group#:} ;;
+    esac
+    if [ "$uid" ] && [ "$gid" ]; then
+        set -- $inside nsenter -S "$uid" -G "$gid" /dev/.xenolith/busybox sh -c
+    else
+        set -- sh -c "echo 'no such user: '{user} >&2; exit 125"
+    fi
+"""
+
+
+def _who(user: str) -> str:
+    """What runs the command, as `user`, here or in the root: the latter with our busybox, of which it needs nothing."""
+    here, inside = "sh -c", "    set -- $inside sh -c\n"
+    if user:
+        here = f"su -p -s /bin/sh {shlex.quote(user)} -c"
+        inside = _IN_ROOT_AS.replace("{user}", shlex.quote(user))
+    return f'if [ "$root" ]; then\n{inside}else\n    set -- {here}\nfi\n'
+
+
+# Our shell runs its own applet where a name has no slash, and in a root it is not ours that is meant.
+_FIND: Final = """\
+set -- {words}
+if [ -e /dev/.xenolith ]; then
+    case $1 in
+    */*) ;;
+    *)
+        program=$1
+        shift
+        IFS=:
+        for directory in $PATH; do
+            [ -x "$directory/$program" ] && [ ! -d "$directory/$program" ] && exec "$directory/$program" "$@"
+        done
+        echo "sh: $program: not found" >&2
+        exit 127 ;;
+    esac
+fi
+exec "$@"
+"""
 
 
 def _command(command: Command) -> bytes:
@@ -374,7 +454,7 @@ def _command(command: Command) -> bytes:
         raise InitramfsError("an argument of the command contains a NUL byte, which no program can be given")
     words = " ".join(map(shlex.quote, command.arguments))
     directory = shlex.quote(command.directory)
-    return os.fsencode(f"{_exports(command.environment)}cd {directory} || exit 126\nexec {words}\n")
+    return os.fsencode(f"{_exports(command.environment)}cd {directory} || exit 126\n" + _FIND.replace("{words}", words))
 
 
 def _exports(environment: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ def create_disk(path: Path, size: str | None = None, backing: str | None = None,
 
     Raises ToolstackError, also where the file exists.
     """
-    size_bytes = None if size is None else _bytes(size)
+    size_bytes = None if size is None else size_in_bytes(size)
     try:
         if backing is not None:
             _create_overlay(path, Path(backing), backing_format, size_bytes)
@@ -44,7 +44,8 @@ def _create_overlay(path: Path, backing: Path, name: str, size_bytes: int | None
     create_overlay(path, source, sectors)
 
 
-def _bytes(text: str) -> int:
+def size_in_bytes(text: str) -> int:
+    """Of "512M" or "20G". Raises InvalidRequest."""
     match = re.fullmatch(r"([0-9]{1,12})([KMGT]?)i?B?", text, re.ASCII)
     size = int(match[1]) * _UNITS[match[2]] if match else 0
     if size < SECTOR or size % SECTOR:

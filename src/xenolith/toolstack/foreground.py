@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -34,7 +34,9 @@ from xenolith.debian.initramfs import (
 )
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
+from xenolith.debian.roots import RootError
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
+from xenolith.dom0.disks import DiskSource
 from xenolith.dom0.image import ImageError, KernelImage, load_image
 from xenolith.dom0.power import power_on
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
@@ -44,6 +46,7 @@ from xenolith.ready import readable
 from xenolith.toolstack.errors import RunError, ToolstackError, UsageError
 from xenolith.toolstack.run_disks import DISK_MODULES, parse_disks
 from xenolith.toolstack.run_network import NET_MODULES, parse_network
+from xenolith.toolstack.run_root import find_root
 
 END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
 INPUT_BYTES: Final = 64 << 10  # of a command's input at once
@@ -71,6 +74,8 @@ class RunSpec:
 
     `kernel` is a file built for Xen PV or one of Debian's (see `debian.packages.obtain`). `files` are HOST[:GUEST],
     `disks` FILE[,ro|cow][,FORMAT]; `net` are the rules of its network ("": none), None: it has none.
+    `root` is what the guest's root file system is made of (see `run_root`), copy-on-write; empty: our initramfs.
+    `directory` is where the command starts: if not given, /root, or in a root what that says.
     `size` is that of the terminal, in rows and columns, where a person sees what the guest prints; with `terminal` the
     command has it as its own.
     """
@@ -84,11 +89,12 @@ class RunSpec:
     engine: str = "auto"
     files: Sequence[str] = ()
     modules: Sequence[str] = ()
+    root: str = ""
     disks: Sequence[str] = ()
     net: str | None = None
     publish: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    directory: str = "/root"
+    directory: str = ""
     user: str = ""
     terminal: bool = False
     size: tuple[int, int] | None = None
@@ -123,11 +129,12 @@ def run(
     engine: str = "auto",
     files: Sequence[str] = (),
     modules: Sequence[str] = (),
+    root: str | Path | None = None,
     disks: Sequence[str] = (),
     net: str | None = None,
     publish: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-    directory: str = "/root",
+    directory: str = "",
     user: str = "",
 ) -> Completed:
     """Run a command in a domain of its own, as subprocess.run does in a process; or, without one, a kernel to its end.
@@ -145,6 +152,7 @@ def run(
         engine=engine,
         files=files,
         modules=modules,
+        root="" if root is None else str(root),
         disks=disks,
         net=net,
         publish=publish,
@@ -215,15 +223,16 @@ def foreground(
     notes = notes or SimpleQueue()
     began = time.monotonic()
     nonce = new_nonce()
-    framing = CommandOutput(nonce) if spec.command else None
     try:
+        spec, root = with_root(spec)
+        framing = CommandOutput(nonce) if spec.command else None
         with power_on([spec.memory_mib], spec.engine, pcpus=max(2, spec.vcpus)) as dom0:
-            domain = dom0.create(_domain_spec(spec, nonce))
+            domain = dom0.create(_domain_spec(spec, root, nonce))
             streams = _Streams(domain.console, spec, framing, source, write, notes, escape, started)
             note = _attended(dom0, domain, streams, notes, timeout)
             emergency = dom0.control.emergency_output(domain.domid)
             statistics = _statistics(dom0, domain, streams, began)
-    except (GuestUnavailable, ImageError, InitramfsError, OSError, EngineError, DomainCreateError) as error:
+    except (GuestUnavailable, RootError, ImageError, InitramfsError, OSError, EngineError, DomainCreateError) as error:
         raise RunError(str(error)) from error
     match note:
         case Ended(status, message):
@@ -271,14 +280,30 @@ def _attended(dom0: Dom0, domain: GuestDomain, streams: _Streams, notes: Notes, 
 # --- the domain to make --------------------------------------------------------------------------------------
 
 
-def _domain_spec(spec: RunSpec, nonce: str) -> DomainSpec:
+def with_root(spec: RunSpec) -> tuple[RunSpec, DiskSource | None]:
+    """A run in which what its root says was filled in, and that root. Raises UsageError and RootError."""
+    if not spec.root:
+        return spec, None
+    root = find_root(spec.root)
+    config = root.config
+    command = (*config.entrypoint, *(spec.command or config.command))
+    return replace(
+        spec,
+        command=command,
+        environment={**config.environment, **spec.environment},
+        directory=spec.directory or config.directory or "/",
+        user=spec.user or config.user,
+    ), root.source
+
+
+def _domain_spec(spec: RunSpec, root: DiskSource | None, nonce: str) -> DomainSpec:
     """The domain; kept nowhere, as a kernel image is 50 MiB."""
     image = _image(spec.kernel)
     cmdline = spec.cmdline
     if spec.ramdisk is not None or image.guest_os.lower() != "linux":
-        if spec.command or spec.files or spec.modules:
+        if spec.command or spec.files or spec.modules or root:
             raise UsageError(
-                "a command, files and modules "
+                "a command, a root, files and modules "
                 + (
                     "need our initramfs, which a ramdisk of your own replaces"
                     if spec.ramdisk is not None
@@ -289,6 +314,8 @@ def _domain_spec(spec: RunSpec, nonce: str) -> DomainSpec:
     else:
         archive = _initramfs(spec, nonce)
         arguments = kernel_arguments(spec.vcpus, verbose=spec.verbose)
+        if root:
+            arguments += " root=/dev/xvda rw"
         cmdline = f"{arguments} {cmdline}"
     return DomainSpec(
         name="run",
@@ -298,7 +325,7 @@ def _domain_spec(spec: RunSpec, nonce: str) -> DomainSpec:
         cmdline=f"{needed_arguments(image)} {cmdline}".strip(),
         memory_kib=spec.memory_mib << 10,
         vcpus=spec.vcpus,
-        disks=parse_disks(spec.disks),
+        disks=parse_disks(spec.disks, root),
         nets=parse_network(spec.net, spec.publish),
     )
 
@@ -311,12 +338,13 @@ def _initramfs(spec: RunSpec, nonce: str) -> bytes:
     networked = spec.net is not None or spec.publish
     modules = [
         *spec.modules,
-        *(DISK_MODULES if spec.disks and not own_kernel else ()),
+        *(DISK_MODULES if (spec.disks or spec.root) and not own_kernel else ()),
         *(NET_MODULES if networked and not own_kernel else ()),
     ]
     command = None
     if spec.command:
-        command = Command(spec.command, nonce, spec.environment, spec.directory, spec.user, spec.terminal)
+        directory = spec.directory or "/root"
+        command = Command(spec.command, nonce, spec.environment, directory, spec.user, spec.terminal)
     return build_initramfs(
         guest.busybox,
         command=command,

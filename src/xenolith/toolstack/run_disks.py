@@ -20,14 +20,19 @@ _MOST: Final = 16  # numbered in the way that every guest knows
 _ACCESS: Final = ("rw", "ro", "cow")
 
 
-def parse_disks(arguments: Sequence[str]) -> tuple[VbdSpec, ...]:
-    """Raises UsageError."""
-    if len(arguments) > _MOST:
-        raise UsageError(f"{len(arguments)} disks are more than {_MOST}")
-    return tuple(_vbd(argument, index) for index, argument in enumerate(arguments))
+def parse_disks(arguments: Sequence[str], root: DiskSource | None = None) -> tuple[VbdSpec, ...]:
+    """The disks, behind that of the root if there is one. Raises UsageError."""
+    sources = [*([root] if root else []), *map(parse_disk, arguments)]
+    if len(sources) > _MOST:
+        raise UsageError(f"{len(sources)} disks are more than {_MOST}")
+    return tuple(
+        VbdSpec(number=_XVDA + 16 * index, name=f"xvd{chr(ord('a') + index)}", source=source)
+        for index, source in enumerate(sources)
+    )
 
 
-def _vbd(argument: str, index: int) -> VbdSpec:
+def parse_disk(argument: str) -> DiskSource:
+    """FILE[,ro|cow][,FORMAT]. Raises UsageError."""
     path, access, format = argument, "rw", DiskFormat.RAW
     while "," in path:
         rest, _, word = path.rpartition(",")
@@ -40,5 +45,4 @@ def _vbd(argument: str, index: int) -> VbdSpec:
         path = rest
     if not path:
         raise UsageError(f"--disk {argument!r} names no file; it is FILE[,ro|cow][,FORMAT]")
-    source = DiskSource(path=Path(path).absolute(), format=format, writable=access == "rw", throw_away=access == "cow")
-    return VbdSpec(number=_XVDA + 16 * index, name=f"xvd{chr(ord('a') + index)}", source=source)
+    return DiskSource(path=Path(path).absolute(), format=format, writable=access == "rw", throw_away=access == "cow")
