@@ -1,7 +1,8 @@
 /*
  * Code that goes astray: random instructions in user mode, from random registers, flags and selectors, `runs` of them from
- * a `seed`; then one entry of the kernel that has every reason to fail.  Whatever happens must be a trap or the end of
- * this domain.
+ * a `seed`; then one entry of the kernel that has every reason to fail.  With `gates` each begins with a way into the
+ * kernel, whose trap table, stack, callbacks and masks are others each time, and the kernel returns to itself with random
+ * frames.  Whatever happens must be a trap or the end of this domain.
  */
 #include "timing.h"
 
@@ -21,7 +22,8 @@ static u64 random_state;
 static u64 *user_l4;
 static u8 *code, *data;
 static struct regs user;
-static u8 kernel_stack[4096] __attribute__((aligned(16)));
+static u32 timer;
+static u8 kernel_stack[4096] __attribute__((aligned(16))), return_stack[4096] __attribute__((aligned(16)));
 
 static u64 next(void)
 {
@@ -42,6 +44,15 @@ static const u8 openings[][6] = {
     {1, 0xec}, {1, 0xe4}, {1, 0x6c}, {2, 0xf3, 0x6e}, {2, 0x0f, 0x20}, {2, 0x0f, 0x23}, {2, 0x0f, 0x30}, {2, 0x0f, 0x32},
     {2, 0x0f, 0x33}, {2, 0x0f, 0x31}, {2, 0x0f, 0x02}, {2, 0x0f, 0x03}, {1, 0xf0}, {2, 0x48, 0xa1}, {2, 0xf3, 0xa4},
     {2, 0xf3, 0xab}, {1, 0xd9}, {1, 0xdb}, {2, 0x0f, 0x77}, {2, 0x0f, 0x6f}, {3, 0x66, 0x0f, 0x6f}, {2, 0x0f, 0x0d}, {1, 0xc8},
+};
+
+/* Ways into the kernel. */
+static const u8 gates[][8] = {
+    {2, 0xcd, 0x80}, {2, 0xcd, 0x21}, {2, 0xcd, 0x42}, {2, 0xcd, 0x03}, {2, 0xcd, 0x0e}, {2, 0xcd, 0x82}, {1, 0xcc}, {1, 0xf1},
+    {2, 0x0f, 0x05}, {2, 0x0f, 0x34}, {2, 0x0f, 0x0b}, {1, 0xf4}, {1, 0xfa}, {1, 0xfb}, {4, 0x31, 0xc9, 0xf7, 0xf1}, {1, 0x50},
+    {3, 0x48, 0x8b, 0x00}, {3, 0x48, 0x89, 0x03}, {4, 0x48, 0x8b, 0x04, 0x24}, {3, 0x48, 0x8b, 0x45}, {2, 0xff, 0xe0}, {1, 0xc3},
+    {2, 0x48, 0xcf}, {1, 0x9d}, {2, 0xe4, 0x61}, {2, 0x0f, 0xa2}, {2, 0xd9, 0xf0}, {2, 0x0f, 0x06}, {3, 0x0f, 0x01, 0xf8},
+    {2, 0x8e, 0xd0}, {2, 0x8e, 0xd8}, {3, 0x0f, 0x22, 0xd8}, {4, 0x66, 0x0f, 0x6f, 0x00}, {2, 0xdb, 0xe3}, {2, 0x0f, 0xff},
 };
 
 static u64 address(void)
@@ -75,6 +86,12 @@ static void scramble(void)
     user.rflags = 0x202 | (below(4) ? 0 : next() & 0x3fffff);
     for (u64 i = 0; i < 512; i++)
         ((u64 *)data)[i] = below(3) ? selector() : address();
+    if (option("gates")) {
+        const u8 *gate = PICK(gates);
+        user.rip = below(16) ? USER_CODE : user.rip;
+        for (u64 i = 0; i < gate[0]; i++)
+            code[length++] = gate[1 + i];
+    }
     while (length < 96) {
         const u8 *opening = PICK(openings);
         if (below(4))
@@ -114,6 +131,59 @@ static void build(void)
     check_eq("event", callback_register(CALLBACKTYPE_event, CALLBACKF_mask_events, trap_256), 0);
 }
 
+/* What a kernel may change of its own entries, within what it can bear. */
+static void change_gates(void)
+{
+    struct trap_info table[32];
+    u64 length = 0;
+    for (const struct trap_info *t = trap_table; t->address; t++) {
+        table[length] = *t;
+        table[length++].flags = (u8)(next() & (t->vector < 20 && 0x27d00 >> t->vector & 1 ? 4 : 7)); /* INT n has no error code */
+    }
+    table[length] = (struct trap_info){0, 0, 0, 0};
+    HYPERCALL(HC_set_trap_table, table);
+    HYPERCALL(HC_stack_switch, below(4) ? XENS_DATA : 0, kernel_stack + sizeof kernel_stack - below(512));
+    callback_register(CALLBACKTYPE_syscall, (u16)below(2), trap_258);
+    callback_register(CALLBACKTYPE_syscall32, (u16)below(2), trap_258);
+    callback_register(CALLBACKTYPE_sysenter, (u16)below(2), trap_259);
+    callback_register(CALLBACKTYPE_event, (u16)below(2), trap_256);
+    HYPERCALL(HC_vm_assist, below(2), below(8) ? 4 : 5); /* architectural_iopl among them */
+    u32 iopl = (u32)below(4);
+    HYPERCALL(HC_physdev_op, 6, &iopl);
+    HYPERCALL(HC_set_segment_base, below(3), below(2) ? USER_DATA : next() & 0x7fffffffffff);
+    HYPERCALL(HC_fpu_taskswitch, below(2));
+    shared_info->vcpu[0].upcall_mask = (u8)below(2);
+}
+
+static void forget_events(void)
+{
+    shared_info->vcpu[0].upcall_pending = 0;
+    __atomic_exchange_n(&shared_info->vcpu[0].pending_selector, 0, __ATOMIC_SEQ_CST);
+    evtchn_clear(timer);
+}
+
+static bool in_the_kernel(struct regs *regs)
+{
+    if (regs->vector != VECTOR_EVENT)
+        return false;
+    forget_events();
+    return true;
+}
+
+/* Return to ourselves with a frame that may be anything but user mode's. */
+static void return_to_kernel(void)
+{
+    static const u64 some[] = {0xe030, 0xe031, 0xe030, MINE & ~3ul, 0xe020, COMPATIBLE & ~3ul, SIXTEEN & ~3ul};
+    u64 *top = (u64 *)(return_stack + sizeof return_stack) - 1;
+    u64 flags = below(2) ? 2 : below(2) ? next() & 0x3fffff : next();
+    u64 frame[9] = {next(), next(), next(), below(2) << 8, (u64)iret_raw_landed, below(8) ? PICK(some) : selector() & ~3ul,
+                    flags, (u64)top, below(4) ? XENS_DATA : selector()};
+    fault_elsewhere = (u64)iret_raw_faulted;
+    iret_raw(frame);
+    fault_elsewhere = 0;
+    __asm__ volatile("push $2; popf" : : : "memory", "cc");
+}
+
 int main(void)
 {
     u64 runs = option_value("runs", 100), vectors[260] = {0}, kinds = 0;
@@ -121,18 +191,23 @@ int main(void)
     traps_install();
     events_quiet();
     build();
-    u32 timer = (u32)evtchn_bind_virq(VIRQ_TIMER, 0);
+    timer = (u32)evtchn_bind_virq(VIRQ_TIMER, 0);
     evtchn_unmask_op(timer);
+    if (option("gates"))
+        trap_hook = in_the_kernel;
     for (u64 run = 0; run < runs; run++) {
+        if (option("gates"))
+            change_gates();
+        if (option("gates") && !below(4)) {
+            return_to_kernel();
+            continue;
+        }
         scramble();
         HYPERCALL(HC_set_timer_op, now_ns() + MS); /* code that loops */
         user.vector = 0;
         run_user(&user);
-        if (user.vector == VECTOR_EVENT) {
-            shared_info->vcpu[0].upcall_pending = 0;
-            __atomic_exchange_n(&shared_info->vcpu[0].pending_selector, 0, __ATOMIC_SEQ_CST);
-            evtchn_clear(timer);
-        }
+        if (user.vector == VECTOR_EVENT)
+            forget_events();
         vectors[user.vector < LENGTH(vectors) ? user.vector : 0]++;
         if (option("trace"))
             print("run %lu: vector %lu error 0x%lx rip 0x%lx cs 0x%lx\n", run, user.vector, user.error, user.rip, user.cs);

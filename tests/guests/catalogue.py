@@ -100,6 +100,8 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("smp-paging", vcpus=2),
     checks("grants"),
     checks("strays", cmdline="seed=3 runs=500"),
+    checks("strays-gates", "strays.elf", cmdline="seed=3 runs=500 gates"),
+    checks("packets", cmdline="seed=1 packets=1000 last"),
     *(fuzz(seed, calls=2000) for seed in (1, 2, 3)),
     ending("shutdown reason=0", POWEROFF),
     ending("shutdown reason=1", REBOOT),

@@ -18,8 +18,10 @@ def domain_shutdown(domain: Domain, reason: int) -> None:
 
 
 def domain_crash(victim: Vcpu | Domain, text: str) -> None:
-    """End a domain that cannot go on, telling the log why."""
+    """End a domain that cannot go on, telling the log why. Nothing happens to one that has shut down."""
     domain = victim.domain if isinstance(victim, Vcpu) else victim
+    if domain.shutdown_reason is not None:
+        return
     domain.hypervisor.log(text)
     domain.crash_report = domain.crash_report or text
     domain_shutdown(domain, SHUTDOWN_crash)
