@@ -100,7 +100,8 @@ def person_in(directory: Path) -> Iterator[Person]:
         yield person
     finally:
         if person.socket.exists():
-            person.end_daemon(signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                person.end_daemon(signal.SIGKILL)
 
 
 class Ended(AssertionError):

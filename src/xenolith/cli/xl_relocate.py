@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -12,7 +14,7 @@ from xenolith.cli.passage import Passage
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
-from xenolith.toolstack.client import AfterSave, Progress, ToolstackError
+from xenolith.toolstack.client import AfterSave, Progress, ToolstackError, Undetermined
 from xenolith.toolstack.config.domain import absolute_paths
 
 MOST_CLONES: Final = 10_000
@@ -73,6 +75,9 @@ def _say_stage(stage: Progress) -> None:
 
 
 _BANNER: Final = b"xl migration receiver ready, send binary domain data.\n"
+_HAS_COME: Final = b"it has come\n"
+_HAS_NOT_COME: Final = b"it has not come\n"
+SETTLE_SECONDS: Final = 300.0
 _NO_PAUSE: Final = Option("p", "Leave the domain paused when it has come.")
 
 
@@ -92,19 +97,41 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
         session.client.set_config(domid, absolute_paths(read_config_file(options["C"]), Path.cwd()))
     shell = options.get("s", "ssh")
     flags = "".join(f" -{flag}" for flag in "ep" if flag in options)
-    line = f"exec {shell} {operands[1]} xl migrate-receive{flags}" if shell else operands[1]
-    with Passage() as passage, passage.to_command(line) as far:
+    line = f"exec {shell} {operands[1]} xl migrate-receive" if shell else operands[1]
+    token = secrets.token_hex(16)
+    with Passage() as passage, passage.to_command(line + flags if shell else line) as far:
         if far.banner(len(_BANNER)) != _BANNER:
             raise Failure("migration sender: unexpected answer of the other side\nmigration failed", STATUS_FAIL)
         complain("migration target: Ready to receive domain.")
         complain(f"Saving to migration stream {_FORMAT}")
         far.pass_on()
         try:
-            session.client.send(domid, passage.socket, _say_stage)
+            session.client.send(domid, passage.socket, token, _say_stage)
+        except Undetermined as error:
+            complain(f"{error}\nAsking the other side.")
+            undetermined = True
         except ToolstackError as error:
             raise Failure(f"{error}\nMigration failed", STATUS_FAIL) from error
+        else:
+            undetermined = False
+    if undetermined:
+        _settle(session, domid, f"{line} -q {token}")
     complain("migration sender: Target reports successful startup.\nMigration successful.")
     return 0
+
+
+def _settle(session: Session, domid: int, line: str) -> None:
+    """Whether the domain has come there says the other side. Raises Failure where it has not, or says nothing."""
+    asked = subprocess.run(
+        ["/bin/sh", "-c", line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=SETTLE_SECONDS, check=False
+    )
+    if asked.stdout == _HAS_COME:
+        session.client.destroy(domid)
+    elif asked.stdout == _HAS_NOT_COME:
+        session.client.unpause(domid)
+        raise Failure("It has not come there and goes on here.\nMigration failed", STATUS_FAIL)
+    else:
+        raise Failure("It does not say. CHECK AT BOTH ENDS for a running instance.\nMigration failed", STATUS_FAIL)
 
 
 @command(
@@ -113,10 +140,14 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
     Option("e", "Do not look after the domain when it ends."),
     _NO_PAUSE,
     Option("d", "Accepted for scripts, without effect."),
+    Option("q", "Say whether the domain with this token has come; if not, it will not come any more.", value="TOKEN"),
 )
 def migrate_receive(session: Session, options: Options, operands: Sequence[str]) -> int:
     session.makes_domains = True
     client, supervision = session.toolstack.client, session.toolstack.supervision
+    if "q" in options:
+        click.echo((_HAS_COME if client.settle(options["q"]) else _HAS_NOT_COME).decode(), nl=False)
+        return 0
     with Passage() as passage, passage.to_standard_streams() as far:
         far.say(_BANNER)
         far.pass_on()

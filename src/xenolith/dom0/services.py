@@ -327,10 +327,11 @@ class Dom0:
         _stop_all(domain.disks)
 
     def take_disks(self, domain: GuestDomain, devices: Mapping[int, Device[BlockBackend]]) -> None:
-        """Open again the disks that were let go of. Raises DomainCreateError."""
+        """Open again the disks that were let go of, those of `devices` that were not yet. Raises DomainCreateError."""
         for number, device in devices.items():
-            device.stop()
-            domain.disks[number] = self._adopt(domain.domid, device.backend.spec)
+            if domain.disks[number] is device:
+                device.stop()
+                domain.disks[number] = self._adopt(domain.domid, device.backend.spec)
 
     def unplug_disk(
         self, domain: GuestDomain, number: int, timeout: float = UNPLUG_SECONDS, force: bool = False

@@ -34,6 +34,7 @@ from xenolith.toolstack.errors import InvalidRequest as InvalidRequest
 from xenolith.toolstack.errors import NotAcknowledged as NotAcknowledged
 from xenolith.toolstack.errors import NotSupported as NotSupported
 from xenolith.toolstack.errors import ToolstackError as ToolstackError
+from xenolith.toolstack.errors import Undetermined as Undetermined
 
 NewDomid = NewType("NewDomid", int)
 """The domid of a domain that was just made. If whoever asked for it has gone when it is there, it is destroyed."""
@@ -539,10 +540,12 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def send(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+    def send(self, domid: int, path: Path, token: str = "", progress: OnProgress = no_progress) -> None:
         """Relocate a running domain, by way of whoever listens at the UNIX socket of this absolute path.
 
-        It has left when this returns.  While it is under way it has the name NAME--migratedaway here.
+        It has left when this returns.  While it is under way it has the name NAME--migratedaway here.  Raises
+        Undetermined where nobody knows whether it runs there: ask by `settle` with the same token, then destroy
+        or unpause it.
         """
 
     @abstractmethod
@@ -551,6 +554,10 @@ class Client(ABC):
 
         It runs when this returns, or is paused.
         """
+
+    @abstractmethod
+    def settle(self, token: str) -> bool:
+        """Whether the domain that was sent here with this token has arrived; if not, it will not any more."""
 
     @abstractmethod
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:

@@ -13,10 +13,10 @@ import platform
 import threading
 import time
 import uuid as uuids
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_blocked, RUNSTATE_offline, RUNSTATE_runnable
@@ -24,8 +24,8 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
+from xenolith.dom0.migration import live
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
-from xenolith.dom0.migration.live import READY, STARTED, Undetermined
 from xenolith.dom0.network.port import PortStatistics
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
@@ -64,6 +64,7 @@ from xenolith.toolstack.client import (
     ShutdownRequest,
     ToolstackError,
     Trigger,
+    Undetermined,
     VcpuInfo,
     no_progress,
 )
@@ -72,7 +73,7 @@ from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
-from xenolith.toolstack.relocation import connected, send_domain
+from xenolith.toolstack.relocation import Arrivals, connected, send_domain
 from xenolith.toolstack.saving import Arriving, open_saved, save_domain
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
@@ -94,6 +95,7 @@ class _Record:
     last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
     checkpointed: CheckpointedDomain | None = None
     schedule: Schedule | None = None  # of checkpoints
+    stay: Callable[[], None] | None = None  # lets it go on: it was given away, and nobody knows whether it runs there
 
     def end_checkpoints(self) -> None:
         """The domain goes, or somebody else follows what it writes."""
@@ -134,6 +136,7 @@ class EmbeddedToolstack(Client):
         self._departed: list[_Departed] = []
         self._closed = False
         self._hub = EventHub()
+        self._arrivals = Arrivals()
         self._xenstore_socket = xenstore_socket
         if xenstore_socket is not None:
             try:
@@ -380,8 +383,15 @@ class EmbeddedToolstack(Client):
 
     def unpause(self, domid: int) -> None:
         with self._of_domain(domid):
+            record = self._records[domid]
             try:
-                self._control.unpause(domid)
+                if record.stay is not None:
+                    record.stay()
+                    record.stay = None
+                else:
+                    self._control.unpause(domid)
+            except DomainCreateError as error:
+                raise ToolstackError(f"domain {domid} cannot go on here: {error}") from error
             except RuntimeError as error:  # Python's, for a thread that the host does not give
                 raise ToolstackError(f"domain {domid} cannot be started: {error}") from error
 
@@ -724,53 +734,66 @@ class EmbeddedToolstack(Client):
             put_disks_back(path, series, config)
             return NewDomid(self._receive(arriving))
 
-    def send(self, domid: int, path: Path, progress: OnProgress = no_progress) -> None:
+    def send(self, domid: int, path: Path, token: str = "", progress: OnProgress = no_progress) -> None:
         with self._of_domain(domid) as domain:
-            config = self.config(domid)
-            self._records[domid].end_checkpoints()
+            config, record = self.config(domid), self._records[domid]
+            record.end_checkpoints()
 
             def step_aside() -> None:
                 self.rename(domid, config.name + "--migratedaway")
 
+            def come_back() -> None:
+                with contextlib.suppress(ToolstackError):
+                    self.rename(domid, config.name)
+
             try:
-                send_domain(self.dom0, domain, config, path, step_aside, progress)
-            except ToolstackError as error:
-                if not isinstance(error.__cause__, Undetermined):
-                    with contextlib.suppress(ToolstackError):
-                        self.rename(domid, config.name)
+                send_domain(self.dom0, domain, config, path, token, step_aside, progress)
+            except Undetermined as error:
+                assert isinstance(error.__cause__, live.Undetermined)
+                disks = error.__cause__.disks
+
+                def stay() -> None:
+                    live.keep(self.dom0, domain, disks)
+                    come_back()
+
+                record.stay = stay
+                raise
+            except ToolstackError:
+                come_back()
                 raise
         self.destroy(domid)
 
     def receive(self, path: Path, paused: bool = False) -> NewDomid:
-        with connected(path) as (source, out):
+        with connected(path) as connection:
+            domid = 0
+            arrival = None
             try:
-                arriving = Arriving(self.dom0, source)
+                arriving = Arriving(self.dom0, connection.source)
+                arrival = self._arrivals.begin(arriving.token, connection.hang_up)
                 config = copy.deepcopy(arriving.config)
                 config.name += "--incoming"
                 domid = self._receive(arriving, config)
-            except ToolstackError as error:
-                self._answer(out, f"{error}\n".encode())
-                raise
-            try:
-                self._answer(out, READY)
+                connection.answer(live.READY)
                 arriving.wait_for_word()
-                if not paused:
-                    self.unpause(domid)
-                self._answer(out, STARTED)
+                arrival.let_run(lambda: None if paused else self.unpause(domid))
             except (ToolstackError, OSError) as error:
-                if isinstance(error, OSError) and not self._control.info(domid).paused:
-                    pass  # it was given to us and runs; the sender does not know, and keeps its own paused
-                else:
+                if domid:
                     self.destroy(domid)
-                    raise ToolstackError(f"The domain did not come: {error}") from error
+                with contextlib.suppress(OSError):
+                    connection.answer(f"{error}\n".encode())
+                raise ToolstackError(f"The domain did not come: {error}") from error
+            finally:
+                if arrival is not None:
+                    arrival.give_up()
+                    arrival.over.set()
+            with contextlib.suppress(OSError):  # the sender asks, if it does not hear it
+                connection.answer(live.STARTED)
         with contextlib.suppress(ToolstackError):
             self.rename(domid, arriving.config.name)
         return NewDomid(domid)
 
-    @staticmethod
-    def _answer(out: BinaryIO, line: bytes) -> None:
-        out.write(line)
-        out.flush()
+    def settle(self, token: str) -> bool:
+        return self._arrivals.settle(token)
 
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
         with self._of_domain(domid) as domain:

@@ -41,6 +41,10 @@ class ConnectionLost(ToolstackError):
     """The daemon went away, or speaks another language."""
 
 
+class Undetermined(ToolstackError):
+    """Nobody knows yet whether a domain runs where it was sent to. It is paused here."""
+
+
 class EngineUnavailable(ToolstackError):
     """The engine that was asked for cannot run here."""
 

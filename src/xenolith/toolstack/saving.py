@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.restore import Received, Receiver
@@ -20,6 +20,8 @@ from xenolith.toolstack.client import OnProgress, Progress, ToolstackError
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.daemon.codec import CodecError, decode, encode
 from xenolith.toolstack.whole_file import whole_file
+
+MOST_TOKEN: Final = 64  # characters of it that tell one relocation from another
 
 
 def save_domain(
@@ -49,8 +51,9 @@ class Arriving:
             self._receiver = Receiver(dom0.control, source, open_base)
             self.series = self._receiver.series
             toolstack = self._receiver.toolstack
-            config = toolstack.get("config") if isinstance(toolstack, dict) else None
-            self.config: DomainConfig = decode(DomainConfig, config)
+            said = toolstack if isinstance(toolstack, dict) else {}
+            self.config: DomainConfig = decode(DomainConfig, said.get("config"))
+            self.token: str = decode(str, said.get("token", ""))[:MOST_TOKEN]
         except (RecordError, CodecError) as error:
             raise ToolstackError(f"This is no domain that can be restored: {error}.") from error
 

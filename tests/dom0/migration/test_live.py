@@ -61,7 +61,7 @@ def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain,
     thread = threading.Thread(target=receive)
     thread.start()
     with ours, ours.makefile("rb") as answers, ours.makefile("wb") as out:
-        figures = live.send(here, domain, out, answers, None, print, lambda: None)
+        figures = live.send(here, domain, out, answers, None, print, lambda: None, ours.close)
     thread.join()
     here.destroy(domain)
     return arrived[0], figures

@@ -8,13 +8,14 @@ the domain stands still for all of it.
 Who runs it.  The receiver makes the domain, paused, says so and waits.  Only then does the sender give the word, by
 which the domain is the receiver's; the receiver lets it run and says so, and the sender ends its own.  Whatever goes
 wrong before the word leaves the domain running here and nothing there.  If the connection breaks between the word and
-the answer, the sender cannot know; its domain stays paused (`Undetermined`), for two must never run.
+the answer, the sender cannot know; its domain stays paused (`Undetermined`), for two must never run, until somebody has
+asked the other side.  `keep` then lets it go on here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -22,11 +23,13 @@ from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.changes import Changes
 from xenolith.dom0.migration.save import held, write_pages
 from xenolith.dom0.migration.stream import Writer
-from xenolith.hypervisor.control import NotTracked
+from xenolith.hypervisor.control import DomainCreateError, NotTracked
 
 if TYPE_CHECKING:
+    from xenolith.dom0.backends.block import BlockBackend
     from xenolith.dom0.migration.services import ServicesRecord
     from xenolith.dom0.services import Dom0, GuestDomain
+    from xenolith.dom0.xenbus import Device
     from xenolith.hypervisor.control import StillDomain
     from xenolith.hypervisor.domain_record import Plain
 
@@ -34,6 +37,9 @@ FEW_PAGES: Final = 64  # so few are sent at a standstill, in no time
 MOST_ROUNDS: Final = 30
 MOST_TIMES: Final = 3  # of the domain's memory sent while it runs
 SHRINKS: Final = 0.8  # a round has to leave so much of what the last one left, or less
+
+DISKS_SECONDS: Final = 30.0  # that the other side may take to let go of disks
+DISKS_PAUSE: Final = 0.02
 
 READY: Final = b"ready\n"
 STARTED: Final = b"started\n"
@@ -47,7 +53,14 @@ class Refused(Exception):
 
 
 class Undetermined(Exception):
-    """The connection broke when the word was given: the other side may run the domain. It is paused here."""
+    """The connection broke when the word was given: the other side may run the domain. It is paused here.
+
+    `disks` is what `keep` needs, if it does not run there.
+    """
+
+    def __init__(self, disks: Mapping[int, Device[BlockBackend]], why: str) -> None:
+        super().__init__(why)
+        self.disks = disks
 
 
 @dataclass
@@ -68,11 +81,12 @@ def send(
     description: Plain,
     on_round: OnRound,
     on_ready: Callable[[], None],
+    hang_up: Callable[[], None],
 ) -> Figures:
     """Send a domain to whoever reads `out`. It is paused here afterwards, to be ended.
 
-    `on_ready` is called when the other side has it, before it may run there.  Raises Refused, RecordError and OSError,
-    after which it goes on here as if nothing had been, and Undetermined.
+    `on_ready` is called when the other side has it, before it may run there; `hang_up` lets the other side see the end.
+    Raises Refused, RecordError and OSError, after which it goes on here as if nothing had been, and Undetermined.
     """
     control, domid = dom0.control, domain.domid
     writer, figures = Writer(out), Figures()
@@ -89,7 +103,7 @@ def send(
             changes.close()
             changes = None
     try:
-        _hand_over(dom0, domain, writer, answers, changes, figures, on_ready)
+        _hand_over(dom0, domain, writer, answers, changes, figures, on_ready, hang_up)
     finally:
         if changes is not None:
             changes.close()
@@ -121,9 +135,9 @@ def _hand_over(
     changes: Changes | None,
     figures: Figures,
     on_ready: Callable[[], None],
+    hang_up: Callable[[], None],
 ) -> None:
     """The standstill. Ends with the domain paused if all went well or nobody knows, and running otherwise."""
-    word_given = False
     clock = dom0.hypervisor.clock
     began = clock.now()
     disks = dict(domain.disks)
@@ -137,22 +151,38 @@ def _hand_over(
             _expect(answers, READY)
             on_ready()
             writer.section(stream.GO, b"")
-            word_given = True
-            writer.flush()
+            writer.flush()  # the word is given when this returns: 32 bytes go at once or not at all
             try:
                 _expect(answers, STARTED)
             except (OSError, Refused) as error:
                 if isinstance(error, Refused) and str(error):
-                    word_given = False  # it says that it does not run the domain
-                    raise
-                raise Undetermined(str(error) or "the connection broke") from error
+                    raise  # it says that it does not run the domain
+                raise Undetermined(disks, str(error) or "the connection broke") from error
         figures.down_ns = clock.now() - began
-    except BaseException:
-        if not word_given:
-            with suppress(Exception):
-                dom0.take_disks(domain, disks)
-            dom0.control.unpause(domain.domid)
+    except Undetermined:
         raise
+    except BaseException:
+        hang_up()
+        keep(dom0, domain, disks)
+        raise
+
+
+def keep(dom0: Dom0, domain: GuestDomain, disks: Mapping[int, Device[BlockBackend]]) -> None:
+    """Let a domain go on here that stands still to be relocated. `disks`: what it had.
+
+    The other side may not have let go of the disks yet.  Raises DomainCreateError where it does not; it stays paused.
+    """
+    deadline = time.monotonic() + DISKS_SECONDS
+    while True:
+        try:
+            dom0.take_disks(domain, disks)
+        except DomainCreateError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(DISKS_PAUSE)
+        else:
+            dom0.control.unpause(domain.domid)
+            return
 
 
 def last_pages(writer: Writer, still: StillDomain, changes: Changes | None) -> int:

@@ -35,6 +35,7 @@ from xenolith.toolstack.client import (
     Progress,
     Supervision,
     ToolstackError,
+    Undetermined,
 )
 from xenolith.toolstack.daemon.codec import CodecError, Json, decode, encode
 from xenolith.toolstack.verbs import verbs_of
@@ -132,7 +133,15 @@ METHODS: Final = verbs_of(Client) | verbs_of(Supervision)
 
 _ERRORS: Final = {
     kind.__name__: kind
-    for kind in (ToolstackError, InvalidRequest, NotAcknowledged, NotSupported, ConnectionLost, EngineUnavailable)
+    for kind in (
+        ToolstackError,
+        InvalidRequest,
+        NotAcknowledged,
+        NotSupported,
+        ConnectionLost,
+        EngineUnavailable,
+        Undetermined,
+    )
 }
 
 
