@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from xenolith.toolstack import api
+from xenolith.toolstack.agent.files import Files as BlockingFiles
+from xenolith.toolstack.agent.running import Finished
 from xenolith.toolstack.api import State, Timeout
 from xenolith.toolstack.client import DiskInfo, DomainEvent, DomainInfo, DomainStatistics, HostInfo
 from xenolith.toolstack.config.domain import DomainConfig
@@ -55,12 +57,37 @@ class Domain:
     trigger = _awaited(api.Domain.trigger)
     supervise = _awaited(api.Domain.supervise)
     dump_core = _awaited(api.Domain.dump_core)
-    run = _awaited(api.Domain.run)
+    start = _awaited(api.Domain.start)
     attach_disk = _awaited(api.Domain.attach_disk)
     detach_disk = _awaited(api.Domain.detach_disk)
     measure_disk = _awaited(api.Domain.measure_disk)
     change_medium = _awaited(api.Domain.change_medium)
     snapshot_disk = _awaited(api.Domain.snapshot_disk)
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Finished:
+        """Run a command in the guest to its end, as `api.Domain.run`. Cancelled, it has the guest end the command."""
+        options = {"env": env, "workdir": workdir, "user": user, "timeout": timeout, "limits": limits}
+        process = await asyncio.to_thread(self.domain.start, command, **options)  # type: ignore[arg-type]
+        try:
+            return await asyncio.to_thread(api.finished, process, input, timeout)
+        except asyncio.CancelledError:
+            await asyncio.to_thread(process.close)
+            raise
+
+    @property
+    def files(self) -> Files:
+        """The guest's files."""
+        return Files(self.domain.files)
 
     async def info(self) -> DomainInfo:
         """A snapshot. Raises DomainNotFound when the domain is gone."""
@@ -103,6 +130,25 @@ class Domain:
 
     def __repr__(self) -> str:
         return repr(self.domain)
+
+
+class Files:
+    """The files of a guest, as `agent.files.Files`."""
+
+    def __init__(self, files: BlockingFiles) -> None:
+        self._files = files
+
+    async def read(self, path: str) -> bytes:
+        return await asyncio.to_thread(self._files.read, path)
+
+    async def write(self, path: str, data: bytes | str, mode: int = 0o644) -> None:
+        await asyncio.to_thread(self._files.write, path, data, mode)
+
+    async def put(self, source: str | Path, path: str) -> None:
+        await asyncio.to_thread(self._files.put, source, path)
+
+    async def get(self, path: str, target: str | Path) -> None:
+        await asyncio.to_thread(self._files.get, path, target)
 
 
 class _Stream(Generic[T]):

@@ -20,10 +20,14 @@ from xenolith.toolstack.client import (
     DomainStatistics,
     EventKind,
     EventStream,
+    Execution,
     HostInfo,
     InvalidRequest,
     NotAcknowledged,
     OnProgress,
+    ProcessEnd,
+    ProcessOutput,
+    ProcessStream,
     Progress,
     ShutdownRequest,
     ToolstackError,
@@ -96,6 +100,49 @@ class FakeConsole:
         with self.changed:
             self.typed += data
             self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+@dataclass
+class FakeProcess:
+    """A command that prints its words as errors, then its input in capitals, and ends with the number of signals."""
+
+    execution: Execution
+    items: deque[ProcessOutput | ProcessEnd] = field(default_factory=deque)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    signals: list[int] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.items.append(ProcessOutput(" ".join(self.execution.command).encode(), errors=True))
+
+    def _put(self, item: ProcessOutput | ProcessEnd) -> None:
+        with self.changed:
+            self.items.append(item)
+            self.changed.notify_all()
+
+    def read(self, timeout: float | None = None) -> ProcessOutput | ProcessEnd | None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.items or self.closed, timeout):
+                return None
+            return self.items.popleft() if self.items else ProcessEnd(125)
+
+    def write(self, data: bytes) -> None:
+        self._put(ProcessOutput(data.upper()))
+
+    def end_input(self) -> None:
+        self._put(ProcessEnd(len(self.signals), message=f"{self.size}"))
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.size = rows, columns
 
     def close(self) -> None:
         with self.changed:
@@ -310,6 +357,14 @@ class FakeClient(Client):
         if number:
             raise InvalidRequest(f"Domain {domid} has no console {number}.")
         return self._guest(domid).console
+
+    def console_history(self, domid: int) -> bytes:
+        return b"printed by domain %d\r\n" % self._guest(domid).info.domid
+
+    def execute(self, domid: int, execution: Execution) -> ProcessStream:
+        self._guest(domid)
+        self._note("execute", domid, *execution.command)
+        return FakeProcess(execution)
 
     def dmesg(self) -> str:
         return self.log

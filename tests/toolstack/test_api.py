@@ -18,7 +18,6 @@ import xenolith
 import xenolith.aio
 from people import GUESTS, person_in
 from xenolith.toolstack.daemon.codec import decode, encode
-from xenolith.toolstack.guest_shell import run_at_shell
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -160,44 +159,6 @@ def test_asyncio_waits_for_many_domains_and_may_be_cancelled() -> None:
     before = threading.active_count()
     asyncio.run(main())
     assert threading.active_count() == before
-
-
-class Teletype:
-    """A console with a shell (this machine's) that is asleep for a while, and a terminal that echoes."""
-
-    def __init__(self, deaf_to: int) -> None:
-        self._deaf_to = deaf_to
-        self._said = b""
-
-    def write(self, data: str | bytes) -> None:
-        assert isinstance(data, str)
-        self._said += data.encode()
-        self._deaf_to -= 1
-        if self._deaf_to < 0:
-            line = data.replace("\r", "\n")
-            done = subprocess.run(["sh", "-c", line], capture_output=True)
-            self._said += b"\r\n# " + done.stdout.replace(b"\n", b"\r\n")
-
-    def expect(self, wanted: str | bytes, timeout: float | None = None) -> bytes:
-        words = wanted.encode() if isinstance(wanted, str) else wanted
-        if words not in self._said:
-            raise xenolith.Timeout("in vain")
-        end = self._said.index(words) + len(words)
-        found, self._said = self._said[:end], self._said[end:]
-        return found
-
-
-@pytest.mark.parametrize("deaf_to", [0, 3])
-def test_a_command_at_a_guests_shell_gives_its_output_and_status(deaf_to: int) -> None:
-    command = "echo out; echo 'it''s' >&1\nprintf unfinished; exit 3"
-    assert run_at_shell(Teletype(deaf_to), command, None, xenolith.Timeout) == (3, b"out\nits\nunfinished")
-
-
-def test_a_guest_without_a_shell_is_given_up() -> None:
-    with pytest.raises(xenolith.Timeout, match="no shell on the console after 0 seconds"):
-        run_at_shell(Teletype(deaf_to=1000), "true", 0, xenolith.Timeout)
-    with pytest.raises(xenolith.ToolstackError, match="too long"):
-        run_at_shell(Teletype(0), "x" * 2000, None, xenolith.Timeout)
 
 
 def test_debian_is_a_function_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:

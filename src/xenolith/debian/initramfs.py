@@ -19,6 +19,8 @@ one. Process 1 is a shell, which waits for its child and hears no signal. So the
 call. It is asked once more before a command's end is told, as poweroff is over before it has been heard. The kernel,
 when the toolstack writes control/shutdown, runs the scripts in /sbin.
 
+Where dom0 offers a channel for it, our agent (guests/agent) is started, which runs commands for dom0 in that root.
+
 A command's output, standard input and exit status travel over the console as `debian.framing` says. With a terminal of
 its own it has the console's as it is, of the size that is in xenstore at ~/console/size ("ROWS COLUMNS").
 
@@ -42,6 +44,7 @@ from typing import Final
 from xenolith.debian.framing import RECORD_SEPARATOR
 from xenolith.dom0.image import KernelImage
 
+AGENT: Final = Path(__file__).with_name("agent.elf")  # made of guests/agent
 _MOUNTED_OVER: Final = ("proc", "sys", "dev")
 MAX_FILE_BYTES: Final = (1 << 32) - 1  # eight hexadecimal digits in the archive
 
@@ -172,6 +175,7 @@ def build_initramfs(
         Node("etc/fstab", stat.S_IFREG | 0o644, _FSTAB.encode()),
         Node("etc/fstab.disks", stat.S_IFREG | 0o644, disks.encode()),
         Node("etc/linuxrc", stat.S_IFREG | 0o755, _LINUXRC.encode()),
+        Node("etc/agent", stat.S_IFREG | 0o755, AGENT.read_bytes()),
         Node("etc/udhcpc.script", stat.S_IFREG | 0o755, _DHCP.encode()),
     ]
     kept = {node.path for node in ours if stat.S_ISREG(node.mode)}
@@ -248,6 +252,7 @@ while read -r source target kind options _; do
     done 2>/run/mount-said
     fail "$source cannot be mounted on $target: $(cat /run/mount-said)"
 done </etc/fstab.disks
+if [ -e /sys/bus/xen/devices/console-1 ]; then /etc/agent /dev/hvc1 ${root:+/newroot} & fi
 shell='sh -l'
 if [ "$root" ]; then
     for directory in dev proc sys; do mkdir -p /newroot/$directory; mount -o bind /$directory /newroot/$directory; done

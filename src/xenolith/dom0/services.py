@@ -25,6 +25,7 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockBackend, BlockStatistics, VbdSpec
 from xenolith.dom0.backends.net import NetBackend, VifSpec
 from xenolith.dom0.builder import BuiltDomain, build
+from xenolith.dom0.channel import Channel, describe
 from xenolith.dom0.console import Console
 from xenolith.dom0.disks import DiskError, DiskSource
 from xenolith.dom0.disks.open import open_disk
@@ -38,7 +39,7 @@ from xenolith.dom0.network.link import UplinkError
 from xenolith.dom0.network.network import Network, chosen_uplink
 from xenolith.dom0.network.port import PortStatistics
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
-from xenolith.dom0.xenstore import XenstoreService
+from xenolith.dom0.xenstore import HostRequests, XenstoreService
 from xenolith.dom0.xenstore.connection import ConnectionState
 from xenolith.dom0.xenstore.errors import XsError
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, DomainInfo, Limits
@@ -47,6 +48,8 @@ from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.python_domain import HypercallError, boot_dom0
 
 KIB_PER_PAGE: Final = 4
+AGENT_CHANNEL: Final = 1  # the number of the console over which a guest's agent speaks
+AGENT_NAME: Final = "xenolith.agent"
 NS_PER_SECOND: Final = 1_000_000_000
 
 
@@ -87,6 +90,7 @@ class GuestDomain:
         console: Console,
         disks: dict[int, Device[BlockBackend]],
         nets: dict[int, Device[NetBackend]],
+        channel: Channel | None,
         undo: ExitStack,
     ) -> None:
         image = spec.image and spec.image.without_contents()
@@ -96,6 +100,7 @@ class GuestDomain:
         self.console = console
         self.disks = disks  # by virtual device number
         self.nets = nets  # by handle
+        self.channel = channel  # None: it came from where there was none
         self.undo = undo  # takes the domain apart, in the reverse order of its making
         self.started = False  # it was let run
         self._ended = threading.Condition()
@@ -177,6 +182,7 @@ class Dom0:
             console = self._connect_console(built, undo)
             self._describe(spec, built, undo)
             self._connect_xenstore(built, undo)
+            channel = self._open_channel(domid, undo)
             disks: dict[int, Device[BlockBackend]] = {}
             undo.callback(_stop_all, disks)
             for vbd in spec.disks:
@@ -185,7 +191,7 @@ class Dom0:
             undo.callback(_stop_all, nets)
             for vif in spec.nets:
                 nets[vif.number] = self._plug_net(domid, spec.name, vif)
-            domain = GuestDomain(spec, built, console, disks, nets, undo.pop_all())
+            domain = GuestDomain(spec, built, console, disks, nets, channel, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -220,6 +226,7 @@ class Dom0:
             put(self.xenstore, theirs.nodes, domid, spec.uuid)
             self.xenstore.transact(lambda store: domain_tree.move(store, built, spec.name, spec.uuid))
             self._connect_xenstore(built, undo, theirs.connection)
+            channel = self._open_channel(domid, undo)
             disks: dict[int, Device[BlockBackend]] = {}
             undo.callback(_stop_all, disks)
             for vbd in spec.disks:
@@ -228,7 +235,7 @@ class Dom0:
             undo.callback(_stop_all, nets)
             for vif in spec.nets:
                 nets[vif.number] = self._plug_net(domid, spec.name, vif, adopt=True)
-            domain = GuestDomain(spec, built, console, disks, nets, undo.pop_all())
+            domain = GuestDomain(spec, built, console, disks, nets, channel, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -295,7 +302,19 @@ class Dom0:
             start_time=self.domain.wall_clock() // NS_PER_SECOND,
         )
         undo.callback(domain_tree.remove, self.xenstore, built.domid, spec.uuid)
-        self.xenstore.transact(lambda store: domain_tree.write(store, built, description))
+
+        def write(store: HostRequests) -> None:
+            domain_tree.write(store, built, description)
+            describe(store, built.domid, AGENT_CHANNEL, AGENT_NAME)
+
+        self.xenstore.transact(write)
+
+    def _open_channel(self, domid: int, undo: ExitStack) -> Channel | None:
+        if not self.xenstore.exists(f"{domain_tree.home(domid)}/device/console/{AGENT_CHANNEL}"):
+            return None
+        channel = Channel(self.domain, self.xenstore, self._thread, domid, AGENT_CHANNEL)
+        undo.callback(channel.close)
+        return channel
 
     def plug_disk(self, domain: GuestDomain, vbd: VbdSpec) -> None:
         """Give a domain another disk, also while it runs. Raises DomainCreateError."""
@@ -410,8 +429,10 @@ class Dom0:
         return True
 
     def start(self, domain: GuestDomain) -> None:
-        """Let a created domain run."""
+        """Let a domain run: one that was created, or paused, or came from elsewhere."""
         domain.started = True
+        if domain.channel is not None:
+            domain.channel.attend()
         self.control.unpause(domain.domid)
 
     def resume(self, domain: GuestDomain) -> None:
@@ -459,6 +480,8 @@ class Dom0:
                 domain.console.service()
             else:
                 domain.console.close()
+                if domain.channel is not None:
+                    domain.channel.close()
                 for device in domain.devices:
                     device.stop_soon()
             domain.set_end(info)

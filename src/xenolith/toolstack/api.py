@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import StrEnum
@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from xenolith.toolstack import host
+from xenolith.toolstack.agent.files import Files
+from xenolith.toolstack.agent.running import Finished, execution, finish
 from xenolith.toolstack.client import (
     Client,
     ConsoleStream,
@@ -35,6 +37,8 @@ from xenolith.toolstack.client import (
     InvalidRequest,
     NetworkInfo,
     OnProgress,
+    Outcome,
+    ProcessStream,
     ShutdownRequest,
     Supervision,
     ToolstackError,
@@ -49,7 +53,6 @@ from xenolith.toolstack.config.domain import DomainConfig, absolute_paths
 from xenolith.toolstack.config.grammar import ConfigError, ConfigFile
 from xenolith.toolstack.config.reader import parse_domain_config
 from xenolith.toolstack.config.vif import Nic, parse_vif
-from xenolith.toolstack.guest_shell import ShellResult, run_at_shell
 from xenolith.toolstack.host import DEFAULT_SCHEDULER, SCHEDULERS
 from xenolith.toolstack.xenstore_client import XenstoreClient
 
@@ -247,13 +250,45 @@ class Domain:
         """Attach to its console; what was printed recently comes first."""
         return Console(self.client.open_console(self.domid))
 
-    def run(self, command: str, timeout: float | None = None) -> ShellResult:
-        """Type a command at the shell on its console, once there is one; what it printed, and its exit status.
+    def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+        terminal: tuple[int, int] | None = None,
+    ) -> ProcessStream:
+        """Start a command in the guest: words, or a line for its shell; it waits while the guest boots.
 
-        It runs in a shell of its own (`sh -c`). Raises Timeout, and ToolstackError when the console ends.
+        `limits` are of setrlimit(2): `{"as": 64 << 20, "nproc": 50}`. After `timeout` seconds it is killed.
         """
-        with self.console() as console:
-            return run_at_shell(console, command, timeout, Timeout)
+        return self.client.execute(self.domid, execution(command, env, workdir, user, timeout, limits, terminal))
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Finished:
+        """Run a command in the guest, as `start` does, to its end: what it printed, and its exit status.
+
+        Raises Timeout, and ToolstackError where the guest or its agent ends before the command.
+        """
+        process = self.start(command, env=env, workdir=workdir, user=user, timeout=timeout, limits=limits)
+        return finished(process, input, timeout)
+
+    @property
+    def files(self) -> Files:
+        """The guest's files: `read`, `write`, `put` and `get`."""
+        return Files(lambda wanted: self.client.execute(self.domid, wanted))
 
     def events(self) -> Events:
         """What happens to it from now on, up to its end."""
@@ -265,6 +300,16 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"<domain {self.domid}>"
+
+
+def finished(process: ProcessStream, input: bytes, timeout: float | None) -> Finished:
+    """What a command came to. Raises Timeout and ToolstackError."""
+    done, outcome = finish(process, input)
+    if outcome is Outcome.TIMED_OUT:
+        raise Timeout(f"The command has not ended after {timeout} seconds; it was killed.")
+    if outcome is Outcome.LOST:
+        raise ToolstackError(f"Nobody knows how the command ended: {done.message}.")
+    return done
 
 
 class Console:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType, Protocol, TypeAlias
+from typing import Final, NewType, Protocol, TypeAlias
 from uuid import UUID
 
 from xenolith.toolstack.config.disk import Disk
@@ -284,6 +284,74 @@ class DomainEvent:
     reason: int | None = None
     text: str = ""
     successor: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """A command to run inside a guest.
+
+    With `terminal`, of so many rows and columns, it has one of its own, and its output and errors are one stream.
+    After `timeout` seconds it is killed, with all that it started in its session.  `limits` are of setrlimit(2), by the
+    names of LIMITS: bytes, seconds or numbers.
+    """
+
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    directory: str = "/root"
+    user: str = ""  # a number or a name, and :GROUP, a number; empty: root
+    terminal: tuple[int, int] | None = None
+    timeout: float | None = None
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+LIMITS: Final = {"cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "nproc": 6, "nofile": 7, "as": 9}
+"""The resource limits that a command can be given, with Linux's numbers (asm-generic/resource.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessOutput:
+    """Some output of a command inside a guest, never empty."""
+
+    data: bytes
+    errors: bool = False  # of its standard error
+
+
+class Outcome(StrEnum):
+    """How a command inside a guest came to its end."""
+
+    EXITED = "exited"  # by itself or by a signal
+    NOT_STARTED = "not started"
+    TIMED_OUT = "timed out"
+    LOST = "lost"  # the guest has ended, or its agent does not answer as it should
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnd:
+    """The end of a command inside a guest. `status` is what a shell would have in $?, or one of `xenolith run`'s."""
+
+    status: int
+    outcome: Outcome = Outcome.EXITED
+    message: str = ""
+
+
+class ProcessStream(Protocol):
+    """A command that runs inside a guest. Closing it is the user's duty; a command that still runs gets SIGHUP."""
+
+    def read(self, timeout: float | None = None) -> ProcessOutput | ProcessEnd | None:
+        """What comes next, in the end always a ProcessEnd; None when `timeout` seconds passed without anything."""
+
+    def write(self, data: bytes) -> None:
+        """Give it input; waits while it has too much that it has not read."""
+
+    def end_input(self) -> None: ...
+
+    def signal(self, number: int) -> None:
+        """Send a signal to its process group."""
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Its terminal has another size now."""
+
+    def close(self) -> None: ...
 
 
 class ConsoleStream(Protocol):
@@ -581,6 +649,14 @@ class Client(ABC):
 
         What was printed recently comes first.
         """
+
+    @abstractmethod
+    def console_history(self, domid: int) -> bytes:
+        """What was printed recently on the primary console."""
+
+    @abstractmethod
+    def execute(self, domid: int, execution: Execution) -> ProcessStream:
+        """Run a command inside a guest that has our agent; waits for it while the guest boots."""
 
     @abstractmethod
     def dmesg(self) -> str:

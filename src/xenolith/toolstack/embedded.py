@@ -31,6 +31,7 @@ from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack import devices, networks
+from xenolith.toolstack.agent.session import AgentUnavailable, Session
 from xenolith.toolstack.checkpoints import (
     CheckpointedDomain,
     Schedule,
@@ -53,6 +54,7 @@ from xenolith.toolstack.client import (
     DomainStatistics,
     EventKind,
     EventStream,
+    Execution,
     HostInfo,
     InvalidRequest,
     NetworkInfo,
@@ -60,6 +62,7 @@ from xenolith.toolstack.client import (
     NotAcknowledged,
     NotSupported,
     OnProgress,
+    ProcessStream,
     Progress,
     ShutdownRequest,
     ToolstackError,
@@ -78,6 +81,7 @@ from xenolith.toolstack.saving import Arriving, open_saved, save_domain
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
 DEPARTED_SECONDS: Final = 30.0  # how long the console of a domain that went can still be read
+AGENT_SECONDS: Final = 120.0  # that a guest may take to boot until its agent answers
 TYPING_SECONDS: Final = 1.0  # how long input waits for a guest that does not read
 DOM0_NAME: Final = "Domain-0"
 MAPPINGS_PER_MAPTRACK_FRAME: Final = 256  # a page of Xen's struct grant_mapping
@@ -92,6 +96,8 @@ class _Record:
     lock: threading.RLock = field(default_factory=threading.RLock)  # what is done to it is done by one at a time
     waiters: set[threading.Event] = field(default_factory=set)  # set when it has ended
     leaving: threading.Event = field(default_factory=threading.Event)  # it is being destroyed
+    agent_lock: threading.Lock = field(default_factory=threading.Lock)  # of what follows; taken after none of ours
+    agent: Session | None = None
     last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
     checkpointed: CheckpointedDomain | None = None
     schedule: Schedule | None = None  # of checkpoints
@@ -382,14 +388,14 @@ class EmbeddedToolstack(Client):
             self._control.pause(domid)
 
     def unpause(self, domid: int) -> None:
-        with self._of_domain(domid):
+        with self._of_domain(domid) as domain:
             record = self._records[domid]
             try:
                 if record.stay is not None:
                     record.stay()
                     record.stay = None
                 else:
-                    self._control.unpause(domid)
+                    self.dom0.start(domain)
             except DomainCreateError as error:
                 raise ToolstackError(f"domain {domid} cannot go on here: {error}") from error
             except RuntimeError as error:  # Python's, for a thread that the host does not give
@@ -849,11 +855,49 @@ class EmbeddedToolstack(Client):
     # --- consoles and events -------------------------------------------------------------------------------
 
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
-        departed = {each.info.domid: each.console for each in self._recently_departed()}
-        console = departed[domid] if domid in departed else self._guest(domid).console
         if number:
             raise InvalidRequest(f"Domain {domid} has no console {number}.")
-        return _Attachment(console)
+        return _Attachment(self._console(domid))
+
+    def _console(self, domid: int) -> Console:
+        """Its primary console, also of a domain that went a moment ago."""
+        departed = {each.info.domid: each.console for each in self._recently_departed()}
+        return departed[domid] if domid in departed else self._guest(domid).console
+
+    def console_history(self, domid: int) -> bytes:
+        return self._console(domid).scrollback
+
+    def execute(self, domid: int, execution: Execution) -> ProcessStream:
+        return self._agent(domid).execute(execution)
+
+    def _agent(self, domid: int) -> Session:
+        """The conversation with a guest's agent. Raises AgentUnavailable."""
+        domain = self._guest(domid)
+        with self._lock:
+            record = self._records.get(domid)
+        if record is None:
+            raise DomainNotFound(domid)
+        info = self._control.info(domid)
+        if info.paused or info.shutdown:
+            raise AgentUnavailable(
+                f"Nothing runs in domain {domid}: it {'has shut down' * info.shutdown or 'is paused'}."
+            )
+        with record.agent_lock:
+            if record.agent is not None and not record.agent.ended:
+                return record.agent
+            deadline = time.monotonic() + AGENT_SECONDS
+            console = domain.channel.open(AGENT_SECONDS) if domain.channel else None
+            if console is None:
+                raise AgentUnavailable(f"The guest of domain {domid} does not use the channel of an agent.")
+            session = Session(console)
+            try:
+                session.greet()
+                session.wait(max(1.0, deadline - time.monotonic()))
+            except AgentUnavailable:
+                session.close()
+                raise
+            record.agent = session
+            return session
 
     def subscribe(self) -> EventStream:
         self._check_open()

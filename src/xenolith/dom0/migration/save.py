@@ -39,6 +39,9 @@ def held(dom0: Dom0, domain: GuestDomain) -> Iterator[ServicesRecord]:
             going_on.callback(device.hold())
         domain.console.hold()
         going_on.callback(domain.console.go_on)
+        if domain.channel is not None:
+            domain.channel.hold()
+            going_on.callback(domain.channel.go_on)
         connection = dom0.xenstore.hold(domid)
         going_on.callback(dom0.xenstore.go_on, domid)
         yield ServicesRecord(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NewType, Union, get_args, get_origin
 from uuid import UUID
 
-from xenolith.toolstack.client import ConsoleStream, EventStream
+from xenolith.toolstack.client import ConsoleStream, EventStream, ProcessStream
 from xenolith.toolstack.daemon.protocol import METHODS
 from xenolith.toolstack.verbs import Verb
 
@@ -30,6 +30,7 @@ _WORDS: Final = {
     UUID: "UUID",
     ConsoleStream: "null, then a console",
     EventStream: "null, then events",
+    ProcessStream: "null, then a process",
 }
 
 

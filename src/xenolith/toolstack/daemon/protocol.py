@@ -5,8 +5,10 @@ speaks first, with `Hello`; the daemon answers with `Welcome`. Then each request
 `Progress` messages and exactly one `Result` or `Error`; requests of one connection are dealt with one after the other.
 
 A request whose method returns an EventStream is answered with a Result and then one `Event` after the other, one that
-returns a ConsoleStream with a Result and then `Output` messages, while the client may send `Input`; either keeps the
-connection to itself. A stream ends with `End`, or when either side closes the connection.
+returns a ConsoleStream with a Result and then `Output` messages, while the client may send `Input`; each keeps the
+connection to itself. A stream ends with `End`, or when either side closes the connection. A ProcessStream
+is a Result, then `ProcessOutput` and in the end `ProcessEnd`, while the client may send `Input`, `EndOfInput`, `Signal`
+and `Resize`.
 
 The requests are the verbs of `client.Client` and `client.Supervision`; their arguments and results are checked
 against the types of those methods (see `codec` for how types become JSON). docs/control-protocol.md is the description
@@ -32,6 +34,8 @@ from xenolith.toolstack.client import (
     InvalidRequest,
     NotAcknowledged,
     NotSupported,
+    ProcessEnd,
+    ProcessOutput,
     Progress,
     Supervision,
     ToolstackError,
@@ -104,6 +108,26 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class EndOfInput:
+    """A process gets no more input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send a process a signal."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The terminal of a process has another size."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """A stream is over."""
 
@@ -118,11 +142,32 @@ MESSAGES: Final = {
     "event": Event,
     "input": Input,
     "output": Output,
+    "process_output": ProcessOutput,
+    "process_end": ProcessEnd,
+    "end_of_input": EndOfInput,
+    "signal": Signal,
+    "resize": Resize,
     "end": End,
 }
 """Message types by the name that they have on the wire: a message is an object with that one member."""
 
-Message = Hello | Welcome | Request | Result | Error | Progress | Event | Input | Output | End
+Message = (
+    Hello
+    | Welcome
+    | Request
+    | Result
+    | Error
+    | Progress
+    | Event
+    | Input
+    | Output
+    | ProcessOutput
+    | ProcessEnd
+    | EndOfInput
+    | Signal
+    | Resize
+    | End
+)
 
 _NAMES: Final = {kind: name for name, kind in MESSAGES.items()}
 _UNTYPED: Final = (Request, Result)  # their contents are typed by the method

@@ -25,6 +25,10 @@ from xenolith.toolstack.client import (
     DomainEvent,
     EventStream,
     OnProgress,
+    Outcome,
+    ProcessEnd,
+    ProcessOutput,
+    ProcessStream,
     Progress,
     Supervision,
     ToolstackError,
@@ -36,6 +40,7 @@ from xenolith.toolstack.daemon.protocol import (
     VERSION,
     Channel,
     End,
+    EndOfInput,
     Error,
     Event,
     Hello,
@@ -43,7 +48,9 @@ from xenolith.toolstack.daemon.protocol import (
     Message,
     Output,
     Request,
+    Resize,
     Result,
+    Signal,
     Welcome,
     exception,
 )
@@ -52,6 +59,8 @@ from xenolith.toolstack.verbs import Verb, forwarding
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _START_TIMEOUT_S: Final = 60.0
+INPUT_BYTES: Final = 1 << 20  # of a process at once
+LOST_STATUS: Final = 125
 _IDLE_CONNECTIONS: Final = 4  # kept for the next requests
 
 
@@ -304,7 +313,47 @@ class RemoteEvents:
         self._receiver.close()
 
 
-_STREAMS: Final = {ConsoleStream: RemoteConsole, EventStream: RemoteEvents}
+class RemoteProcess:
+    """A process over the socket."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._receiver = _Receiver(channel, limit=64)
+        self._end: ProcessEnd | None = None
+
+    def read(self, timeout: float | None = None) -> ProcessOutput | ProcessEnd | None:
+        if self._end is None:
+            message = self._receiver.get(timeout)
+            if isinstance(message, ProcessOutput):
+                return message
+            if isinstance(message, ProcessEnd):
+                self._end = message
+            elif self._receiver.ended:
+                self._end = ProcessEnd(LOST_STATUS, Outcome.LOST, "the connection to the daemon was lost")
+        return self._end
+
+    def _tell(self, message: Message) -> None:
+        with suppress(ConnectionLost):  # it has ended, as `read` says too
+            self._channel.send(message)
+
+    def write(self, data: bytes) -> None:
+        for at in range(0, len(data), INPUT_BYTES):
+            self._tell(Input(data[at : at + INPUT_BYTES]))
+
+    def end_input(self) -> None:
+        self._tell(EndOfInput())
+
+    def signal(self, number: int) -> None:
+        self._tell(Signal(number))
+
+    def resize(self, rows: int, columns: int) -> None:
+        self._tell(Resize(rows, columns))
+
+    def close(self) -> None:
+        self._receiver.close()
+
+
+_STREAMS: Final = {ConsoleStream: RemoteConsole, EventStream: RemoteEvents, ProcessStream: RemoteProcess}
 """What a verb that returns one of these has at this end."""
 
 

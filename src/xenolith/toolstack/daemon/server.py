@@ -33,6 +33,8 @@ from xenolith.toolstack.client import (
     EventStream,
     NewDomid,
     OnProgress,
+    ProcessEnd,
+    ProcessStream,
     Progress,
     ShutdownRequest,
     Supervision,
@@ -46,13 +48,16 @@ from xenolith.toolstack.daemon.protocol import (
     VERSION,
     Channel,
     End,
+    EndOfInput,
     Error,
     Event,
     Hello,
     Input,
     Output,
     Request,
+    Resize,
     Result,
+    Signal,
     Welcome,
     check_arguments,
     error_message,
@@ -236,7 +241,7 @@ class _Connection:
         self._refusal = refusal  # why this peer is not served; empty if it is
         self._client = daemon.client
         self._supervision = daemon.supervision
-        self._stream: ConsoleStream | EventStream | None = None
+        self._stream: ConsoleStream | EventStream | ProcessStream | None = None
         self._thread = threading.Thread(target=self._run, name=f"peer {pid}", daemon=True)
 
     def start(self) -> None:
@@ -311,6 +316,8 @@ class _Connection:
                 self._attach(value)
             elif verb.result is EventStream:
                 self._follow(value)
+            elif verb.result is ProcessStream:
+                self._accompany(value)
             else:
                 self._deliver(verb, value)
         except ConnectionLost:
@@ -392,6 +399,39 @@ class _Connection:
         except (ConnectionLost, CodecError, ToolstackError):
             pass  # the console is closed, upon which the connection's thread ends
         console.close()
+
+    def _accompany(self, process: ProcessStream) -> None:
+        """Carry what a process prints, and in the end how it ended; input from a thread of its own."""
+        self._stream = process
+        self._channel.send(Result())
+        reader = threading.Thread(target=self._obey, args=(process,), daemon=True)
+        reader.start()
+        try:
+            while (item := process.read()) is not None:
+                self._channel.send(item)
+                if isinstance(item, ProcessEnd):
+                    break
+        finally:
+            process.close()
+
+    def _obey(self, process: ProcessStream) -> None:
+        """Do with a process what its peer says; when the peer goes, let go of it."""
+        try:
+            for message in self._channel.messages():
+                match message:
+                    case Input(data):
+                        process.write(data)
+                    case EndOfInput():
+                        process.end_input()
+                    case Signal(number):
+                        process.signal(number)
+                    case Resize(rows, columns):
+                        process.resize(rows, columns)
+                    case _:
+                        break
+        except (ConnectionLost, CodecError, ToolstackError):
+            pass
+        process.close()
 
     def _inputs(self) -> Iterator[Input]:
         for message in self._channel.messages():
