@@ -31,6 +31,8 @@ from xenolith.abi.x86 import (
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, EngineError
 from xenolith.machine.engines.unicorn import features, layout, library, stubs, verify
+from xenolith.machine.engines.unicorn.user import code as user_code
+from xenolith.machine.engines.unicorn.user import spaces as user_spaces
 from xenolith.machine.listing import assemble, encodings
 
 SYSCALL = "0f 05"
@@ -72,7 +74,12 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the machine code -------------------------------------------------------------------------------
 
 
-LISTINGS = {name: value for name, value in vars(stubs).items() if name.isupper() and isinstance(value, str)}
+LISTINGS = {
+    name: value
+    for module in (stubs, user_code, user_spaces)
+    for name, value in vars(module).items()
+    if name.isupper() and isinstance(value, str) and "  " in value
+}
 
 
 @pytest.mark.parametrize("name", LISTINGS)

@@ -60,10 +60,10 @@ def permitted(memory: MachineMemory, l4_mfn: int, va: int, needed: int, needed_o
 
 def executable(memory: MachineMemory, l4_mfn: int, va: int) -> int | None:
     """The same, if CPL 3 can fetch code there."""
-    path = _path(memory, l4_mfn, va)
-    if path is None or any(entry & (PTE_P | PTE_US | PTE_NX) != PTE_P | PTE_US for _, entry in path):
+    entries = path(memory, l4_mfn, va)
+    if entries is None or any(entry & (PTE_P | PTE_US | PTE_NX) != PTE_P | PTE_US for _, entry in entries):
         return None
-    return _end(memory, path, va)
+    return _end(memory, entries, va)
 
 
 def accessed(memory: MachineMemory, l4_mfn: int, va: int, needed: int, bits: int) -> int | None:
@@ -72,20 +72,20 @@ def accessed(memory: MachineMemory, l4_mfn: int, va: int, needed: int, bits: int
     The tables may change meanwhile, by other vCPUs; an entry that did is looked at again.
     """
     while True:
-        path = _path(memory, l4_mfn, va)
-        if path is None or any(entry & needed != needed for _, entry in path):
+        entries = path(memory, l4_mfn, va)
+        if entries is None or any(entry & needed != needed for _, entry in entries):
             return None
-        *upper, leaf = path
+        *upper, leaf = entries
         wanted = [(index, entry, entry | bits & PTE_A) for index, entry in upper] + [(*leaf, leaf[1] | bits)]
         if all(new == entry or _replace(memory, index, entry, new) for index, entry, new in wanted):
-            return _end(memory, path, va)
+            return _end(memory, entries, va)
 
 
-def _path(memory: MachineMemory, l4_mfn: int, va: int) -> list[tuple[int, int]] | None:
+def path(memory: MachineMemory, l4_mfn: int, va: int) -> list[tuple[int, int]] | None:
     """The entries on the way to `va`: index in words of machine memory, and value. None if the last is not present."""
     if not is_canonical(va):
         return None
-    path = []
+    entries = []
     table = l4_mfn << PAGE_SHIFT
     for shift in _LEVELS:
         if table >= memory.size:
@@ -94,17 +94,17 @@ def _path(memory: MachineMemory, l4_mfn: int, va: int) -> list[tuple[int, int]] 
         entry = memory.q[index]
         if not entry & PTE_P:
             return None
-        path.append((index, entry))
+        entries.append((index, entry))
         if entry & PTE_PSE and shift in (L3_SHIFT, L2_SHIFT):
             break
         table = entry & PTE_ADDRESS
-    return path
+    return entries
 
 
-def _end(memory: MachineMemory, path: list[tuple[int, int]], va: int) -> int | None:
+def _end(memory: MachineMemory, entries: list[tuple[int, int]], va: int) -> int | None:
     """The machine address that such a path leads to."""
-    inside = (1 << _LEVELS[len(path) - 1]) - 1
-    address = path[-1][1] & PTE_ADDRESS & ~inside | va & inside
+    inside = (1 << _LEVELS[len(entries) - 1]) - 1
+    address = entries[-1][1] & PTE_ADDRESS & ~inside | va & inside
     return address if address < memory.size else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xenolith.machine.engines.protocol import Engine, EngineError
@@ -95,5 +96,6 @@ def _adaptive(memory: MachineMemory) -> Engine:
 
 def _unicorn() -> Callable[[MachineMemory], Engine]:
     from xenolith.machine.engines.unicorn.engine import UnicornEngine
+    from xenolith.machine.engines.unicorn.user import host
 
-    return UnicornEngine
+    return partial(UnicornEngine, native_user=host.setting())

@@ -17,7 +17,7 @@ from xenolith.machine.engines.adaptive import extended
 from xenolith.machine.engines.adaptive.extended_native import NativeExtended
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.protocol import CpuState
-from xenolith.machine.engines.unicorn import layout
+from xenolith.machine.engines.unicorn import features, layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.operands import effective_address
@@ -27,28 +27,11 @@ DECODED: Final = 256  # instructions kept decoded
 CPUID_ANSWERS: Final = 256  # kept; a static program asks for forty when it starts
 _CR3: Final = layout.CR // 8 + 3
 _IMPLICIT_MEMORY: Final = (OpKind.MEMORY_SEG_RDI, OpKind.MEMORY_SEG_EDI, OpKind.MEMORY_ESRDI, OpKind.MEMORY_ESEDI)
-EAX, EBX, ECX, EDX = range(4)
 
 
 def bits(*numbers: int) -> int:
     """The word that has these bits set."""
     return sum(1 << number for number in numbers)
-
-
-# Features that CPUID on Unicorn leaves out, (leaf, register): whatever would have a program that starts there use wide
-# vectors (or REP MOVSB) in every string function, and so drive the vCPU to KVM all the time.
-_UNTOLD: Final = {
-    # FMA XSAVE OSXSAVE AVX F16C
-    (1, ECX): bits(12, 26, 27, 28, 29),
-    # AVX2 ERMS AVX512
-    (7, EBX): bits(5, 9, 16, 17, 21, 26, 27, 28, 30, 31),
-    # AVX512_VBMI VBMI2 VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
-    (7, ECX): bits(1, 6, 9, 10, 11, 12, 14),
-    # AVX512_4VNNIW 4FMAPS FSRM VP2INTERSECT AMX AVX512_FP16
-    (7, EDX): bits(2, 3, 4, 8, 22, 23, 24, 25),
-    # XOP FMA4
-    (0x8000_0001, ECX): bits(11, 16),
-}
 
 
 class Borrowed:
@@ -92,7 +75,7 @@ class Borrowed:
 
     def _cpuid_answer(self, leaf: int, subleaf: int) -> tuple[int, ...]:
         answer = self._kvm.host_cpuid(leaf, subleaf) if leaf != 7 or not subleaf else (0, 0, 0, 0)
-        return tuple(value & ~_UNTOLD.get((leaf, register), 0) for register, value in enumerate(answer))
+        return tuple(value & ~features.UNTOLD.get((leaf, register), 0) for register, value in enumerate(answer))
 
     # --- instructions ---------------------------------------------------------------------------------------
 

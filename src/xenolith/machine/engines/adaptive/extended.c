@@ -197,6 +197,7 @@ static bool restore(struct extended *x, u64 va, u64 requested)
     struct area area;
     u64 header[8], given, layout, before = load64(x->image + HEADER);
     unsigned end = EXTENDED;
+    u64 used = 0; /* extended components with anything but zeros */
     u8 legacy[LEGACY_END];
     u32 mxcsr;
     if (!find(x, &area, va, EXTENDED, false))
@@ -224,9 +225,11 @@ static bool restore(struct extended *x, u64 va, u64 requested)
             word = 0;
             get(&area, start + done, &word, x->size[i] - done < 8 ? x->size[i] - done : 8);
             if (word)
-                return false; /* in the middle of something with wide vectors */
+                used |= bit;
         }
     }
+    if (used && !x->wide)
+        return false; /* in the middle of something with wide vectors */
     get(&area, 0, legacy, sizeof legacy);
     __builtin_memcpy(&mxcsr, legacy + MXCSR_IN_IMAGE, 4);
     bool loads_mxcsr = compacted ? requested & given & SSE : requested & (SSE | AVX);
@@ -243,7 +246,15 @@ static bool restore(struct extended *x, u64 va, u64 requested)
         __builtin_memcpy(x->env + MXCSR, &mxcsr, 4);
         x->update_mxcsr_status(x->env);
     }
-    before = (before & ~requested) | X87 | SSE;
+    end = EXTENDED;
+    for (unsigned i = 0; i < x->components; i++) {
+        if (!(present >> x->number[i] & 1))
+            continue;
+        unsigned start = place(x, i, compacted, &end);
+        if (used >> x->number[i] & 1)
+            get(&area, start, x->image + x->start[i], x->size[i]);
+    }
+    before = (before & ~requested) | used | X87 | SSE;
     __builtin_memcpy(x->image + HEADER, &before, 8);
     return true;
 }

@@ -127,8 +127,10 @@ def in_use(image: bytes | bytearray, extended: list[Component]) -> bool:
     return any(components >> part.number & 1 and any(image[part.start : part.start + part.size]) for part in extended)
 
 
-def restore(image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area) -> bool:
-    """Carry out XRSTOR: from memory to `image`, unless there are extended components to restore but zeros."""
+def restore(
+    image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area, wide: bool = False
+) -> bool:
+    """Carry out XRSTOR: from memory to `image`; unless `wide`, not if there are extended components but zeros."""
     requested &= xcr0
     head = area.read(EXTENDED)
     if head is None:
@@ -142,10 +144,13 @@ def restore(image: bytearray, xcr0: int, requested: int, extended: list[Componen
     data = area.read(_end(extended, present, compacted))
     if data is None:
         return False
-    for component, start in _placed(extended, present, compacted):
-        # Whoever is in the middle of something with wide vectors had better go on on a processor.
-        if (requested & given) >> component.number & 1 and any(data[start : start + component.size]):
-            return False
+    used = [
+        (component, start)
+        for component, start in _placed(extended, present, compacted)
+        if (requested & given) >> component.number & 1 and any(data[start : start + component.size])
+    ]
+    if used and not wide:  # whoever is in the middle of something with wide vectors had better go on on a processor
+        return False
     (mxcsr,) = unpack_from("<I", data, MXCSR.start)
     loads_mxcsr = requested & given & SSE if compacted else requested & (SSE | AVX)
     if loads_mxcsr and mxcsr & ~MXCSR_DEFINED:
@@ -158,7 +163,11 @@ def restore(image: bytearray, xcr0: int, requested: int, extended: list[Componen
         image[SSE_PART] = data[SSE_PART] if given & SSE else bytes(256)
     if loads_mxcsr or requested & SSE:
         pack_into("<I", image, MXCSR.start, mxcsr if loads_mxcsr else INITIAL_MXCSR)
-    pack_into("<Q", image, HEADER, before & ~requested | requested & given & (X87 | SSE))
+    now = before & ~requested | requested & given & (X87 | SSE)
+    for component, start in used:
+        image[component.start : component.start + component.size] = data[start : start + component.size]
+        now |= 1 << component.number
+    pack_into("<Q", image, HEADER, now)
     return True
 
 

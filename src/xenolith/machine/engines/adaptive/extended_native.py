@@ -40,6 +40,7 @@ class Extended(ctypes.Structure):
         ("number", c_uint8 * MOST_COMPONENTS),
         ("aligned", c_bool * MOST_COMPONENTS),
         ("components", c_uint32),
+        ("wide", c_bool),  # XRSTOR of extended components in use is carried out, too
     )
 
 
@@ -76,7 +77,9 @@ def declarations() -> str:
 class NativeExtended:
     """The extended state of a vCPU on this UnicornCpu. Raises native.Missing."""
 
-    def __init__(self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component]) -> None:
+    def __init__(
+        self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component], wide: bool = False
+    ) -> None:
         library = native.load(SOURCE, declarations())
         self._carry_out = native.function_address(library.carry_out)
         self._cpu = cpu
@@ -86,6 +89,7 @@ class NativeExtended:
             memory=memory.address,
             memory_size=memory.size,
             components=len(components),
+            wide=wide,
             **{name: native.function_address(function) for name, function in cpu.extended_calls.items()},
         )
         for place, component in enumerate(components):

@@ -270,9 +270,12 @@ class UnicornCpu:
         A stop that comes before Unicorn's loop has begun is lost.  So execution starts at an address which
         cannot be fetched from: the fault proves that the loop runs, and only then is the kick looked at.
         """
-        if self._kicked:
-            self._kicked = False
-            return
+        if not self._kicked:
+            self._execute(on_trap)
+        self._kicked = False
+
+    def _execute(self, on_trap: TrapHandler) -> None:
+        """The same, but a kick stays known."""
         start = self.regs[RIP]
 
         def entered(vector: int, error_code: int, address: int) -> bool:
@@ -285,11 +288,13 @@ class UnicornCpu:
         self._handler = entered
         self._hook.vcpu = 0
         error = self._lib.emu_start(self._instance.uc, GATE, 0, 0, 0)
-        self._inside = self._kicked = False
+        self._inside = False
         if self._failure is not None:
             failure, self._failure = self._failure, None
+            self._kicked = False
             raise failure
         if error:
+            self._kicked = False
             raise EngineError(f"guest code stopped the engine: {self._lib.strerror(error).decode()}")
 
     def kick(self) -> None:
@@ -334,6 +339,11 @@ class UnicornCpu:
     def env(self) -> int:
         """Address of CPUX86State."""
         return self._instance.env
+
+    @property
+    def words(self) -> memoryview:
+        """CPUX86State by 64-bit words."""
+        return self._q
 
     def frames_with_code(self) -> list[int]:
         """MFNs of the frames of which there may be translated blocks."""

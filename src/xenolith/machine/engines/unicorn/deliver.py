@@ -11,6 +11,7 @@ from typing import ClassVar, Final
 from xenolith.abi import x86
 from xenolith.machine import native
 from xenolith.machine.engines import native_state, protocol
+from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.native import Fields
 
 SOURCE: Final = Path(__file__).with_name("deliver.c")
@@ -27,7 +28,13 @@ class Hook(ctypes.Structure):
     cpuid: int
     extended: int  # what `carry_out` needs to execute XSAVE and its kin; 0: they are undefined
     carry_out: int
+    wanted: (
+        int  # of a byte for each frame: not 0 for L4 tables whose guest-user mode does not run here; 0: there are none
+    )
+    env: int
     cpuid_is_pythons: bool  # whatever answers the native handler knows
+    stays: bool  # guest-user mode runs here all the same, until its next trap
+    to_user: bool  # Unicorn was stopped because guest-user mode does not run here
 
     _fields_: ClassVar[Fields] = (
         ("handler", c_uint64),
@@ -38,7 +45,11 @@ class Hook(ctypes.Structure):
         ("cpuid", c_uint64),
         ("extended", c_uint64),
         ("carry_out", c_uint64),
+        ("wanted", c_uint64),
+        ("env", c_uint64),
         ("cpuid_is_pythons", c_bool),
+        ("stays", c_bool),
+        ("to_user", c_bool),
     )
 
 
@@ -49,6 +60,8 @@ _IN_C = {
     "invalid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "cpuid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "carry_out": "bool (*{})(u64 extended)",
+    "wanted": "const u8 *{}",
+    "env": "const u8 *{}",
 }
 
 
@@ -57,7 +70,8 @@ def declarations() -> str:
     return (
         native.define(native_state, "NOT_HANDLED LOOK")
         + native.define(protocol, "TRAP_NOTHING")
-        + native.define(x86, "VECTOR_UD")
+        + native.define(x86, "VECTOR_UD PAGE_SHIFT")
+        + native.define(layout, "HFLAGS HF_KERNEL CR3")
         + native.declare("hook", Hook, _IN_C)
     )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from xenolith.machine.cpuid import native_cpuid
+
 EAX, EBX, ECX, EDX = range(4)
 
 
@@ -33,10 +35,28 @@ EXECUTED: Final = {
 # Told although the model does not promise them.
 ADDED: Final = {(7, EBX): _bits(18), (0x8000_0001, ECX): _bits(8)}
 
+# Features that CPUID on Unicorn leaves out where programs may run elsewhere, too, (leaf, register): whatever would have
+# a program that starts there use wide vectors (or REP MOVSB) in every string function, and so drive the vCPU away all
+# the time.
+UNTOLD: Final = {
+    # FMA XSAVE OSXSAVE AVX F16C
+    (1, ECX): _bits(12, 26, 27, 28, 29),
+    # AVX2 ERMS AVX512
+    (7, EBX): _bits(5, 9, 16, 17, 21, 26, 27, 28, 30, 31),
+    # AVX512_VBMI VBMI2 VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
+    (7, ECX): _bits(1, 6, 9, 10, 11, 12, 14),
+    # AVX512_4VNNIW 4FMAPS FSRM VP2INTERSECT AMX AVX512_FP16
+    (7, EDX): _bits(2, 3, 4, 8, 22, 23, 24, 25),
+    # XOP FMA4
+    (0x8000_0001, ECX): _bits(11, 16),
+}
+
 XSAVE_LEAF: Final = 0xD
 XSAVE_ANSWERS: Final = {0: (3, 576, 576, 0), 1: (1, 0, 0, 0)}  # x87 and SSE; XSAVEOPT
 POWER_LEAF: Final = 0x8000_0007
 INVARIANT_TSC: Final = 1 << 8
+AVX_COMPONENT, AVX512_COMPONENTS = 1 << 2, 7 << 5  # of XCR0
+AVX, AVX512F = 1 << 28, 1 << 16  # leaf 1, ECX; leaf 7, EBX
 
 
 def told(leaf: int, subleaf: int, model: tuple[int, int, int, int], stable_tsc: bool) -> tuple[int, int, int, int]:
@@ -51,4 +71,16 @@ def told(leaf: int, subleaf: int, model: tuple[int, int, int, int], stable_tsc: 
         (word | ADDED.get((leaf, register), 0)) & EXECUTED.get((leaf, register), 0xFFFF_FFFF)
         for register, word in enumerate(model)
     )
+    return eax, ebx, ecx, edx
+
+
+def with_components(leaf: int, subleaf: int, answer: tuple[int, int, int, int], xcr0: int) -> tuple[int, int, int, int]:
+    """The same where guest-user mode runs natively: the host's XSAVE components, and what a kernel enables them by."""
+    eax, ebx, ecx, edx = answer
+    if leaf == XSAVE_LEAF:
+        return native_cpuid(leaf, subleaf)
+    if (leaf, subleaf) == (7, 0) and xcr0 & AVX512_COMPONENTS == AVX512_COMPONENTS:
+        ebx |= AVX512F
+    if leaf == 1 and xcr0 & AVX_COMPONENT:
+        ecx |= AVX
     return eax, ebx, ecx, edx

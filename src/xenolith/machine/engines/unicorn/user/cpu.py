@@ -1,0 +1,509 @@
+"""Unicorn's execution context with guest-user mode in stub processes: native speed without hardware virtualisation.
+
+The guest kernel stays on Unicorn.  Where an address space is *wanted* in a stub, the vCPU's way back to user mode ends
+Unicorn's loop, its registers go from the one register file into the stub's signal frame, and whatever the program does
+that is not plain computing comes back as a signal, which is turned into the exception that it was: the same trap
+handlers, native and Python's, get it.  See spaces.py for memory, code.py for the process, and docs/native-user.md.
+
+What a stub cannot do exactly is left to Unicorn, and decided before it runs: 32-bit code, single-stepping,
+breakpoints, CR0.TS, selectors other than null in data segment registers, RIP in the upper half, a program that maps
+something where the stub's own pages are; and for the rest of its time slice an access to a frame of another domain.
+
+The processor's XSAVE components are the host's from the beginning: programs learn of them from CPUID, which a stub
+cannot intercept.  Unicorn has x87 and SSE; the other components wait in an image meanwhile, and XSAVE and its kin are
+carried out on both (adaptive/extended.py).  A program that is on Unicorn is not told of AVX, and if it uses that all
+the same, having learned of it in a stub, it goes on in one.
+"""
+
+from __future__ import annotations
+
+import logging
+from ctypes import PYFUNCTYPE, c_int, c_uint32, c_uint64
+from struct import pack_into, unpack_from
+from typing import Any, Final
+
+from iced_x86 import Decoder, Instruction
+
+from xenolith.abi.x86 import (
+    CR0_TS,
+    DS,
+    EFLAGS_ID,
+    EFLAGS_IF,
+    EFLAGS_NT,
+    EFLAGS_RESERVED_ONE,
+    EFLAGS_RF,
+    EFLAGS_TF,
+    ES,
+    FS,
+    FS_BASE,
+    GS,
+    GS_BASE,
+    MASK32,
+    MASK64,
+    PAGE_SHIFT,
+    PFEC_INSN,
+    PFEC_PRESENT,
+    PFEC_USER,
+    PFEC_WRITE,
+    PTE_P,
+    R8,
+    R15,
+    RAX,
+    RBP,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RFLAGS,
+    RIP,
+    RSI,
+    RSP,
+    VECTOR_DB,
+    VECTOR_GP,
+    VECTOR_NM,
+    VECTOR_NP,
+    VECTOR_PF,
+    VECTOR_SS,
+    VECTOR_UD,
+    is_canonical,
+)
+from xenolith.machine import native, page_walk
+from xenolith.machine.cpuid import native_cpuid
+from xenolith.machine.engines import native_state
+from xenolith.machine.engines.adaptive import extended
+from xenolith.machine.engines.protocol import (
+    TRAP_CPUID,
+    TRAP_NOTHING,
+    TRAP_SYSCALL,
+    CpuState,
+    EngineError,
+    ModeSwitchState,
+    TrapHandler,
+)
+from xenolith.machine.engines.unicorn import features, layout
+from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.engines.unicorn.instance import Instance
+from xenolith.machine.engines.unicorn.user import code, host, stub
+from xenolith.machine.engines.unicorn.user.extended_state import ExtendedState
+from xenolith.machine.engines.unicorn.user.placement import Placement
+from xenolith.machine.engines.unicorn.user.spaces import Outcome, Space, Spaces
+from xenolith.machine.engines.unicorn.user.stub import StubDied
+from xenolith.machine.memory import MachineMemory
+from xenolith.machine.operands import GuestFault
+
+_log = logging.getLogger(__name__)
+_CR0, _CR2, _CR3 = layout.CR // 8, layout.CR // 8 + 2, layout.CR // 8 + 3
+_DR6, _DR7 = layout.DR // 8 + 6, layout.DR // 8 + 7
+_HFLAGS: Final = layout.HFLAGS // 4
+_USER_MODE: Final = layout.HF_CS64  # of hflags, and without HF_KERNEL and HF_TS
+_MODES: Final = layout.HF_CS64 | layout.HF_KERNEL | layout.HF_TS
+_FPU: Final = slice(layout.FPSTT, layout.XMM + 16 * layout.XMM_STRIDE)
+_BREAKPOINTS: Final = 0xFF  # of DR7
+_NULL: Final = 3  # the highest selector of a null segment
+_KEPT_BY_HANDLER: Final = EFLAGS_NT | EFLAGS_ID  # what a return from a signal does not load
+_DR6_STEP: Final = 0xFFFF_4FF0
+_DR6_NOTHING: Final = 0xFFFF_0FF0
+_TRACED: Final = 2  # si_code TRAP_TRACE
+_OF_KERNEL: Final = 0x80  # si_code SI_KERNEL
+_URETPROBE: Final = 335
+_ARCH_X86_64, _ARCH_I386 = 0xC000_003E, 0x4000_0003
+_INT_80: Final = 0x80 << 3 | 2  # the error code of an INT 0x80 without a gate
+_VSYSCALL: Final = 0xFFFF_FFFF_FF60_0000 >> PAGE_SHIFT
+_VECTORS: Final = frozenset((0, 1, 3, 4, 5, 6, 11, 12, 13, 14, 16, 17, 19))  # that programs raise
+_OF_SELECTORS: Final = (VECTOR_NP, VECTOR_SS, VECTOR_GP)
+_CS64: Final = 0x33  # what the host's own 64-bit programs have
+_MXCSR_MASK: Final = 0xFFFF
+_UD2, _XSETBV = b"\x0f\x0b", b"\x0f\x01\xd1"
+_FRAME_ORDER: Final = (RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP, RIP)  # in the signal frame, after R8 to R15
+
+Trap = tuple[int, int, int]
+
+
+class NativeUserCpu(UnicornCpu):
+    """See the module's text; the protocol's Cpu for methods without explanation. For domains with one vCPU."""
+
+    def __init__(self, instance: Instance, memory: MachineMemory, force: bool) -> None:
+        """`force`: all user mode runs in stubs."""
+        super().__init__(instance, memory)
+        components = extended.components(host.components(), native_cpuid)
+        size = max((part.start + part.size for part in components), default=extended.EXTENDED)
+        self.spaces = Spaces(memory)
+        self._state = ExtendedState(self, memory, components, size)
+        self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
+        self.placement = Placement(memory.span, force)
+        self._hook.wanted = self.placement.wanted_address
+        self._hook.env = instance.env
+        self._hook.cpuid_is_pythons = True
+        self._calls.entry_changed = native.function_address(self.spaces.entry_changed)
+        self._converted = b""  # what Unicorn's x87 and SSE state was when it and the image were last the same
+        self._shown_by: stub.Stub | None = None  # whose frame holds the image
+        self._running: stub.Stub | None = None
+        self._missed: tuple[int, int, bool, bool] | None = None  # the page fault that the guest's kernel is to resolve
+        self._stub_ran = False  # since Unicorn's translations were last known to be good
+        self._native_handler: Any = None
+        self._enabled, self._plain = True, False
+        self._loaded: CpuState | None = None
+        self.traps = 0
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def load(self, state: CpuState) -> None:
+        super().load(state)
+        self._loaded = state
+        if self._plain:
+            return
+        self._state.load(state.xsave, state.xcr0)
+        self._converted, self._shown_by = b"", None
+
+    def store(self, state: CpuState) -> None:
+        if self._plain:
+            super().store(state)
+            return
+        if state is not self._loaded:
+            return  # `swap` has left nothing here
+        image, xcr0 = bytearray(self._state.current()), self._state.xcr0
+        super().store(state)
+        state.xsave, state.xcr0 = image, xcr0
+
+    def swap(self, old: CpuState, new: CpuState) -> None:
+        if self._plain:
+            super().swap(old, new)
+            return
+        self.store(old)
+        self.load(new)
+
+    def set_xcr0(self, value: int) -> None:
+        if not self._plain:
+            self._state.set_xcr0(value)
+
+    def attach(self, modes: ModeSwitchState | None) -> None:
+        super().attach(modes)
+        self._native_handler = None
+        if modes is not None and modes.native_handler:
+            prototype = PYFUNCTYPE(c_int, c_uint64, c_uint32, c_uint64, c_uint64)
+            self._native_handler = prototype(modes.native_handler)
+        self.placement.attach(modes)
+
+    def become_plain(self) -> None:
+        """Be a UnicornCpu, with no more components than that has: the domain has several vCPUs, and was not run yet."""
+        self._plain = True
+        self._state.rest()
+        self._hook.cpuid_is_pythons = False
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """No stub from now on, and none that is left."""
+        self._enabled = False
+        self._hook.wanted = 0
+        self.spaces.close()
+
+    def close(self) -> None:
+        self.spaces.close()
+        super().close()
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def run(self, on_trap: TrapHandler) -> None:
+        if self._plain:
+            super().run(on_trap)
+            return
+        try:
+            while not self._kicked and self._turn(on_trap):
+                pass
+            self._look()
+        finally:
+            self._kicked = False
+
+    def kick(self) -> None:
+        super().kick()
+        running = self._running
+        if running is not None:
+            running.kick()
+
+    def _look(self) -> None:
+        self.placement.look(self._q[_CR3] >> PAGE_SHIFT, not self._d[_HFLAGS] & layout.HF_KERNEL, self.translation_ns)
+
+    def _turn(self, on_trap: TrapHandler) -> bool:
+        """Run in a stub or on Unicorn. False: leave."""
+        self._forget_the_dead()
+        l4_mfn = self._q[_CR3] >> PAGE_SHIFT
+        user = not self._d[_HFLAGS] & layout.HF_KERNEL
+        if user and self._enabled and self.placement.wants_stub(l4_mfn):
+            if not self._hook.stays and self._may_run_in_stub(l4_mfn):
+                return self._run_in_stub(l4_mfn, on_trap)
+            self._hook.stays = True
+        if user and self._stub_ran:
+            self._stub_ran = False
+            self.distrust_code()
+            self.flush_tlb()
+        self._hook.to_user = False
+        self._execute(self._on_unicorn(on_trap))
+        return self._hook.to_user
+
+    def _forget_the_dead(self) -> None:
+        self.spaces.take_reports()
+        while self.spaces.dead:
+            self.placement.forget(self.spaces.dead.pop())
+
+    def _on_unicorn(self, on_trap: TrapHandler) -> TrapHandler:
+        hook, d = self._hook, self._d
+
+        def handler(vector: int, error_code: int, address: int) -> bool:
+            user = not d[_HFLAGS] & layout.HF_KERNEL
+            if user:
+                hook.stays = False
+            if vector == VECTOR_UD:
+                answer = self._at_undefined(user)
+                if answer is None:
+                    return True
+                vector, error_code, address = answer
+                if vector == TRAP_NOTHING:
+                    return False
+            question = self.regs[RAX] & MASK32
+            more = on_trap(vector, error_code, address)
+            if vector == TRAP_CPUID and user:
+                self._tell_less(question)
+            self.placement.trapped()
+            if self.placement.is_time():
+                self._look()
+            return more and not self._goes_to_stub()
+
+        return handler
+
+    def _goes_to_stub(self) -> bool:
+        hook = self._hook
+        if (
+            hook.stays
+            or not self._enabled
+            or self._d[_HFLAGS] & layout.HF_KERNEL
+            or not self.placement.wants_stub(self._q[_CR3] >> PAGE_SHIFT)
+        ):
+            return False
+        hook.to_user = True
+        return True
+
+    def _tell_less(self, leaf: int) -> None:
+        """A program on Unicorn is told of nothing that would have it use wide vectors."""
+        for register, place in enumerate((RAX, RBX, RCX, RDX)):
+            self.regs[place] &= ~features.UNTOLD.get((leaf, register), 0)
+
+    def _at_undefined(self, user: bool) -> Trap | None:
+        """An opcode that Unicorn does not know: None: it was carried out; TRAP_NOTHING: a stub is to; else its trap."""
+        head = self._code(3) or self._code(2) or b""
+        if head[:2] == _UD2:
+            return VECTOR_UD, 0, 0
+        if head == _XSETBV:
+            return VECTOR_GP, 0, 0
+        instruction = self._instruction()
+        if self._q[_CR0] & CR0_TS and instruction.is_save_restore_instruction:
+            return VECTOR_NM, 0, 0
+        try:
+            if self._state.carry_out(instruction):
+                return None
+        except GuestFault as fault:
+            return fault.vector, fault.error_code, fault.address
+        l4_mfn = self._q[_CR3] >> PAGE_SHIFT
+        if user and self._enabled and self._may_run_in_stub(l4_mfn):
+            self.placement.want(l4_mfn)
+            self._hook.to_user = True
+            return TRAP_NOTHING, 0, 0
+        return VECTOR_UD, 0, 0
+
+    def _instruction(self) -> Instruction:
+        wide = self.runs_64_bit_code
+        data = next(filter(None, (self._code(size) for size in range(15, 0, -1))), b"")
+        return Decoder(64 if wide else 32, data, ip=self.regs[RIP]).decode()
+
+    # --- in a stub ------------------------------------------------------------------------------------------
+
+    def _may_run_in_stub(self, l4_mfn: int) -> bool:
+        """Whether a stub would do exactly what the processor does, from here on."""
+        regs, q = self.regs, self._q
+        return (
+            self._d[_HFLAGS] & _MODES == _USER_MODE
+            and not (q[_DR7] & _BREAKPOINTS or regs[RFLAGS] & EFLAGS_TF)
+            and regs[RIP] < code.USER_END
+            and regs[ES] <= _NULL
+            and regs[DS] <= _NULL
+            and regs[FS] <= _NULL
+            and regs[GS] <= _NULL
+            and not self._memory.private
+            and not self._memory.q[(l4_mfn << 9) + code.AREA_SLOT] & PTE_P
+        )
+
+    def _run_in_stub(self, l4_mfn: int, on_trap: TrapHandler) -> bool:
+        """Run guest-user mode until it is left. False: leave `run`."""
+        try:
+            space = self.spaces.find(l4_mfn)
+        except EngineError as error:
+            _log.warning("programs run on Unicorn from now on: %s", error)
+            self._give_up()
+            return True
+        self._stub_ran = True
+        try:
+            return self._run_in(space, on_trap)
+        finally:
+            self.placement.left_stub(self.translation_ns)
+
+    def _run_in(self, space: Space, on_trap: TrapHandler) -> bool:
+        l4_mfn = space.l4_mfn
+        missed, self._missed = self._missed, None
+        try:
+            if missed is not None and missed[0] == l4_mfn:
+                self.spaces.fault(space, *missed[1:])
+            while not self._kicked:
+                trap = self._run_once(space)
+                if trap is None:
+                    continue
+                if trap[0] == VECTOR_PF:
+                    trap = self._page_fault(space, *trap[1:])
+                    if trap is None:
+                        if self._hook.stays:
+                            return True
+                        continue
+                if trap[0] in _OF_SELECTORS and trap[1]:
+                    self._hook.stays = True  # the host's descriptors are not the guest's: Unicorn shall say
+                    return True
+                if not self._deliver(on_trap, trap):
+                    return False
+                mode = self._d[_HFLAGS]
+                if (
+                    mode & layout.HF_KERNEL
+                    or self._q[_CR3] >> PAGE_SHIFT != l4_mfn
+                    or not self._may_run_in_stub(l4_mfn)
+                ):
+                    return True
+        except StubDied as death:
+            _log.info("a stub process of address space %#x has ended: %s", l4_mfn, death)
+            self._running = None
+            self.spaces.drop(space)
+            self._shown_by = None
+            return self._deliver(on_trap, (VECTOR_GP, 0, 0))
+        return False
+
+    def _run_once(self, space: Space) -> Trap | None:
+        """Let the program run until its next signal: the trap that it was, or None if it was only a kick."""
+        self.spaces.prepare(space)
+        running = space.stub
+        self._show(running)
+        self._running = running
+        if self._kicked:
+            self._running = None
+            return None
+        number, fs_base, gs_base, stopped = running.run(self._is_kicked)
+        self._running = None
+        self.traps += 1
+        trap = self._take_back(running, number)
+        self.regs[FS_BASE], self.regs[GS_BASE] = fs_base, gs_base
+        if trap is not None:
+            self.placement.ran(space.l4_mfn, stopped - running.words[code.RESUMED // 8])
+        return trap
+
+    def _is_kicked(self) -> bool:
+        return self._kicked
+
+    def _show(self, running: stub.Stub) -> None:
+        """Put the registers into the stub's signal frame."""
+        regs, q = self.regs, running.words
+        at = (running.frame + stub.R8) // 8
+        q[at : at + 8] = regs[R8 : R15 + 1]
+        for place, register in enumerate(_FRAME_ORDER, at + 8):
+            q[place] = regs[register]
+        flags = self.get_rflags() | EFLAGS_IF | EFLAGS_RESERVED_ONE
+        q[(running.frame + stub.FLAGS) // 8] = flags
+        q[code.FLAGS // 8] = flags & _KEPT_BY_HANDLER | EFLAGS_IF | EFLAGS_RESERVED_ONE
+        q[code.FS_BASE // 8], q[code.GS_BASE // 8] = regs[FS_BASE], regs[GS_BASE]
+        state = bytes(self._b[_FPU])
+        image = self._state.image
+        if state != self._converted:
+            self._state.current()
+            self._converted = state
+            self._shown_by = None
+        if self._shown_by is not running:
+            running.bytes[running.xsave : running.xsave + len(image)] = image
+            self._shown_by = running
+
+    def _take_back(self, running: stub.Stub, number: int) -> Trap | None:
+        """The registers from the signal frame, which the program may have forged: then they are its own."""
+        regs, q = self.regs, running.words
+        frame = running.frame // 8
+        at = frame + stub.R8 // 8
+        regs[R8 : R15 + 1] = q[at : at + 8]
+        for place, register in enumerate(_FRAME_ORDER, at + 8):
+            regs[register] = q[place]
+        flags = q[frame + stub.FLAGS // 8]
+        self.set_rflags(flags & ~EFLAGS_RF)
+        self._take_extended(running)
+        selectors = q[frame + stub.CS // 8]
+        if selectors & 0xFFFF != _CS64:
+            try:
+                self.set_code_stack(selectors & 0xFFFF, selectors >> 48)
+            except ValueError:
+                return VECTOR_GP, 0, 0
+        if number == code.SIGKICK:
+            return None
+        if number == code.SIGSYS:
+            arch = unpack_from("<I", running.bytes, running.frame + stub.SIGNAL_ARCH)[0]
+            return self._system_call(arch)
+        if (
+            number == code.SIGILL
+            and unpack_from("<i", running.bytes, running.frame + stub.SIGNAL_CODE)[0] == _OF_KERNEL
+        ):
+            regs[RAX] = _URETPROBE  # the one system call that no filter sees, on newer kernels
+            return TRAP_SYSCALL, 0, 0
+        vector, error_code = q[frame + stub.VECTOR // 8], q[frame + stub.ERROR // 8]
+        if vector not in _VECTORS:
+            return VECTOR_GP, 0, 0
+        if vector == VECTOR_PF:
+            return VECTOR_PF, error_code & (PFEC_WRITE | PFEC_INSN) | PFEC_USER, q[frame + stub.CR2 // 8]
+        if vector == VECTOR_DB:
+            traced = unpack_from("<i", running.bytes, running.frame + stub.SIGNAL_CODE)[0] == _TRACED
+            self._q[_DR6] = _DR6_STEP if traced else _DR6_NOTHING
+            return VECTOR_DB, 0, self._q[_DR6]
+        return vector, error_code & 0xFFFF, 0
+
+    def _system_call(self, arch: int) -> Trap:
+        regs = self.regs
+        if arch == _ARCH_I386:
+            regs[RIP] = regs[RIP] - 2 & MASK64
+            return VECTOR_GP, _INT_80, 0
+        if regs[RIP] >> PAGE_SHIFT == _VSYSCALL:
+            return VECTOR_PF, PFEC_USER | PFEC_INSN, regs[RIP]
+        return TRAP_SYSCALL, 0, 0
+
+    def _take_extended(self, running: stub.Stub) -> None:
+        image = self._state.image
+        now = running.bytes[running.xsave : running.xsave + len(image)]
+        if now == image:
+            return
+        image[:] = now
+        (used,) = unpack_from("<Q", image, extended.HEADER)
+        pack_into("<Q", image, extended.HEADER, used & self._all)
+        image[extended.HEADER + 8 : extended.EXTENDED] = bytes(extended.EXTENDED - extended.HEADER - 8)
+        (mxcsr,) = unpack_from("<I", image, extended.MXCSR.start)
+        pack_into("<I", image, extended.MXCSR.start, mxcsr & _MXCSR_MASK)
+        self.load_extended(image)
+        self._converted = bytes(self._b[_FPU])
+
+    def _page_fault(self, space: Space, error_code: int, va: int) -> Trap | None:
+        """A page fault in the stub: None: it is resolved, or not if Unicorn is to make the access."""
+        write, fetch = bool(error_code & PFEC_WRITE), bool(error_code & PFEC_INSN)
+        outcome = self.spaces.fault(space, va, write, fetch) if is_canonical(va) else Outcome.FAULT
+        if outcome is Outcome.FAULT:
+            present = page_walk.machine_address(self._memory, space.l4_mfn, va) is not None
+            self._q[_CR2] = va
+            self._missed = space.l4_mfn, va, write, fetch
+            return VECTOR_PF, error_code | (PFEC_PRESENT if present else 0), va
+        if outcome is Outcome.CANNOT:
+            self._hook.stays = True
+        return None
+
+    def _deliver(self, on_trap: TrapHandler, trap: Trap) -> bool:
+        """To the native trap handler, and to Python's if that leaves it."""
+        if self._native_handler is not None and self._vcpu:
+            answer = self._native_handler(self._vcpu, *trap)
+            if answer == native_state.LOOK:
+                trap = TRAP_NOTHING, 0, 0
+            elif answer != native_state.NOT_HANDLED:
+                return bool(answer)
+        return on_trap(*trap)

@@ -1,0 +1,296 @@
+"""The address spaces that run in stubs: what each has mapped, and how that follows the guest's page tables.
+
+A stub's mappings are a TLB that nobody has to flush.  They come from the guest's own tables, walked as the processor
+does, accessed and dirty bits included: at a fault, a page and its neighbours that were used before.  And ring 0
+reports each entry that was present and changes (Engine.entry_changed): if a stub has mapped something through its
+table, for which there is a byte a frame, the report goes on a list, and before a stub runs again what it has mapped by
+that entry is unmapped. An entry of an upper table, or an entry 0, which may stand for its whole table, empties
+everything below.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import Enum, auto
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+
+from xenolith.abi.x86 import PAGE_SHIFT, PTE_A, PTE_ADDRESS, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
+from xenolith.machine import page_walk
+from xenolith.machine.engines.unicorn.code_page import CodePage
+from xenolith.machine.engines.unicorn.stubs import encode
+from xenolith.machine.engines.unicorn.user import code
+from xenolith.machine.engines.unicorn.user.stub import FLUSH, Command, Stub, StubDied, map_pages, unmap
+from xenolith.machine.memory import MachineMemory
+
+MOST_STUBS: Final = 16  # of a domain
+MOST_REGIONS: Final = 50_000  # mappings of a stub: the host's limit is 65,530 (vm.max_map_count)
+AROUND: Final = 64  # entries of an L1 table that are looked at together
+MOST_REPORTS: Final = 4095
+READ, WRITE, EXECUTE = 1, 2, 4
+_PER_TABLE: Final = 512
+_LEVELS: Final = 4
+
+# entry_changed(index, old, new, context): if a stub uses the table, put the index on the list; count it if that is
+# full.
+ENTRY_CHANGED: Final = """
+    48 89 f8                        mov rax, rdi
+    48 c1 e8 09                     shr rax, 0x9
+    49 b8 {marks:8}                 mov r8, marks
+    41 80 3c 00 00                  cmp byte [r8+rax], 0x0
+    74 {.2:1}                       je 2
+    49 b8 {reports:8}               mov r8, reports
+    49 8b 00                        mov rax, qword [r8]
+    48 3d ff 0f 00 00               cmp rax, 0xfff
+    73 {.1:1}                       jae 1
+    49 89 7c c0 08                  mov qword [r8+rax*8+0x8], rdi
+1:
+    49 ff 00                        inc qword [r8]
+2:
+    c3                              ret
+"""
+
+
+class Outcome(Enum):
+    """Of a page fault in a stub."""
+
+    MAPPED = auto()
+    FAULT = auto()  # it is the guest's
+    CANNOT = auto()  # the guest may access it, but not from a stub
+
+
+class Space:
+    """A guest's address space in a stub."""
+
+    def __init__(self, l4_mfn: int, stub: Stub) -> None:
+        self.l4_mfn = l4_mfn
+        self.stub = stub
+        self.pages: dict[int, int] = {}  # by page number: mfn << 3 | rights
+        self.l1_tables: dict[int, set[int]] = {}  # by MFN: the page numbers that its entry 0 maps
+        self.tables: set[int] = set()  # all of which an entry was used
+        self.stale: set[int] = set()  # page numbers to unmap
+        self.is_stale = False  # all of it
+        self.regions = 0  # at most
+        self.used = 0
+
+    def forget(self, index: int) -> None:
+        """This entry, a word of machine memory, has changed."""
+        table, slot = index >> 9, index % _PER_TABLE
+        bases = self.l1_tables.get(table)
+        if bases is None:
+            self.is_stale = True
+            return
+        for base in bases:
+            for page in range(base, base + _PER_TABLE) if not slot else (base + slot,):
+                if self.pages.pop(page, 0):
+                    self.stale.add(page)
+
+    def bring_up_to_date(self, more: list[Command]) -> bool:
+        """Unmap what is stale, and carry out these. False: the host refuses. Raises StubDied."""
+        commands = list(more)
+        if self.stale:
+            commands = [
+                unmap(start << PAGE_SHIFT, count << PAGE_SHIFT) for start, count in _runs(self.stale)
+            ] + commands
+            self.stale.clear()
+        self.regions += len(commands)
+        return not commands or not self.stub.carry_out(commands)
+
+    def clear(self) -> None:
+        """Unmap everything. Raises StubDied."""
+        self.pages.clear()
+        self.stale.clear()
+        self.l1_tables.clear()
+        self.is_stale, self.regions = False, 0
+        self.stub.carry_out(FLUSH)
+
+
+class Spaces:
+    """Those of a domain. For the thread that runs its vCPU, but for `entry_changed`."""
+
+    def __init__(self, memory: MachineMemory) -> None:
+        self._memory = memory
+        self._by_l4: dict[int, Space] = {}
+        self._users: dict[int, set[Space]] = {}  # by table
+        self._marks = np.zeros(memory.span, dtype=np.uint8)
+        self._reports = (ctypes.c_uint64 * (1 + MOST_REPORTS))()
+        self.dead: set[int] = set()
+        """L4 tables of spaces that are no more, or whose entry 0 has changed; for whoever takes them out."""
+        self._clock = 0
+        self._page = CodePage()
+        listing = encode(ENTRY_CHANGED, marks=self._marks.ctypes.data, reports=ctypes.addressof(self._reports))
+        word = ctypes.c_uint64
+        self.entry_changed: Any = self._page.function(listing, None, word, word, word)
+        self._page.seal()
+        self.flushes = self.faults = self.made = 0
+
+    # --- spaces and their stubs -----------------------------------------------------------------------------
+
+    def find(self, l4_mfn: int) -> Space:
+        """That of this L4 table. Raises EngineError where there can be no stub for it."""
+        space = self._by_l4.get(l4_mfn)
+        if space is None:
+            space = self._by_l4[l4_mfn] = Space(l4_mfn, self._stub())
+        self._clock += 1
+        space.used = self._clock
+        return space
+
+    def _stub(self) -> Stub:
+        """A new one, or that of the space that was not used for longest."""
+        if len(self._by_l4) < MOST_STUBS:
+            self.made += 1
+            return Stub(self._memory.fd)
+        space = min(self._by_l4.values(), key=lambda space: space.used)
+        self._leave_tables(space)
+        del self._by_l4[space.l4_mfn]
+        try:
+            space.clear()
+            space.stub.forget_registers()
+        except StubDied:
+            return self._stub()
+        return space.stub
+
+    def drop(self, space: Space) -> None:
+        """It is not to be used any more."""
+        if self._by_l4.get(space.l4_mfn) is space:
+            del self._by_l4[space.l4_mfn]
+        self._leave_tables(space)
+        space.stub.close()
+
+    def close(self) -> None:
+        """End all stubs."""
+        for space in list(self._by_l4.values()):
+            self.drop(space)
+
+    def __len__(self) -> int:
+        return len(self._by_l4)
+
+    def _leave_tables(self, space: Space) -> None:
+        for table in space.tables:
+            users = self._users[table]
+            users.discard(space)
+            if not users:
+                del self._users[table]
+                self._marks[table] = 0
+        space.tables.clear()
+
+    def _use_table(self, space: Space, table: int) -> None:
+        if table not in space.tables:
+            space.tables.add(table)
+            self._users.setdefault(table, set()).add(space)
+            self._marks[table] = 1
+
+    # --- what has changed -----------------------------------------------------------------------------------
+
+    def take_reports(self) -> None:
+        """Learn which entries have changed."""
+        count = self._reports[0]
+        if not count:
+            return
+        if count >= MOST_REPORTS:
+            for space in self._by_l4.values():
+                space.is_stale = True
+        else:
+            for index in self._reports[1 : 1 + count]:
+                for space in self._users.get(index >> 9, ()):
+                    space.forget(index)
+                    if index == space.l4_mfn << 9:
+                        self.dead.add(space.l4_mfn)
+        self._reports[0] = 0
+
+    def prepare(self, space: Space) -> None:
+        """It is about to run: it maps nothing that the tables do not say. Raises StubDied."""
+        self.take_reports()
+        if space.is_stale or space.regions > MOST_REGIONS:
+            self.flushes += 1
+            self._leave_tables(space)
+            space.clear()
+        elif space.stale and not space.bring_up_to_date([]):
+            self._leave_tables(space)
+            space.clear()
+
+    # --- faults ---------------------------------------------------------------------------------------------
+
+    def fault(self, space: Space, va: int, write: bool, fetch: bool) -> Outcome:
+        """Map the page at `va`, and others around, if the guest's tables permit this access. Raises StubDied."""
+        self.faults += 1
+        self.prepare(space)
+        path = page_walk.path(self._memory, space.l4_mfn, va)
+        if path is None:
+            return Outcome.FAULT
+        rights = ~0
+        for _, entry in path:
+            rights &= entry ^ PTE_NX
+        needed = PTE_P | PTE_US | (PTE_RW if write else 0) | (PTE_NX if fetch else 0)
+        if rights & needed != needed:
+            return Outcome.FAULT
+        if len(path) < _LEVELS or not 0 <= va < code.USER_END or va >> 39 == code.AREA_SLOT:
+            return Outcome.CANNOT
+        needed = PTE_P | PTE_US | (PTE_RW if write else 0)
+        bits = PTE_A | PTE_D if write else PTE_A
+        if page_walk.accessed(self._memory, space.l4_mfn, va, needed, bits) is None:
+            return Outcome.FAULT  # it has changed meanwhile
+        return self._map_around(space, va >> PAGE_SHIFT, path, write)
+
+    def _map_around(self, space: Space, wanted: int, path: list[tuple[int, int]], write: bool) -> Outcome:
+        upper = ~0
+        for index, entry in path[:-1]:
+            upper &= entry ^ PTE_NX
+            self._use_table(space, index >> 9)
+        place = path[-1][0]
+        self._use_table(space, place >> 9)
+        space.l1_tables.setdefault(place >> 9, set()).add(wanted & -_PER_TABLE)
+        first = place & -AROUND
+        page = wanted - (place - first)
+        found = False
+        new: list[tuple[int, int]] = []  # page numbers, and what they are to map
+        for entry in self._memory.q[first : first + AROUND].tolist():
+            if entry & (PTE_P | PTE_US | PTE_A) == PTE_P | PTE_US | PTE_A:
+                mfn = (entry & PTE_ADDRESS) >> PAGE_SHIFT
+                allowed = READ
+                if entry & PTE_RW and upper & PTE_RW and entry & PTE_D:
+                    allowed |= WRITE
+                if not entry & PTE_NX and upper & PTE_NX:
+                    allowed |= EXECUTE
+                value = mfn << 3 | allowed
+                if space.pages.get(page) != value and mfn < self._memory.frames:
+                    new.append((page, value))
+                    found |= page == wanted
+            page += 1
+        if not found:
+            return Outcome.CANNOT  # an alias, or a page that is mapped and faults all the same
+        commands = _mapping(new)
+        if not space.bring_up_to_date(commands):
+            self._leave_tables(space)
+            space.clear()
+            return Outcome.CANNOT
+        space.pages.update(new)
+        space.stale.difference_update(page for page, _ in new)
+        return Outcome.MAPPED
+
+
+def _mapping(pages: list[tuple[int, int]]) -> list[Command]:
+    """Commands that map these, in ascending order: one for each run of neighbours that are neighbours in memory."""
+    commands: list[Command] = []
+    start, first, count = pages[0][0], pages[0][1], 1
+    for (before, value_before), (page, value) in pairwise(pages):
+        if page == before + 1 and value == value_before + 8:
+            count += 1
+            continue
+        commands.append(map_pages(start << PAGE_SHIFT, count, first & 7, first >> 3))
+        start, first, count = page, value, 1
+    commands.append(map_pages(start << PAGE_SHIFT, count, first & 7, first >> 3))
+    return commands
+
+
+def _runs(pages: set[int]) -> list[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        if runs and page == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((page, 1))
+    return runs

@@ -1,0 +1,311 @@
+"""One stub process, as the monitor has it: hand-over, mappings, its end.  See code.py for the process itself."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import mmap
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from struct import Struct
+from typing import Final, NamedTuple
+
+from xenolith.machine.engines.protocol import EngineError
+from xenolith.machine.engines.unicorn.user import code
+
+_RECEIVE: Final = 0xC050_2100  # SECCOMP_IOCTL_NOTIF_RECV
+_SEND: Final = 0xC018_2101  # SECCOMP_IOCTL_NOTIF_SEND
+_SET_FLAGS: Final = 0x4008_2104  # SECCOMP_IOCTL_NOTIF_SET_FLAGS, Linux 6.6
+_SYNC_WAKE_UP: Final = 1
+_NOTE = Struct("<QIIiIQ6Q")  # struct seccomp_notif: id pid flags, then seccomp_data: nr arch ip args
+_ANSWER = Struct("<QqiI")  # struct seccomp_notif_resp: id val error flags
+_SYS_TGKILL: Final = 234
+_BEGIN_SECONDS: Final = 10.0
+_LEAST_FD: Final = 32  # above those that the stub gets
+_PIECE_MS: Final = 50  # after that somebody looks whether a kick was answered
+_ANSWER_SECONDS: Final = 2.0  # in which a kick is; a busy host may need long, and only its own domain waits
+
+_COMMAND = Struct("<6Q")
+
+# The signal frame (struct rt_sigframe; asm/ucontext.h, asm/sigcontext.h): offsets in bytes.
+STACK: Final = 24  # of struct ucontext: address, flags, size of the signal stack
+R8: Final = 48  # and, a word each, R9 to R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFLAGS
+RIP: Final = 176
+FLAGS: Final = 184
+CS: Final = 192  # u16
+ERROR: Final = 200
+VECTOR: Final = 208
+CR2: Final = 224
+FPSTATE: Final = 232  # pointer to the XSAVE image
+SIGNAL_MASK: Final = 304
+SIGNAL_CODE: Final = 320  # i32, of siginfo
+SIGNAL_ARCH: Final = 340  # u32, of a system call
+SOFTWARE: Final = 464  # in the image, up to 512: what the kernel says of it (struct _fpx_sw_bytes)
+_SOFTWARE = Struct("<IIQI")  # magic, size of all, components, size of the image
+MAGIC, MAGIC_AT_END = 0x4650_5853, 0x4650_5845
+
+_MAGIC_AT_END: Final = MAGIC_AT_END.to_bytes(4, "little")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+Kicked = Callable[[], bool]
+Command = tuple[int, int, int, int, int, int]  # see code.COMMAND_WORDS
+
+
+class StubDied(Exception):
+    """It is no more; the text says why."""
+
+
+class Note(NamedTuple):
+    """A hand-over: the kernel's number of it, the task, the instruction behind the system call, its arguments."""
+
+    number: int
+    task: int
+    ip: int
+    arguments: tuple[int, ...]
+
+
+def map_pages(va: int, count: int, protection: int, mfn: int) -> Command:
+    """Map `count` pages of the memory object, from frame `mfn` on."""
+    return code.SYS_MMAP, va, count << 12, protection, code.MAP_SHARED_FIXED, mfn << 12
+
+
+def unmap(va: int, length: int) -> Command:
+    """Unmap; `length` in bytes."""
+    return code.SYS_MUNMAP, va, length, 0, 0, 0
+
+
+FLUSH: Final = [unmap(address, length) for address, length in code.FLUSH]
+
+
+@functools.cache
+def _executable() -> int:
+    """Descriptor of the stub's program, sealed."""
+    fd = os.memfd_create("xenolith-stub", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, code.program())
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+class Stub:
+    """A stub over a memory object. One thread at a time; but for `kick`.
+
+    While the guest's task does not run, `words` (64-bit) and `bytes` show its mailbox, and what the signal frame
+    holds may be changed: it begins at byte `frame`, its XSAVE image at byte `xsave`, which is `xsave_size` long.
+    Everything in the mailbox may have been forged by guest code, and nothing of it matters to anyone but that.
+    """
+
+    def __init__(self, memory_fd: int) -> None:
+        """Raises EngineError where it cannot be made."""
+        self._object = os.memfd_create("xenolith-stub-mailbox", os.MFD_CLOEXEC)
+        os.ftruncate(self._object, code.OBJECT_SIZE)
+        self._map = mmap.mmap(self._object, code.OBJECT_SIZE)
+        self.bytes = memoryview(self._map)
+        self.words = self.bytes.cast("Q")
+        self.bytes[code.MESSAGE : code.MESSAGE + len(code.message())] = code.message()
+        self._listener = self._pidfd = -1
+        self.pid = self._spawn(memory_fd)
+        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            self._meet()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- its beginning ------------------------------------------------------------------------------------
+
+    def _spawn(self, memory_fd: int) -> int:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(_BEGIN_SECONDS)
+        kept = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LEAST_FD) for fd in (memory_fd, theirs.fileno(), self._object)]
+        actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_CLOSE, fd) for fd in range(3)]
+        targets = (code.MEMORY_FD, code.SOCKET_FD, code.OBJECT_FD)
+        actions += [(os.POSIX_SPAWN_DUP2, fd, target) for fd, target in zip(kept, targets, strict=True)]
+        try:
+            return os.posix_spawn(
+                f"/proc/self/fd/{_executable()}",
+                ["xenolith-stub"],
+                {},
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=[number for number in signal.valid_signals() if number not in (9, 19)],
+            )
+        except OSError as error:
+            self._forget()
+            raise EngineError(f"a program in a memory object cannot be executed: {error.strerror}") from error
+        finally:
+            theirs.close()
+            for fd in kept:
+                os.close(fd)
+
+    def _meet(self) -> None:
+        """Get the descriptor of notifications, and the first one of each task."""
+        try:
+            _, received, _, _ = socket.recv_fds(self._socket, 1, 1)
+        except OSError:
+            received = []
+        if not received:
+            raise EngineError(f"a stub process could not be set up: {self._why_ended()}")
+        self._listener = received[0]
+        self._socket.close()
+        with suppress(OSError):  # an older kernel
+            fcntl.ioctl(self._listener, _SET_FLAGS, _SYNC_WAKE_UP)
+        self._poll = select.poll()
+        self._poll.register(self._listener, select.POLLIN)
+        self._poll.register(self._pidfd, select.POLLIN)
+        notes: dict[int, Note] = {}
+        while len(notes) < 2:
+            note = self._next(_BEGIN_SECONDS)
+            notes[note.ip] = note
+        if set(notes) != {code.GUEST_HANDS_OVER, code.MAPPER_HANDS_OVER}:
+            raise EngineError("a stub process has handed over where it should not")
+        self._guest, self._mapper = notes[code.GUEST_HANDS_OVER], notes[code.MAPPER_HANDS_OVER]
+        self._frame_va = self._guest.arguments[1]
+        self.frame = self._frame_va - code.MAILBOX
+        image_va = self.words[(self.frame + FPSTATE) // 8]
+        self.xsave = image_va - code.MAILBOX
+        if not code.SIGNAL_STACK <= self.frame < self.xsave < code.MAILBOX_SIZE - 576 or self.xsave % 64:
+            raise EngineError("this kernel's signal frames are not what Xenolith knows")
+        self._software = bytes(self.bytes[self.xsave + SOFTWARE : self.xsave + 512])
+        magic, size, features, length = _SOFTWARE.unpack_from(self._software)
+        if magic != MAGIC or self.xsave + size > code.MAILBOX_SIZE:
+            raise EngineError("this kernel's signal frames have no XSAVE image")
+        self.xsave_size, self.xsave_features = length, features
+        self._fixed = bytes(self.bytes[self.frame : self.frame + R8])  # with the signal stack
+        self._selectors = self.words[(self.frame + CS) // 8]
+
+    def _why_ended(self) -> str:
+        with suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL) if not self._ended(1.0) else None
+            _, status = os.waitpid(self.pid, 0)
+            self.pid = 0
+            if os.WIFEXITED(status):
+                return f"{code.STEPS.get(os.WEXITSTATUS(status), 'its exec')} failed"
+            return f"signal {os.WTERMSIG(status)}"
+        return "it has vanished"
+
+    def _ended(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    # --- hand-over ------------------------------------------------------------------------------------------
+
+    def run(self, kicked: Kicked) -> tuple[int, int, int, int]:
+        """Let the guest's task go on until it hands over: the signal, FS base, GS base, time stamp counter.
+
+        `kicked` tells whether somebody waits for its end.  Raises StubDied.
+        """
+        q, frame = self.words, self.frame
+        self.bytes[frame : frame + R8] = self._fixed
+        q[(frame + CS) // 8] = self._selectors
+        q[(frame + SIGNAL_MASK) // 8] = 0
+        q[(frame + FPSTATE) // 8] = code.MAILBOX + self.xsave
+        self.bytes[self.xsave + SOFTWARE : self.xsave + 512] = self._software
+        end = self.xsave + self.xsave_size
+        self.bytes[end : end + 4] = _MAGIC_AT_END
+        q[code.FRAME // 8] = self._frame_va + 8
+        self._answer(self._guest)
+        self._guest = note = self._next(None, kicked)
+        if note.ip != code.GUEST_HANDS_OVER or note.arguments[1] != self._frame_va:
+            raise StubDied(self._end("guest code has forged a hand-over"))
+        signal_number, _, tsc_high, tsc_low, fs_base, gs_base = note.arguments
+        return signal_number, fs_base, gs_base, tsc_high << 32 | tsc_low
+
+    def carry_out(self, commands: Sequence[Command]) -> int:
+        """Have the mapper carry these out, until one fails: 0, or the errno. The guest's task stands still.
+
+        Raises StubDied.
+        """
+        for first in range(0, len(commands), code.MOST_COMMANDS):
+            part = commands[first : first + code.MOST_COMMANDS]
+            self.words[code.MAILBOX_SIZE // 8] = len(part)
+            place = code.MAILBOX_SIZE
+            for command in part:
+                place += code.COMMAND_SIZE
+                _COMMAND.pack_into(self.bytes, place, *command)
+            self._answer(self._mapper)
+            self._mapper = note = self._next(_BEGIN_SECONDS)
+            self.bytes[code.MAILBOX_SIZE : place + code.COMMAND_SIZE] = bytes(
+                place + code.COMMAND_SIZE - code.MAILBOX_SIZE
+            )
+            if note.ip != code.MAPPER_HANDS_OVER:
+                raise StubDied(self._end("the mapper has handed over where it should not"))
+            if note.arguments[0]:
+                return -note.arguments[1] & 0xFFF
+        return 0
+
+    def kick(self) -> None:
+        """Have the guest's task hand over soon. From any thread, while the stub lives; it does so at its next `run`."""
+        _libc.syscall(_SYS_TGKILL, self.pid, self._guest.task, code.SIGKICK)
+
+    def _answer(self, note: Note) -> None:
+        if not self.pid:
+            raise StubDied("the process has ended")
+        try:
+            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(note.number, 0, 0, 0))
+        except OSError as error:
+            raise StubDied(self._end(f"a hand-over cannot be answered: {error.strerror}")) from error
+
+    def _next(self, seconds: float | None, kicked: Kicked | None = None) -> Note:
+        """Wait for a hand-over."""
+        waited = 0
+        while True:
+            found = dict(self._poll.poll(_PIECE_MS))
+            if found.get(self._listener, 0) & select.POLLIN:
+                break
+            if found:
+                raise StubDied(self._end("the process has ended"))
+            waited += 1
+            if kicked is not None:
+                if not kicked():
+                    waited = 0
+                elif waited * _PIECE_MS > _ANSWER_SECONDS * 1000:
+                    raise StubDied(self._end("guest code does not let itself be interrupted"))
+                else:
+                    self.kick()
+            if seconds is not None and waited * _PIECE_MS > seconds * 1000:
+                raise StubDied(self._end("it does not answer"))
+        buffer = bytearray(_NOTE.size)
+        try:
+            fcntl.ioctl(self._listener, _RECEIVE, buffer)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return self._next(seconds, kicked)
+            raise
+        number, task, _, _, _, ip, *arguments = _NOTE.unpack(buffer)
+        return Note(number, task, ip, tuple(arguments))
+
+    def forget_registers(self) -> None:
+        """The mailbox shows nothing of who ran here: another program is to."""
+        self.bytes[: code.MAILBOX_SIZE] = bytes(code.MAILBOX_SIZE)
+
+    # --- its end --------------------------------------------------------------------------------------------
+
+    def _end(self, why: str) -> str:
+        self.close()
+        return why
+
+    def close(self) -> None:
+        """End the process."""
+        if self.pid:
+            with suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+            with suppress(OSError):
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._socket.close()
+        for fd in (self._listener, self._pidfd, self._object):
+            if fd >= 0:
+                os.close(fd)
+        self._listener = self._pidfd = self._object = -1
