@@ -64,3 +64,37 @@ def test_checksums_forks_and_pipes_are_exact_over_a_thousand_moves(tmp_path: Pat
     ), done.stderr.decode()
     assert done.returncode == 0
     assert int(done.stderr.split()[-1]) >= 1000
+
+
+COUNTING = """
+import sys
+from xenolith.machine.engines.adaptive import engine as adaptive
+
+class CountedCpu(adaptive.AdaptiveCpu):
+    to_kvm = 0
+
+    def _transfer(self, target):
+        if self._modes is not None and self._modes.user_l4:
+            CountedCpu.to_kvm += target is self._kvm
+        super()._transfer(target)
+
+adaptive.AdaptiveCpu = CountedCpu
+sys.argv = ["xenolith", "run", *sys.argv[1:]]
+from xenolith.cli.main import main
+try:
+    main()
+finally:
+    print(CountedCpu.to_kvm, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("engine", ["kvm", "adaptive"])
+def test_a_program_that_computes_goes_to_kvm(engine: str) -> None:
+    """Whatever its kernel has done to its segment registers while it booted."""
+    if reason := missing("adaptive"):
+        pytest.skip(f"no adaptive engine here: {reason}")
+    loop = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo $i"
+    arguments = ["--engine", engine, "--", "sh", "-c", loop]
+    done = subprocess.run([sys.executable, "-c", COUNTING, *arguments], capture_output=True, timeout=280, check=False)
+    assert done.stdout == b"100000\n", done.stderr.decode()
+    assert int(done.stderr.split()[-1]) > 0

@@ -200,7 +200,7 @@ class AdaptiveCpu:
     swap = Cpu.swap
 
     def attach(self, modes: ModeSwitchState) -> None:
-        self._modes = modes
+        self._modes = self._needs.modes = modes
         self._kvm.attach(modes)
         self._unicorn.attach(modes)
         self._start_window()

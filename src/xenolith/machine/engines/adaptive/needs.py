@@ -6,6 +6,7 @@ from xenolith.abi.x86 import CS, FS, GS
 from xenolith.machine import page_walk, segments
 from xenolith.machine.engines.kvm.cpu import KvmCpu
 from xenolith.machine.engines.kvm.traits import HostTraits
+from xenolith.machine.engines.protocol import ModeSwitchState
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory
@@ -17,6 +18,7 @@ class Needs:
     def __init__(self, memory: MachineMemory, traits: HostTraits, kvm: KvmCpu, unicorn: UnicornCpu) -> None:
         self._memory, self._traits, self._kvm, self._unicorn = memory, traits, kvm, unicorn
         self._regs = unicorn.regs
+        self.modes: ModeSwitchState | None = None
         self.task_switched = False
         self.dr7 = 0
         self.gdt = self.ldt = (0, 0)  # linear address and limit
@@ -40,11 +42,11 @@ class Needs:
     def _knows_xens_selectors(self) -> bool:
         """Whether it is a kernel that loads CS by itself: one that may look at it, too.
 
-        Not one that uses what only KVM executes, as Linux does: that reads CS at most to load it again (sync_core), and
-        would go to KVM and back for each of those instructions.
+        Not one that has programs or uses what only KVM executes, as Linux does: that reads CS at most to load it again
+        (sync_core), and would never leave Unicorn.
         """
         far = self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers
-        return bool(far) and not self.uses_wide_vectors
+        return bool(far) and not self.uses_wide_vectors and (self.modes is None or not self.modes.user_l4)
 
     def selectors_would_be_lost(self) -> bool:
         """Whether FS or GS holds a selector, if only for a moment, that guest code could not read back on KVM."""
