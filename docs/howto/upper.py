@@ -9,11 +9,12 @@ Here a request is an id, a length and up to 48 bytes of text; the response has t
     dom0.xenbus.plug(domid, 0, UpperBackend(dom0.domain, domid), {}, {})
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from struct import Struct
 from typing import ClassVar, Final
 
+from xenolith.dom0.bell import Bell
 from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
 from xenolith.dom0.xenbus import Backend, FrontendError, FrontendNodes
 from xenolith.hypervisor.python_domain import HypercallError, PythonDomain
@@ -34,7 +35,7 @@ class UpperBackend(Backend):
     def offer(self) -> Mapping[str, str]:
         return {"most-text": "48"}
 
-    def connect(self, nodes: FrontendNodes, ring: Callable[[], None]) -> None:
+    def connect(self, nodes: FrontendNodes, bell: Bell) -> None:
         """The nodes are the guest's: `number` checks them; the hypervisor checks the grant and the port."""
         try:
             grant = self._dom0.map_grant(self._domid, nodes.number("ring-ref", LIMIT))
@@ -45,8 +46,8 @@ class UpperBackend(Backend):
             raise FrontendError(f"its ring cannot be reached: {error}") from error
         shared = SharedRing(grant.view, MESSAGE.size)
         self._responses = ResponseWriter(shared)
-        self._requests = RequestReader(shared, self._responses)
-        self._dom0.set_handler(self._port, lambda _: ring())
+        self._requests = RequestReader(shared)
+        self._dom0.set_handler(self._port, lambda _: bell.ring(), bell.descriptor)
 
     def describe(self) -> Mapping[str, str]:
         return {}

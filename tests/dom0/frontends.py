@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from xenolith.abi.grant_table import GNTST_bad_gntref, GNTST_general_error
 from xenolith.abi.xenbus import XenbusState
 from xenolith.dom0.xenstore import HostStore, XenstoreService
 from xenolith.hypervisor.events import Handler
-from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain
+from xenolith.hypervisor.python_domain import IS_PINNED, HypercallError, MappedGrant, Pins, PythonDomain
+from xenolith.machine.native import buffer_address, function_address
 
 DEADLINE_SECONDS: Final = 60
 PAGE: Final = 4096
@@ -77,11 +79,42 @@ class FakeDom0:
         view = memoryview(self.frames[ref])
         return MappedGrant(domid, ref, writable, view if writable else view.toreadonly(), 1, self.maps, self.hypercalls)
 
+    def grant_batch(self, domid: int) -> FakeGrantBatch:
+        return FakeGrantBatch(self)
+
     def unmap_grant(self, grant: MappedGrant) -> None:
         del self.mapped[grant.handle]
 
     def log(self, text: str) -> None:
         self.lines.append(text)
+
+
+class FakeGrantBatch:
+    """As `GrantBatch`, of a FakeDom0."""
+
+    def __init__(self, dom0: FakeDom0) -> None:
+        self._dom0 = dom0
+        self._frames: list[bytearray] = []  # whatever becomes of them, they stay as long as they are pinned
+        self.pins = Pins()
+        self.granter = 0
+        rest = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64)
+        self._functions = rest(lambda *_: self.pins.count - self.pins.begin), rest(lambda *_: self.pins.count)
+        self.native_pin, self.native_unpin = map(function_address, self._functions)
+
+    def pin(self) -> None:
+        pins, dom0 = self.pins, self._dom0
+        for index in range(pins.begin, pins.count):
+            ref = pins.refs[index]
+            frame = dom0.frames.get(ref)
+            if frame is not None and not (pins.writable[index] and ref in dom0.read_only):
+                pins.states[index] = IS_PINNED
+                self._frames.append(frame)
+                pins.addresses[index] = buffer_address(frame)
+
+    def unpin(self) -> None:
+        self.pins.states[: self.pins.count] = bytes(self.pins.count)
+        self.pins.count = self.pins.begin = 0
+        self._frames.clear()
 
 
 class Follower:

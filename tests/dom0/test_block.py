@@ -17,6 +17,7 @@ from xenolith.dom0.disks import DiskSource
 from xenolith.dom0.rings import SharedRing
 from xenolith.dom0.xenbus import Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
+from xenolith.machine import native
 
 from .frontends import DEADLINE_SECONDS, FakeDom0, Follower, running_store, state
 
@@ -45,14 +46,16 @@ def indirect(operation: int, number: int, sector: int, count: int, *refs: int) -
 class Frontend:
     """A front-end of a disk in `path`."""
 
-    def __init__(self, store: XenstoreService, path: Path, *, writable: bool = True, persistent: bool = False) -> None:
+    def __init__(
+        self, store: XenstoreService, path: Path, *, writable: bool = True, persistent: bool = False, domid: int = DOMID
+    ) -> None:
         self.path = path
         self.store = store
         self.dom0 = FakeDom0()
         self.xenbus = Xenbus(store, self.dom0.log)
         source = DiskSource(path=path, writable=writable)
-        backend = BlockBackend(self.dom0.hypercalls, DOMID, VbdSpec(number=51712, name="xvda", source=source))
-        self.device: Device[BlockBackend] = self.xenbus.plug(DOMID, 51712, backend, *backend.nodes())
+        backend = BlockBackend(self.dom0.hypercalls, domid, VbdSpec(number=51712, name="xvda", source=source))
+        self.device: Device[BlockBackend] = self.xenbus.plug(domid, 51712, backend, *backend.nodes())
         self.ring = SharedRing(memoryview(self.dom0.grant(RING_REF)), blkif.REQUEST_SIZE)
         self.ring.words[REQ_EVENT] = self.ring.words[RSP_EVENT] = 1
         self.consumed = self.produced = 0
@@ -111,19 +114,32 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def front(store: XenstoreService, image: Path, request: pytest.FixtureRequest) -> Iterator[Frontend]:
-    made = Frontend(store, image, **getattr(request, "param", {}))
+WAYS = {
+    "native": {"native": True},
+    "mapped anew": {"native": False},
+    "persistent": {"native": False, "persistent": True},
+}
+READ_ONLY = {
+    "native, read-only": {"native": True, "writable": False},
+    "read-only": {"native": False, "writable": False},
+}
+
+
+@pytest.fixture(params=WAYS)
+def front(
+    store: XenstoreService, image: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Frontend]:
+    way = {**WAYS, **READ_ONLY}[request.param].copy()
+    if not way.pop("native"):
+        monkeypatch.setenv("XENOLITH_NATIVE", "off")
+    elif reason := native.missing():
+        pytest.skip(f"no native code here: {reason}")
+    made = Frontend(store, image, **way)
     made.sees(S.CONNECTED)
     yield made
     made.device.stop()
     assert made.dom0.mapped == {}, "every grant is given back"
     assert PORT in made.dom0.unbound
-
-
-with_and_without_persistent = pytest.mark.parametrize(
-    "front", [{"persistent": False}, {"persistent": True}], indirect=True, ids=["mapped anew", "persistent"]
-)
 
 
 def test_what_the_device_offers_and_is(front: Frontend) -> None:
@@ -133,12 +149,11 @@ def test_what_the_device_offers_and_is(front: Frontend) -> None:
     assert read(f"{directory}/sector-size") == "512"
     assert read(f"{directory}/info") == "0"
     assert read(f"{directory}/feature-flush-cache") == "1"
-    assert read(f"{directory}/feature-persistent") == "1"
+    assert read(f"{directory}/feature-persistent") == str(int(native.missing() is not None))
     assert read(f"{directory}/feature-discard") == "1"
     assert str(front.path) not in "".join(read(f"{directory}/{name}") for name in front.store.directory(directory))
 
 
-@with_and_without_persistent
 def test_reads_fill_the_named_parts_of_granted_frames(front: Frontend) -> None:
     data = front.path.read_bytes()
     one, two = front.dom0.grant(20), front.dom0.grant(21)
@@ -147,7 +162,6 @@ def test_reads_fill_the_named_parts_of_granted_frames(front: Frontend) -> None:
     assert bytes(two) == data[14 * 512 : 22 * 512]
 
 
-@with_and_without_persistent
 def test_writes_go_to_the_file(front: Frontend) -> None:
     before = front.path.read_bytes()
     front.dom0.grant(20, b"ab" * 2048)
@@ -157,7 +171,6 @@ def test_writes_go_to_the_file(front: Frontend) -> None:
     assert (statistics.writes, statistics.written_bytes, statistics.flushes, statistics.reads) == (1, 1024, 1, 0)
 
 
-@with_and_without_persistent
 def test_indirect_requests_move_a_mebibyte(front: Frontend) -> None:
     frames = [front.dom0.grant(100 + number) for number in range(256)]
     front.dom0.grant(30, b"".join(blkif.SEGMENT.pack(100 + number, 0, 7) for number in range(256)))
@@ -197,7 +210,7 @@ def test_a_flush_with_data_writes_it(front: Frontend) -> None:
     assert front.path.read_bytes()[:4096] == b"z" * 4096
 
 
-@pytest.mark.parametrize("front", [{"persistent": True}], indirect=True)
+@pytest.mark.parametrize("front", ["persistent"], indirect=True)
 def test_persistent_grants_stay_mapped_up_to_a_limit(front: Frontend) -> None:
     for ref in range(100, 100 + MAX_PERSISTENT_GRANTS + 44):
         front.dom0.grant(ref)
@@ -208,13 +221,14 @@ def test_persistent_grants_stay_mapped_up_to_a_limit(front: Frontend) -> None:
     assert front.dom0.maps == 1 + MAX_PERSISTENT_GRANTS + 2 * 44
 
 
+@pytest.mark.parametrize("front", ["native", "mapped anew"], indirect=True)
 def test_grants_that_are_not_persistent_are_given_back_before_the_answer(front: Frontend) -> None:
     front.dom0.grant(20)
     assert front.ask(transfer(READ, 1, 0, [(20, 0, 7)])) == [OKAY]
     assert list(front.dom0.mapped.values()) == [RING_REF]
 
 
-@pytest.mark.parametrize("front", [{"writable": False}], indirect=True)
+@pytest.mark.parametrize("front", ["native, read-only", "read-only"], indirect=True)
 def test_a_read_only_disk_stays_as_it_is(front: Frontend) -> None:
     before = front.path.read_bytes()
     assert front.store.read(f"{front.device.directory}/info") == str(blkif.VDISK_READONLY)
@@ -254,7 +268,6 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("request_", NONSENSE.values(), ids=NONSENSE.keys())
-@with_and_without_persistent
 def test_nonsense_is_answered_with_an_error_and_moves_nothing(front: Frontend, request_: bytes) -> None:
     before = front.path.read_bytes()
     frame = front.dom0.grant(20, b"untouched" * 400)
@@ -346,7 +359,6 @@ def test_a_disconnect_midway_answers_what_was_taken_and_gives_all_back(front: Fr
 
 
 @pytest.mark.parametrize("seed", range(4))
-@with_and_without_persistent
 def test_100000_random_requests_are_each_answered_and_leave_nothing(front: Frontend, seed: int) -> None:
     """All that a guest can put into entries, from almost right to noise, while it changes them at will."""
     rng = random.Random(seed)
@@ -385,3 +397,63 @@ def test_100000_random_requests_are_each_answered_and_leave_nothing(front: Front
     assert front.device.failure is None
     assert front.path.stat().st_size == SECTORS * 512
     assert len(front.dom0.mapped) <= 1 + len(refs)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no native code here")
+def test_native_code_answers_random_requests_as_python_does(
+    store: XenstoreService, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same requests to two devices: the same responses, frames, files and counts."""
+    other = tmp_path / "other.img"
+    other.write_bytes(image.read_bytes())
+    rng = random.Random(11)
+    ours = Frontend(store, image)
+    monkeypatch.setenv("XENOLITH_NATIVE", "off")
+    theirs = Frontend(store, other, domid=DOMID + 1)
+    monkeypatch.delenv("XENOLITH_NATIVE")
+    both = (ours, theirs)
+    refs = list(range(20, 36))
+    contents = {ref: rng.randbytes(4096) for ref in refs}
+    for front in both:
+        for ref in refs:
+            front.dom0.grant(ref, contents[ref])
+        front.dom0.read_only.add(refs[3])
+        front.sees(S.CONNECTED)
+
+    def segments(most: int) -> list[Segment]:
+        return [
+            (rng.choice(refs) if rng.random() < 0.98 else 5000, *rng.choice(((0, 7), (0, 7), (2, 5), (7, 7))))
+            for _ in range(rng.randrange(most + 1))
+        ]
+
+    def request(number: int, sector: int) -> bytes:
+        kind = rng.random()
+        if kind < 0.15:
+            table = b"".join(blkif.SEGMENT.pack(*segment) for segment in segments(40))
+            for front in both:
+                front.dom0.grant(60, table)
+            return indirect(rng.choice([READ, WRITE, 7]), number, sector, rng.randrange(300), 60)
+        if kind < 0.25:
+            return blkif.DISCARD.pack(DISCARD, rng.randrange(2), 0, number, sector, rng.choice([0, 8, 4 * SECTORS]))
+        return transfer(rng.choice([READ, READ, WRITE, WRITE, FLUSH, 9]), number, sector, segments(11))
+
+    for _ in range(300):
+        sector = rng.randrange(SECTORS + 20)
+        requests = []
+        for number in range(rng.randrange(1, 33)):
+            requests.append(request(number, sector))
+            if rng.random() < 0.5:
+                sector += 8
+        answers = []
+        for front in both:
+            front.ring.words[RSP_EVENT] = front.consumed + len(requests)
+            front.submit(*requests)
+            answers.append(front.responses(len(requests)))
+        assert answers[0] == answers[1]
+        for ref in refs:
+            assert ours.dom0.frames[ref] == theirs.dom0.frames[ref]
+        assert image.read_bytes() == other.read_bytes()
+    assert ours.device.backend.statistics.values() == theirs.device.backend.statistics.values()
+    assert ours.device.backend.statistics.errors > 100 and ours.device.backend.statistics.reads > 100
+    for front in both:
+        front.device.stop()

@@ -18,12 +18,13 @@ class Front:
     """The other side, as public/io/ring.h has it."""
 
     def __init__(self, start: int = 0) -> None:
-        self.ring = SharedRing(memoryview(bytearray(4096)), SIZE)
-        words = self.ring.words
+        page = memoryview(bytearray(4096))
+        words = page.cast("I")
         words[REQ_PROD] = words[RSP_PROD] = self.produced = self.consumed = start
         words[REQ_EVENT] = words[RSP_EVENT] = start + 1 & MASK
+        self.ring = SharedRing(page, SIZE)
         self.writer = ResponseWriter(self.ring)
-        self.reader = RequestReader(self.ring, self.writer)
+        self.reader = RequestReader(self.ring)
 
     def put(self, request: bytes) -> None:
         at = self.ring.offset(self.produced)

@@ -248,12 +248,12 @@ def test_who_waits_for_a_domains_lock_has_it_before_the_next_trap(guest: Guest) 
         with lock:
             order.append("control")
 
-    lock.python.acquire()  # by a trap that is handled
+    lock.acquire()  # by a trap that is handled
     thread = threading.Thread(target=control)
     thread.start()
     while not guest.domain.lock_wanted:
         pass
-    lock.python.release()
+    lock.release()
     guest.trap(abi.HYPERVISOR_vm_assist, 0, 0)
     assert order == ["control"]
     assert not guest.domain.lock_wanted

@@ -22,7 +22,8 @@ from typing import Final, Self
 from xenolith.abi.grant_table import GNTTAB_RESERVED_CONSOLE, GNTTAB_RESERVED_XENSTORE
 from xenolith.abi.hypercalls import VIRQ_DOM_EXC, SHUTDOWN_suspend
 from xenolith.dom0 import domain_tree
-from xenolith.dom0.backends.block import BlockBackend, BlockStatistics, VbdSpec
+from xenolith.dom0.backends.block import BlockBackend, VbdSpec
+from xenolith.dom0.backends.block_native import BlockStatistics
 from xenolith.dom0.backends.net import NetBackend, VifSpec
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.channel import Channel, describe

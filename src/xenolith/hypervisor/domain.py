@@ -263,32 +263,32 @@ class DomainLock:
     """The lock of a domain: an RLock, and, against native code that handles a trap, a word which that holds meanwhile.
 
     Native code never waits: where it finds the word taken it leaves the trap to Python, which does wait, here.
-    `python` is the RLock alone, for handlers of a domain whose traps are all handled on one thread.
 
     A guest that traps again and again lets go of the lock for microseconds, in which a thread that waits is not even
     woken.  So who waits says so (`lock_wanted`), and a trap gives way first (Xen's spin locks hand out tickets).
     """
 
     def __init__(self, domain: Domain) -> None:
-        self.python = threading.RLock()
+        self._python = threading.RLock()
         self._turn = threading.Lock()  # held by the one thread that is next
         self._domain = domain
         self._depth = 0
-        self._word = ctypes.addressof(domain) + DomainFields.lock_word.offset
+        self._address = ctypes.addressof(domain) + DomainFields.lock_word.offset
+        self._word = c_uint32.from_address(self._address)
         self.take_word: Callable[[int], None] | None = None  # with native code: takes the word at this address
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take it, or answer False if that would mean to wait and `blocking` is False."""
-        if not self.python.acquire(False):
+        if not self._python.acquire(False):
             if not blocking:
                 return False
             with self._turn:
                 self._domain.lock_wanted = True
-                self.python.acquire()
+                self._python.acquire()
                 self._domain.lock_wanted = False
         self._depth += 1
         if self._depth == 1 and self.take_word is not None:
-            self.take_word(self._word)
+            self.take_word(self._address)
         return True
 
     def give_way(self) -> None:
@@ -300,8 +300,8 @@ class DomainLock:
         """Undo one `acquire`."""
         self._depth -= 1
         if not self._depth and self.take_word is not None:
-            c_uint32.from_address(self._word).value = 0
-        self.python.release()
+            self._word.value = 0
+        self._python.release()
 
     def __enter__(self) -> None:
         self.acquire()
@@ -326,6 +326,11 @@ class DomainFields(ctypes.Structure):
     caches_tables: bool  # its engine caches page tables, not only translations
     bells: int  # address of EventChannels.bells
     bell_count: int
+    dying: bool
+    grant_entries: int  # of its grant table
+    grant_frames: int  # address of the MFNs of the table's frames
+    active_grants: int  # address of a grants.Active for each possible entry
+    code_frames: int  # see Engine.code_frames
     python_references: bool
     """Frames may be referenced in ways that only Python's `paging` knows: by grant mappings, linear page tables, or
     after their allocation was given up. Never cleared."""
@@ -349,6 +354,10 @@ class DomainFields(ctypes.Structure):
         ("bell_count", c_uint64),
         ("event_pages", c_uint64 * EVENT_ARRAY_PAGES),
         ("queues_address", c_uint64),  # where `port_queues` lies
+        ("grant_entries", c_uint64),
+        ("grant_frames", c_uint64),
+        ("active_grants", c_uint64),
+        ("code_frames", c_uint64),
         ("flush_epoch", c_uint32),
         ("domid", c_uint32),
         ("vcpu_count", c_uint32),
@@ -360,6 +369,7 @@ class DomainFields(ctypes.Structure):
         ("undo_count", c_uint32),
         ("work_limit", c_uint32),
         ("reference_lost", c_bool),
+        ("dying", c_bool),
         ("ldt_in_use", c_bool),
         ("caches_tables", c_bool),
         ("python_references", c_bool),
@@ -422,7 +432,6 @@ class Domain(DomainFields):
         # Life cycle.
         self.paused_by_control = 0
         self.shutdown_reason: int | None = None
-        self.dying = False
         self.shutdown_announced = False  # dom0 was told
         self.shutdown_code: int | None = None  # set beforehand by SCHEDOP_shutdown_code
         self.crash_report = ""

@@ -411,8 +411,13 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "queues_address": HOST,
         "ldt_in_use": REBUILT,
         "caches_tables": HOST,
+        "dying": HOST,
         "bells": HOST,
         "bell_count": HOST,
+        "grant_entries": BY_HAND,
+        "grant_frames": HOST,
+        "active_grants": HOST,
+        "code_frames": HOST,
         "python_references": REBUILT,
     },
     Domain: {
@@ -446,7 +451,6 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "code_written": REBUILT,  # likewise
         "paused_by_control": HOST,
         "shutdown_reason": REBUILT,  # one that has shut down does not travel
-        "dying": HOST,
         "shutdown_announced": HOST,
         "shutdown_code": Optional(Number(256)),
         "crash_report": HOST,
@@ -473,7 +477,8 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "domain": HOST,
         "max_frames": HOST,
         "max_mappings": HOST,
-        "frames": BY_HAND,
+        "_frames": BY_HAND,
+        "_pins": REBUILT,
         "_active": REBUILT,  # nobody has pinned an entry yet
         "_mappings": REBUILT,  # it has none, or does not travel
         "_free_handles": REBUILT,

@@ -3,7 +3,7 @@
 A grant is an entry in a table that the granting domain shares with Xen: flags, the domain it is for, the frame.  To use
 a frame the other domain *pins* the entry through Xen, which checks it and notes in the entry that the frame is
 being read or written; the granter cannot withdraw it before the last pin is gone.  Xen remembers what it checked
-(`_Active`), since the granter may overwrite the entry at any time.  A pinned entry's frame keeps an existence reference
+(`Active`), since the granter may overwrite the entry at any time.  A pinned entry's frame keeps an existence reference
 and, for writing, a type reference of the frame table's, so it can be neither freed nor made a page table until the
 mapper has given it up and the mapper's TLB has forgotten it.
 
@@ -13,10 +13,14 @@ back-ends in Python.  A granter's entries and pins are protected by the granter'
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
+from ctypes import c_bool, c_uint8, c_uint32, c_uint64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
 
 from xenolith.abi.grant_table import (
     GRANT_ENTRIES_PER_FRAME,
@@ -37,6 +41,7 @@ from xenolith.hypervisor import paging
 from xenolith.hypervisor.frames import TYPE_WRITABLE
 from xenolith.machine.atomic import compare_exchange_32
 from xenolith.machine.memory import OutOfMemory
+from xenolith.machine.native import Fields
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain
@@ -46,16 +51,49 @@ DEFAULT_MAX_MAPPINGS: Final = 1 << 16  # of others' frames at a time (Xen: max_m
 ATTEMPTS: Final = 5  # at changing an entry that its owner is changing all the time
 
 
-class _Active:
+class Active(ctypes.Structure):
     """An entry in use: what it said when it was pinned, and how often it is pinned."""
 
-    __slots__ = ("domid", "mfn", "readers", "writers")
+    domid: int
+    mfn: int
+    readers: int
+    writers: int
 
-    def __init__(self, domid: int, mfn: int) -> None:
-        self.domid = domid
-        self.mfn = mfn
-        self.readers = 0
-        self.writers = 0
+    _fields_: ClassVar[Fields] = (
+        ("mfn", c_uint32),
+        ("domid", c_uint32),
+        ("readers", c_uint32),
+        ("writers", c_uint32),
+    )
+
+    @property
+    def pins(self) -> int:
+        return self.readers + self.writers
+
+
+# Of each of a batch's pins.
+NOT_PINNED: Final = 0
+IS_PINNED: Final = 1
+HAS_CODE: Final = 2  # not any more: the frame was written to, and an engine has translated code from it
+
+MAX_PINS: Final = 1024
+
+
+class Pins(ctypes.Structure):
+    """Grants of one domain's that dom0 pins for a moment: `count` of them, those from `begin` on newly."""
+
+    begin: int
+    count: int
+
+    _fields_: ClassVar[Fields] = (
+        ("begin", c_uint32),
+        ("count", c_uint32),
+        ("refs", c_uint32 * MAX_PINS),
+        ("writable", c_bool * MAX_PINS),
+        ("states", c_uint8 * MAX_PINS),
+        ("mfns", c_uint32 * MAX_PINS),
+        ("addresses", c_uint64 * MAX_PINS),  # of the frames in this process
+    )
 
 
 @dataclass(slots=True)
@@ -79,13 +117,28 @@ class GrantTable:
         self.domain = domain
         self.max_frames = max_frames
         self.max_mappings = max_mappings
-        self.frames: list[int] = []  # MFNs of the table
-        self._active: dict[int, _Active] = {}  # by reference
+        self._frames = (c_uint64 * max_frames)()
+        entries = max_frames * GRANT_ENTRIES_PER_FRAME
+        memory = np.zeros(entries * ctypes.sizeof(Active), dtype=np.uint8)  # takes no room until it is used
+        self._active = (Active * entries).from_buffer(memory.data)  # by reference
+        self._pins = memory.view(np.uint32).reshape(entries, -1)[:, 2:]  # readers and writers of each
+        domain.grant_frames, domain.active_grants = ctypes.addressof(self._frames), ctypes.addressof(self._active)
         self._mappings: dict[int, Mapping] = {}  # by handle
         self._free_handles: list[int] = []
         self._handles_lock = threading.Lock()  # back-ends map grants of several domains at once; innermost
 
     # --- the table -----------------------------------------------------------------------------------
+
+    @property
+    def frames(self) -> list[int]:
+        """MFNs of the table."""
+        return self._frames[: self.domain.grant_entries // GRANT_ENTRIES_PER_FRAME]
+
+    @frames.setter
+    def frames(self, mfns: list[int]) -> None:
+        for index, mfn in enumerate(mfns):
+            self._frames[index] = mfn
+        self.domain.grant_entries = len(mfns) * GRANT_ENTRIES_PER_FRAME
 
     def grow(self, frames: int) -> bool:
         """Make the table at least this many frames long; False where that cannot be."""
@@ -112,11 +165,11 @@ class GrantTable:
 
     @property
     def entries(self) -> int:
-        return len(self.frames) * GRANT_ENTRIES_PER_FRAME
+        return self.domain.grant_entries
 
     def entry_address(self, ref: int) -> int:
         """Machine address of an entry."""
-        return (self.frames[ref >> 9] << PAGE_SHIFT) + ref % GRANT_ENTRIES_PER_FRAME * GRANT_ENTRY_SIZE
+        return (self._frames[ref >> 9] << PAGE_SHIFT) + ref % GRANT_ENTRIES_PER_FRAME * GRANT_ENTRY_SIZE
 
     # --- pins, by the granter's lock -------------------------------------------------------------------
 
@@ -124,23 +177,23 @@ class GrantTable:
         """Let `domid` use the frame of an entry: its MFN, or a GNTST_* error."""
         if not 0 <= ref < self.entries:
             return GNTST_bad_gntref
-        active = self._active.get(ref)
-        if active is not None and active.domid != domid:
+        active = self._active[ref]
+        used = active.pins
+        if used and active.domid != domid:
             return GNTST_general_error
-        if active is None or (writable and not active.writers):
+        if not used or (writable and not active.writers):
             result = self._mark(ref, domid, GTF_reading | GTF_writing * writable)
             if result:
                 return result
-        mfn = self.domain.memory.d[self.entry_address(ref) + 4 >> 2] if active is None else active.mfn
+        mfn = self.domain.memory.d[self.entry_address(ref) + 4 >> 2] if not used else active.mfn
         status = self._take_frame(mfn, writable)
         if status:
-            if active is None:
+            if not used:
                 self._unmark(ref, GTF_reading | GTF_writing)
             elif not active.writers:
                 self._unmark(ref, GTF_writing)
             return status
-        if active is None:
-            active = self._active[ref] = _Active(domid, mfn)
+        active.domid, active.mfn = domid, mfn
         if writable:
             active.writers += 1
         else:
@@ -185,7 +238,6 @@ class GrantTable:
         marks = 0 if active.writers else GTF_writing
         if not active.writers and not active.readers:
             marks |= GTF_reading
-            del self._active[ref]
         if marks:
             self._unmark(ref, marks)
 
@@ -198,7 +250,11 @@ class GrantTable:
                 return
 
     def in_use(self, ref: int) -> bool:
-        return ref in self._active
+        return bool(self._active[ref].pins)
+
+    def _used(self) -> list[Active]:
+        used = np.flatnonzero(self._pins[: self.entries].any(axis=1))
+        return [self._active[ref] for ref in used.tolist()]
 
     # --- map-track ---------------------------------------------------------------------------------------
 
@@ -214,7 +270,7 @@ class GrantTable:
     @property
     def used_by_others(self) -> bool:
         """Whether another domain than dom0, which reaches its frames where they are, uses an entry."""
-        return any(active.domid for active in self._active.values())
+        return any(active.domid for active in self._used())
 
     @property
     def maps_others(self) -> bool:
@@ -247,6 +303,6 @@ class GrantTable:
         for mapping in self._mappings.values():
             if mapping.alias:
                 yield mapping.alias, None
-        for active in self._active.values():
+        for active in self._used():
             yield from [(active.mfn, None)] * active.readers
             yield from [(active.mfn, TYPE_WRITABLE)] * active.writers

@@ -170,6 +170,7 @@ def _set_up(domain: Domain, shares_info: bool, limits: Limits) -> None:
         ((domain.view_slot, user_entry),) = engine.l4_entries.items()
         domain.view_entries[:] = user_entry, engine.kernel_l4_entries[domain.view_slot]
     domain.executable_mapped = engine.executable_mapped
+    domain.code_frames = engine.code_frames
     domain.caches_tables = engine.caches_tables
     domain.entry_changed = engine.entry_changed
     _wire(domain, limits)
@@ -209,6 +210,7 @@ def destroy(domain: Domain) -> None:
     domain.events.close_all()
     with domain.lock:
         event_fifo.give_up(domain)
+        domain.code_frames = 0
         for vcpu in domain.vcpus:
             vcpu.cpu = None
             descriptors.destroy_gdt(vcpu)

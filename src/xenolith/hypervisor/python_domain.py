@@ -24,15 +24,17 @@ Locking: methods may be called by any thread that holds no domain's lock, except
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from xenolith.abi.errno import ESRCH
 from xenolith.abi.grant_table import GNTST_bad_copy_arg, GNTST_bad_domain, GNTST_bad_handle
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
+from xenolith.hypervisor import ring0
 from xenolith.hypervisor.events import Handler, binding_lock, post_code_written
-from xenolith.hypervisor.grants import Mapping
+from xenolith.hypervisor.grants import IS_PINNED, MAX_PINS, NOT_PINNED, Mapping, Pins
 from xenolith.hypervisor.lifecycle import create_dom0
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
     from xenolith.hypervisor.domain import Domain
     from xenolith.hypervisor.hypervisor import Hypervisor
+
+
+__all__ = ["IS_PINNED", "MAX_PINS", "GrantBatch", "HypercallError", "MappedGrant", "Pins", "PythonDomain", "boot_dom0"]
 
 
 class HypercallError(Exception):
@@ -74,6 +79,46 @@ class MappedGrant:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._mapper.unmap_grant(self)
+
+
+class GrantBatch:
+    """Grants of one domain's that are used together, and for a moment only, as by a hypercall of many GNTTABOP_copy.
+
+    Who uses it fills in `pins`, calls `pin`, moves data from and to the addresses, and calls `unpin`.  Native code does
+    the same by `native_pin` and `native_unpin`, addresses of functions that take `granter` and the address of `pins`
+    and answer how many of them remain for `pin` or `unpin` here; 0: there are no such functions.  One thread at a time.
+    """
+
+    def __init__(self, mapper: Domain, granter: Domain) -> None:
+        self.pins: Final = Pins()
+        self.granter: Final = ctypes.addressof(granter)
+        self.native_pin, self.native_unpin = ring0.pin_addresses()
+        self._mapper: Final = mapper
+        self._granter: Final = granter
+
+    def pin(self) -> None:
+        """Pin those of `pins` that are not: the states of those that the granter permits become IS_PINNED."""
+        pins, granter = self.pins, self._granter
+        with granter.lock:
+            for index in range(pins.begin, pins.count):
+                if pins.states[index] == NOT_PINNED and not granter.dying:
+                    mfn = granter.grants.pin(pins.refs[index], self._mapper.domid, pins.writable[index])
+                    if mfn >= 0:
+                        pins.states[index] = IS_PINNED
+                        pins.mfns[index] = mfn
+                        pins.addresses[index] = granter.memory.address + (mfn << PAGE_SHIFT)
+
+    def unpin(self) -> None:
+        """Give all of them back; there are none any more."""
+        pins, granter = self.pins, self._granter
+        with granter.lock:
+            for index in range(pins.count):
+                state, pins.states[index] = pins.states[index], NOT_PINNED
+                if state == IS_PINNED:
+                    granter.grants.unpin(pins.refs[index], pins.writable[index])
+                if state != NOT_PINNED and pins.writable[index]:
+                    post_code_written(granter, pins.mfns[index])
+        pins.begin = pins.count = 0
 
 
 class PythonDomain:
@@ -178,6 +223,13 @@ class PythonDomain:
             granter.grants.unpin(mapping.ref, mapping.writable)
         if mapping.writable:
             post_code_written(granter, mapping.mfn)
+
+    def grant_batch(self, domid: int) -> GrantBatch:
+        """For grants of this domain's that are to be used together. Raises HypercallError."""
+        granter = self._hypervisor.domain(domid)
+        if granter is None:
+            raise HypercallError(f"grants of domain {domid}", GNTST_bad_domain)
+        return GrantBatch(self._domain, granter)
 
     def read_grant(self, domid: int, ref: int, offset: int, size: int) -> bytes:
         """Copy bytes out of a granted frame (GNTTABOP_copy). Raises HypercallError."""

@@ -104,3 +104,49 @@ int handle_timer(struct vcpu *v, u64 deadline)
     unlock(d);
     return answer;
 }
+
+/* --- for dom0's back-ends: grants.py ------------------------------------------------------------------ */
+
+/* Whoever has the lock in Python may keep it for long. */
+static bool lock_if_free(struct domain *d)
+{
+    for (int attempts = 0; attempts < 100; attempts++) {
+        if (try_lock(&d->lock_word))
+            return true;
+        sched_yield();
+    }
+    return false;
+}
+
+/* How many are left NOT_PINNED, for Python to try. */
+u32 pin_grants(struct domain *d, struct pins *p)
+{
+    u32 left = 0;
+    if (p->begin == p->count)
+        return 0;
+    if (d->dying || !lock_if_free(d))
+        return p->count - p->begin;
+    for (u32 i = p->begin; i < p->count; i++) {
+        pin_grant(d, p, i);
+        left += p->states[i] == NOT_PINNED;
+    }
+    unlock(d);
+    return left;
+}
+
+/* How many are not NOT_PINNED afterwards: Python is to unpin them, or to tell of changed code. */
+u32 unpin_grants(struct domain *d, struct pins *p)
+{
+    u32 left = 0;
+    if (!p->count)
+        return 0;
+    bool locked = lock_if_free(d);
+    for (u32 i = 0; i < p->count; i++) {
+        if (locked && p->states[i] == IS_PINNED)
+            unpin_grant(d, p, i);
+        left += p->states[i] != NOT_PINNED;
+    }
+    if (locked)
+        unlock(d);
+    return left;
+}

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Final
 
-from xenolith.abi import errno, hypercalls, layout, x86
-from xenolith.hypervisor import bounce, domain, event_fifo, frames, guest_memory, paging, time
+from xenolith.abi import errno, grant_table, hypercalls, layout, x86
+from xenolith.hypervisor import bounce, domain, event_fifo, frames, grants, guest_memory, paging, time
 from xenolith.hypervisor.hypercalls import iret, mmu, multicall, version
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
@@ -31,6 +31,7 @@ HALVES: Final = tuple(  # a file uses those before it
         "event_fifo.c",
         "tlb.c",
         "paging.c",
+        "grants.c",
         "hypercalls/mmu.c",
         "hypercalls/misc.c",
         "hypercalls/event_channel_op.c",
@@ -55,6 +56,9 @@ _DOMAIN_POINTERS = {
     "vcpu_addresses": "struct vcpu *{}[MAX_VCPUS]",
     "undo_list": "u64 {}[MOST_UNDONE]",
     "bells": "int32_t *{}",
+    "grant_frames": "u64 *{}",
+    "active_grants": "struct active *{}",
+    "code_frames": "u8 *{}",
 }
 _VCPU_POINTERS = {**native_state.MODES_IN_C, "domain_address": "struct domain *{}", "calls": "struct engine_calls *{}"}
 
@@ -126,6 +130,13 @@ def declarations() -> str:
             native.define(native_state, "LEAVE GO_ON NOT_HANDLED LOOK UNLIMITED"),
             native.define(errno, "EFAULT"),
             native.define(domain, "MAX_VCPUS MOST_UNDONE"),
+            native.define(
+                grant_table,
+                "GTF_permit_access GTF_type_mask GTF_readonly GTF_reading GTF_writing GRANT_ENTRIES_PER_FRAME",
+            ),
+            native.define(grants, "ATTEMPTS NOT_PINNED IS_PINNED HAS_CODE"),
+            native.declare("active", grants.Active),
+            native.declare("pins", grants.Pins),
             "struct vcpu;\n",
             native.declare("domain", domain.DomainFields, _DOMAIN_POINTERS),
             native.declare("engine_calls", native_state.EngineCalls, native_state.CALLS_IN_C),
@@ -160,6 +171,14 @@ def _address(name: str) -> int:
 def handler_address() -> int:
     """Of the native trap handler, see ModeFields.native_handler; 0: there is none."""
     return _address("handle_trap")
+
+
+def pin_addresses() -> tuple[int, int]:
+    """Of `u32 pin_grants(struct domain *, struct pins *)` and unpin_grants; 0: there are none.
+
+    They answer how many of the pins have still to be looked at, and are called without the domain's lock.
+    """
+    return _address("pin_grants"), _address("unpin_grants")
 
 
 def timer_address() -> int:

@@ -63,7 +63,7 @@ def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:
     """The trap handler of this vCPU while it is loaded on this Cpu."""
     domain = vcpu.domain
     regs = cpu.regs
-    lock = domain.lock.python if domain.contexts == 1 else domain.lock
+    lock = domain.lock
     posted = domain.posted
     h = domain.memory.h
     b = domain.memory.b

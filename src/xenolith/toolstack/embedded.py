@@ -21,7 +21,7 @@ from typing import Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import RUNSTATE_blocked, RUNSTATE_offline, RUNSTATE_runnable
 from xenolith.dom0 import domain_tree
-from xenolith.dom0.backends.block import BlockStatistics
+from xenolith.dom0.backends.block_native import BlockStatistics
 from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.migration import live

@@ -14,20 +14,25 @@ names a frame which was not granted, is answered with an error.  A ring that lie
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from xenolith.abi import blkif
+from xenolith.dom0.backends import block_native
+from xenolith.dom0.backends.block_native import MAX_INDIRECT_SEGMENTS, BlockStatistics
 from xenolith.dom0.bell import Bell
 from xenolith.dom0.disks import Disk, DiskSource
 from xenolith.dom0.disks.open import open_disk
+from xenolith.dom0.disks.raw import RawDisk
 from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
 from xenolith.dom0.xenbus import Backend, FrontendError, FrontendNodes
 from xenolith.hypervisor.python_domain import HypercallError, MappedGrant, PythonDomain
 
-MAX_INDIRECT_SEGMENTS: Final = 256  # 1 MiB a request
 MAX_PERSISTENT_GRANTS: Final = 1056  # a ring; as xen-blkback: 32 requests of 32 segments and an indirect frame
+BATCHES: Final = 64  # in native code before the thread looks for other things to do
 _REF_LIMIT: Final = 1 << 32
 _PORT_LIMIT: Final = 1 << 32
 
@@ -44,24 +49,6 @@ class VbdSpec:
 
 class BadRequest(Exception):
     """A request makes no sense."""
-
-
-@dataclass
-class BlockStatistics:
-    """What a device did since it was plugged in."""
-
-    reads: int = 0
-    writes: int = 0
-    flushes: int = 0
-    discards: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    errors: int = 0
-
-    @classmethod
-    def total(cls, statistics: Iterable[BlockStatistics]) -> BlockStatistics:
-        """The sum of several devices'."""
-        return cls(*map(sum, zip(*map(astuple, statistics), strict=True)))
 
 
 class Grants:
@@ -116,9 +103,13 @@ class _Queue:
                 raise FrontendError(f"its ring cannot be reached: {error}") from error
             ring = SharedRing(grant.view, blkif.REQUEST_SIZE)
             self._responses: Final = ResponseWriter(ring)
-            self._requests: Final = RequestReader(ring, self._responses)
+            self._requests: Final = RequestReader(ring)
             self._grants: Final = Grants(dom0, domid, persistent)
             undo.callback(self._grants.close)
+            self._native: Final = None if persistent else block_native.function()
+            if self._native is not None:
+                self._use_native_code(ring)
+                undo.callback(self._pinned.unpin)
             dom0.set_handler(self._port, lambda _: bell.ring(), bell.descriptor)
             self._undo: Final = undo.pop_all()
 
@@ -127,6 +118,8 @@ class _Queue:
 
     def serve(self) -> bool:
         """Carry out all requests that are there; True where more have come meanwhile."""
+        if self._native is not None and isinstance(self._backend.disk, RawDisk):
+            return self._serve_natively(self._native, self._backend.disk)
         try:
             requests = self._requests.take()
         except RingError as error:
@@ -137,8 +130,58 @@ class _Queue:
             self._dom0.send(self._port)
         return self._requests.rearm()
 
+    def _use_native_code(self, ring: SharedRing) -> None:
+        self._ring = ring
+        self._pinned = pinned = self._dom0.grant_batch(self._backend.domid)
+        self._batch = block_native.Batch(
+            ring=ctypes.addressof(ring),
+            pins=ctypes.addressof(pinned.pins),
+            granter=pinned.granter,
+            pin=pinned.native_pin,
+            unpin=pinned.native_unpin,
+            statistics=ctypes.addressof(self._statistics),
+        )
+        self._batch_address = ctypes.addressof(self._batch)
+
+    def _serve_natively(self, serve: Callable[[int], int], disk: RawDisk) -> bool:
+        """The same, with reads and writes in native code."""
+        batch, address = self._batch, self._batch_address
+        batch.sectors, batch.descriptor, batch.writable = disk.sectors, disk.descriptor, disk.writable
+        batch.batches_left = BATCHES
+        while (answer := serve(address)) not in (block_native.IDLE, block_native.MORE):
+            if answer == block_native.NOTIFY:
+                self._dom0.send(self._port)
+            elif answer == block_native.CARRY_OUT:
+                request = batch.requests[batch.at]
+                request.status = self._carry_out(bytes(request.raw))[1]
+                batch.at += 1
+            elif answer == block_native.PIN:
+                self._pinned.pin()
+            elif answer == block_native.UNPIN:
+                self._pinned.unpin()
+            elif answer == block_native.FAILED:
+                self._note_failures(disk)
+            else:
+                raise FrontendError(f"more requests are unanswered than a ring of {self._ring.entries} can hold")
+        return answer == block_native.MORE
+
+    def _note_failures(self, disk: RawDisk) -> None:
+        for request in self._batch.requests[: self._batch.count]:
+            if request.cut_off:
+                self._backend.note_error(disk.cut_off(request.sector << 9))
+            elif request.error:
+                self._backend.note_error(OSError(request.error, os.strerror(request.error)))
+
     def _answer(self, request: bytes) -> None:
-        operation, count, _, number, sector = blkif.REQUEST.unpack_from(request)
+        number = blkif.REQUEST.unpack_from(request)[3]
+        operation, status = self._carry_out(request)
+        if status:
+            self._statistics.errors += 1
+        self._responses.put(blkif.RESPONSE.pack(number, operation, status))
+
+    def _carry_out(self, request: bytes) -> tuple[int, int]:
+        """Do what a request asks for: the operation, which an indirect one names inside, and the status."""
+        operation, count, _, _, sector = blkif.REQUEST.unpack_from(request)
         status = blkif.BLKIF_RSP_OKAY
         try:
             if operation in (blkif.BLKIF_OP_READ, blkif.BLKIF_OP_WRITE):
@@ -146,7 +189,8 @@ class _Queue:
                     raise BadRequest
                 self._transfer(operation, sector, request[blkif.SEGMENTS :], count)
             elif operation == blkif.BLKIF_OP_INDIRECT:
-                operation, sector, segments, count = self._indirect(request)
+                operation = request[1]
+                sector, segments, count = self._indirect(request)
                 self._transfer(operation, sector, segments, count)
             elif operation == blkif.BLKIF_OP_FLUSH_DISKCACHE:
                 self._flush(sector, request[blkif.SEGMENTS :], count)
@@ -159,18 +203,16 @@ class _Queue:
         except OSError as error:
             status = blkif.BLKIF_RSP_ERROR
             self._backend.note_error(error)
-        if status:
-            self._statistics.errors += 1
         self._grants.release()
-        self._responses.put(blkif.RESPONSE.pack(number, operation, status))
+        return operation, status
 
-    def _indirect(self, request: bytes) -> tuple[int, int, bytes, int]:
-        """The operation, sector, segments and their number, of a request whose segments lie in frames of their own."""
+    def _indirect(self, request: bytes) -> tuple[int, bytes, int]:
+        """Sector, segments and their number of a request whose segments lie in frames of their own."""
         _, operation, count, _, sector, _, *refs = blkif.INDIRECT.unpack_from(request)
         if operation not in (blkif.BLKIF_OP_READ, blkif.BLKIF_OP_WRITE) or not 1 <= count <= MAX_INDIRECT_SEGMENTS:
             raise BadRequest
         size = count * blkif.SEGMENT.size  # all fit one frame
-        return operation, sector, bytes(self._grants.frame(refs[0], False)[:size]), count
+        return sector, bytes(self._grants.frame(refs[0], False)[:size]), count
 
     def _transfer(self, operation: int, sector: int, segments: bytes, count: int) -> None:
         """Read or write. `segments` is a copy."""
@@ -235,6 +277,8 @@ class BlockBackend(Backend):
         self.source = spec.source
         self.disk: Disk = open_disk(spec.source)
         self.statistics: Final = BlockStatistics()
+        # Native code pins a frame in less time than the guest copies it into one that stays mapped.
+        self._persistent: Final = block_native.function() is None or not isinstance(self.disk, RawDisk)
         self._info: Final = (blkif.VDISK_REMOVABLE | blkif.VDISK_CDROM if spec.cdrom else 0) | (
             0 if self.disk.writable else blkif.VDISK_READONLY
         )
@@ -245,7 +289,7 @@ class BlockBackend(Backend):
         granularity = self.disk.discard_granularity
         return {
             "feature-flush-cache": "1",
-            "feature-persistent": "1",
+            "feature-persistent": str(int(self._persistent)),
             "feature-max-indirect-segments": str(MAX_INDIRECT_SEGMENTS),
             "max-ring-page-order": "0",
             "feature-discard": str(int(bool(granularity))),
@@ -259,7 +303,7 @@ class BlockBackend(Backend):
         if protocol != blkif.PROTOCOL:
             raise FrontendError(f"it speaks {protocol!r}, not {blkif.PROTOCOL}")
         ref, port = nodes.number("ring-ref", _REF_LIMIT), nodes.number("event-channel", _PORT_LIMIT)
-        persistent = bool(nodes.number("feature-persistent", 2, default=0))
+        persistent = bool(nodes.number("feature-persistent", 2, default=0)) and self._persistent
         self._queues.append(_Queue(self, ref, port, persistent, bell))
 
     def describe(self) -> Mapping[str, str]:

@@ -87,7 +87,7 @@ class _Ring:
         undo.callback(dom0.unmap_grant, grant)
         ring = SharedRing(grant.view, entry_size)
         self.responses: Final = ResponseWriter(ring)
-        self.requests: Final = RequestReader(ring, self.responses)
+        self.requests: Final = RequestReader(ring)
         self.port = 0
 
 

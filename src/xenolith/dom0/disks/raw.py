@@ -54,7 +54,7 @@ class RawDisk:
         try:
             if writable and stat.S_ISBLK(os.stat(path).st_mode):
                 flags |= os.O_EXCL  # not one that the host has mounted
-            self._descriptor = os.open(path, flags)
+            self.descriptor = os.open(path, flags)
         except OSError as error:
             raise DiskError(f"cannot open the disk {path}: {error.strerror}") from error
         except ValueError as error:  # what an overlay or a table of extents calls a path may be none
@@ -64,11 +64,11 @@ class RawDisk:
             for part in parts:
                 self.lock(part)
         except BaseException:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
 
     def _examine(self, discard: bool) -> None:
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.descriptor)
         self._is_device = stat.S_ISBLK(status.st_mode)
         if not self._is_device and not stat.S_ISREG(status.st_mode):
             raise DiskError(f"{self.path} can be no disk: it is neither a file nor a block device")
@@ -77,7 +77,7 @@ class RawDisk:
             raise DiskError(f"{self.path} has no sector: it is shorter than {SECTOR} bytes")
         self.physical_sector_size = SECTOR
         if self._is_device:
-            answer = fcntl.ioctl(self._descriptor, BLKPBSZGET, bytes(4))
+            answer = fcntl.ioctl(self.descriptor, BLKPBSZGET, bytes(4))
             self.physical_sector_size = int.from_bytes(answer, "little")
         unit = self.physical_sector_size if self._is_device else status.st_blksize
         self.discard_granularity = unit if discard and self.writable else 0
@@ -86,22 +86,22 @@ class RawDisk:
         """Use this part of the file too. Raises DiskError where somebody else does."""
         kind = fcntl.F_WRLCK if self.writable else fcntl.F_RDLCK
         try:
-            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, part.start, part.length, 0))
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, part.start, part.length, 0))
         except BlockingIOError as error:
             others = "another disk uses it" if self.writable else "another disk writes to it"
             raise DiskError(f"{self.path} is in use: {others}") from error
 
     def freeze(self) -> None:
         """Write no more to the file, and let others read it."""
-        fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+        fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
 
     def unlock(self, part: Range) -> None:
         """Use this part no more."""
         lock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, part.start, part.length, 0)
-        fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, lock)
+        fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, lock)
 
     def measure(self) -> None:
-        self.sectors = os.lseek(self._descriptor, 0, os.SEEK_END) // SECTOR
+        self.sectors = os.lseek(self.descriptor, 0, os.SEEK_END) // SECTOR
 
     def read(self, position: int, buffers: Buffers) -> None:
         self._move(os.preadv, position, buffers)
@@ -111,12 +111,16 @@ class RawDisk:
 
     def _move(self, transfer: Callable[[int, Buffers, int], int], position: int, buffers: Buffers) -> None:
         wanted = sum(map(len, buffers))
-        while (count := transfer(self._descriptor, buffers, position)) != wanted:
+        while (count := transfer(self.descriptor, buffers, position)) != wanted:
             if not count:
-                raise OSError(errno.EIO, f"{self.path} has been cut off before byte {position + 1}")
+                raise self.cut_off(position)
             buffers = rest(buffers, count)
             position += count
             wanted -= count
+
+    def cut_off(self, position: int) -> OSError:
+        """The file has become too short for what was to be read or written there."""
+        return OSError(errno.EIO, f"{self.path} has been cut off before byte {position + 1}")
 
     def flush(self) -> None:
         """Raises OSError also where the file has been removed: what was written to it will be found by nobody.
@@ -127,19 +131,19 @@ class RawDisk:
         if self._flush_error is not None:
             raise self._flush_error
         try:
-            os.fdatasync(self._descriptor)
+            os.fdatasync(self.descriptor)
         except OSError as error:
             self._flush_error = error
             raise
-        if not os.fstat(self._descriptor).st_nlink:
+        if not os.fstat(self.descriptor).st_nlink:
             raise FileNotFoundError(errno.ENOENT, f"{self.path} has been removed")
 
     def discard(self, position: int, length: int) -> None:
         if self._is_device:
-            fcntl.ioctl(self._descriptor, BLKDISCARD, _RANGE.pack(position, length))
-        elif _libc.fallocate(self._descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length):
+            fcntl.ioctl(self.descriptor, BLKDISCARD, _RANGE.pack(position, length))
+        elif _libc.fallocate(self.descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, position, length):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)

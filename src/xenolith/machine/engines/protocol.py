@@ -213,6 +213,8 @@ class Engine(Protocol):
     kernel_l4_entries: dict[int, int] | None = None  # the same in those that a vCPU uses in guest-kernel mode
     caches_tables: bool = False  # it caches page tables, not only translations: see `entry_changed`
     executable_mapped: Callable[[int], None] | None = None  # Cpu.executable_mapped for all Cpus; None: not of interest
+    code_frames: int = 0
+    """Host address of a byte for each frame: not 0 where code was translated from it. 0: nowhere."""
     entry_changed: Callable[[int, int, int], None] | None = None
     """Ring 0 changed a page-table entry that was present: index in 64-bit words of machine memory, old and new value.
 

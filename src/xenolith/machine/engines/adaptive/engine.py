@@ -115,6 +115,7 @@ class AdaptiveEngine(Engine):
         self.entry_changed = self.kvm.entry_changed
         self._cpu = AdaptiveCpu(self, policy)
         self.executable_mapped = self._cpu.executable_mapped
+        self.code_frames = self.unicorn.code_frames
 
     @property
     def may_move(self) -> bool:

@@ -46,6 +46,7 @@ class UnicornEngine(Engine):
         self._cpu: UnicornCpu = self._user or UnicornCpu(self._instance, memory)
         self.l4_entries: dict[int, int] = {}
         self.executable_mapped = self._cpu.executable_mapped
+        self.code_frames = self._instance.code_frames
 
     @staticmethod
     def _stubs_work(native_user: str) -> bool:

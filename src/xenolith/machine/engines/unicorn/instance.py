@@ -70,6 +70,7 @@ class Instance:
         self.d, self.q = self.b.cast("I"), self.b.cast("Q")
         self._checksums = np.zeros(memory.span, dtype=np.uint64)  # of frames that were executable
         self._marked = np.zeros(memory.span, dtype=np.uint8)  # frames with code: stores are noticed
+        self.code_frames: int = self._marked.ctypes.data
         self._l4_of_tlb = np.zeros(2, dtype=np.uint64)  # whose translations the TLBs of kernel and user mode hold
         self._addresses = {
             "uc": self.uc,
