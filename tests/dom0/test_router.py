@@ -27,7 +27,7 @@ from xenolith.dom0.network.frame import (
     segments,
     udp,
 )
-from xenolith.dom0.network.port import Publication, UplinkPort, VifPort
+from xenolith.dom0.network.port import MAX_PLUGGED, Plug, Publication, UplinkPort, VifPort
 from xenolith.dom0.network.router import DEFAULT_NETWORK, ROUTER_MAC, AddressError, Router
 from xenolith.dom0.network.rules import Policy, parse_rules
 
@@ -582,3 +582,28 @@ def test_nobody_is_made_to_cut_packets_into_crumbs(world: World, outside: bool) 
     assert (one.drops["malformed"], bool(port.queue)) == (1, False)
     world.send(one, crumbs, gso_size=48)
     assert port.queue
+
+
+def test_what_a_protected_domain_sends_waits_for_its_epoch(world: World) -> None:
+    def came() -> int:
+        return int(struct.unpack_from("!H", taken(b).data, 38)[0])  # the identifier
+
+    a, b = world.vif("a"), world.vif("b")
+    plug = Plug(world.router, a)
+    world.send(a, echo(a.address, b.address, identifier=1))
+    plug.mark()
+    world.send(a, echo(a.address, b.address, identifier=2))
+    assert not b.queue
+    plug.release()
+    assert came() == 1 and not b.queue
+    plug.release()
+    assert not b.queue, "the next epoch has not ended"
+    world.send(a, echo(a.address, b.address, identifier=3))
+    plug.close()
+    assert [came(), came()] == [2, 3]
+    world.send(a, echo(a.address, b.address, identifier=4))
+    assert came() == 4
+    plug = Plug(world.router, a)
+    for _ in range(MAX_PLUGGED // 1000):
+        world.send(a, echo(a.address, b.address) + bytes(1000))
+    assert a.drops["not acknowledged"] > 0

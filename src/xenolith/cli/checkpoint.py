@@ -1,4 +1,4 @@
-"""`xenolith checkpoint`, `checkpoints` and `rollback`: a domain as it was, every few seconds if one likes."""
+"""A domain as it was a moment ago, here or at another daemon: `xenolith checkpoint`, `rollback`, `protect`, ..."""
 
 from __future__ import annotations
 
@@ -113,3 +113,48 @@ def rollback(session: Session, domain: str, number: int | None, paused: bool, di
     if not paused:
         session.client.unpause(domid)
     click.echo(f"{shown(domain)} goes on from checkpoint {wanted[-1].number} as domain {domid}")
+
+
+@click.command()
+@click.argument("address", required=False)
+@click.option("--stop", is_flag=True, help="Let nobody come any more, at no address.")
+@_with_session
+def listen(session: Session, address: str | None, stop: bool) -> None:
+    """Let other daemons come to ADDRESS, unix:/PATH or tls:HOST:PORT, to relocate domains here or have them held.
+
+    For TLS the directory XENOLITH_TLS, by default ~/.config/xenolith/tls, has cert.pem, key.pem and ca.pem.
+    """
+    if bool(address) == stop:
+        raise click.UsageError("either an address or --stop")
+    session.makes_domains = True
+    session.client.listen(address or "")
+
+
+@click.command()
+@click.argument("domain", required=False)
+@click.option("--to", "address", help="The other daemon: unix:/PATH or tls:HOST:PORT, where it listens.")
+@click.option("--every", type=click.IntRange(min=1), default=100, show_default=True, help="An epoch, in milliseconds.")
+@click.option("--stop", is_flag=True, help="Let the other daemon forget it.")
+@_with_session
+def protect(session: Session, domain: str | None, address: str | None, every: int, stop: bool) -> None:
+    """Have another daemon hold DOMAIN, memory and disks, and go on with it when this one dies.
+
+    What the domain sends to the network leaves when the other daemon holds the state that it was sent from. Without
+    DOMAIN: list those that are held.
+    """
+    if domain is None:
+        for each in session.client.protections():
+            state = each.failure or (
+                f"epoch {each.epochs}: {each.pages} pages, {each.blocks} blocks, "
+                f"stood {each.stood_ns / 1e6:.1f} ms, held after {each.took_ns / 1e6:.1f} ms"
+            )
+            click.echo(shown(f"{each.domid} at {each.to}: {state}"))
+        return
+    domid = resolve(session, domain)
+    if stop:
+        session.client.protect(domid, "", 0)
+        return
+    if address is None:
+        raise click.UsageError("who is to hold it? (--to)")
+    session.client.protect(domid, address, every / 1000)
+    click.echo(f"{shown(domain)} is held by {address}")

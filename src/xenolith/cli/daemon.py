@@ -180,6 +180,7 @@ def _serve(directory: RunDirectory, switch_on: Callable[[], Dom0], ready: _Ready
         client = EmbeddedToolstack(switch_on(), xenstore_socket=directory.xenstore_socket_path)
         cleanup.callback(client.close)
         supervisor = Supervisor(client, directory.dump_path)
+        client.on_arrival = supervisor.supervise
         server = Daemon(directory, client, supervisor)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)

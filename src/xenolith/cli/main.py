@@ -30,6 +30,8 @@ SUBCOMMANDS: Final = {
     "logs": ("xenolith.cli.inside", "logs", "Print what a domain has printed on its console."),
     "ps": ("xenolith.cli.inside", "ps", "List the processes inside the guest of a domain."),
     "wait": ("xenolith.cli.inside", "wait", "Wait until a domain has ended, and say how."),
+    "listen": ("xenolith.cli.checkpoint", "listen", "Let other daemons come, with domains to relocate or to hold."),
+    "protect": ("xenolith.cli.checkpoint", "protect", "Have another daemon go on with a domain when this one dies."),
     "net": ("xenolith.cli.net", "net", "Look at the network: who is attached, rules and their counters, packets."),
     "daemon": ("xenolith.cli.daemon", "daemon", "Run a machine for the xl commands, in the foreground."),
     "help": ("xenolith.cli.main", "help_", "Print this list, or how to use a subcommand."),

@@ -16,6 +16,7 @@ from xenolith.cli.xl_command import Failure, Option, Options, Session, command, 
 from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
 from xenolith.toolstack.client import AfterSave, Progress, ToolstackError, Undetermined
 from xenolith.toolstack.config.domain import absolute_paths
+from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, is_address
 
 MOST_CLONES: Final = 10_000
 _FORMAT: Final = "new xl format"
@@ -75,8 +76,6 @@ def _say_stage(stage: Progress) -> None:
 
 
 _BANNER: Final = b"xl migration receiver ready, send binary domain data.\n"
-_HAS_COME: Final = b"it has come\n"
-_HAS_NOT_COME: Final = b"it has not come\n"
 SETTLE_SECONDS: Final = 300.0
 _NO_PAUSE: Final = Option("p", "Leave the domain paused when it has come.")
 
@@ -95,6 +94,8 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     if "C" in options:
         session.client.set_config(domid, absolute_paths(read_config_file(options["C"]), Path.cwd()))
+    if is_address(operands[1]):
+        return _migrate_to_address(session, domid, operands[1])
     shell = options.get("s", "ssh")
     flags = "".join(f" -{flag}" for flag in "ep" if flag in options)
     line = f"exec {shell} {operands[1]} xl migrate-receive" if shell else operands[1]
@@ -106,7 +107,7 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
         complain(f"Saving to migration stream {_FORMAT}")
         far.pass_on()
         try:
-            session.client.send(domid, passage.socket, token, _say_stage)
+            session.client.send(domid, str(passage.socket), token, _say_stage)
         except Undetermined as error:
             complain(f"{error}\nAsking the other side.")
             undetermined = True
@@ -120,18 +121,37 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
     return 0
 
 
+def _migrate_to_address(session: Session, domid: int, address: str) -> int:
+    """The daemons talk to each other."""
+    token = secrets.token_hex(16)
+    try:
+        session.client.send(domid, address, token, _say_stage)
+    except Undetermined as error:
+        complain(f"{error}\nAsking the other side.")
+        _decide(session, domid, session.client.settle(token, address))
+    except ToolstackError as error:
+        raise Failure(f"{error}\nMigration failed", STATUS_FAIL) from error
+    complain("migration sender: Target reports successful startup.\nMigration successful.")
+    return 0
+
+
 def _settle(session: Session, domid: int, line: str) -> None:
     """Whether the domain has come there says the other side. Raises Failure where it has not, or says nothing."""
     asked = subprocess.run(
         ["/bin/sh", "-c", line], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=SETTLE_SECONDS, check=False
     )
-    if asked.stdout == _HAS_COME:
-        session.client.destroy(domid)
-    elif asked.stdout == _HAS_NOT_COME:
-        session.client.unpause(domid)
-        raise Failure("It has not come there and goes on here.\nMigration failed", STATUS_FAIL)
-    else:
+    if asked.stdout not in (HAS_COME, HAS_NOT_COME):
         raise Failure("It does not say. CHECK AT BOTH ENDS for a running instance.\nMigration failed", STATUS_FAIL)
+    _decide(session, domid, asked.stdout == HAS_COME)
+
+
+def _decide(session: Session, domid: int, has_come: bool) -> None:
+    """Raises Failure where the domain stays here."""
+    if has_come:
+        session.client.destroy(domid)
+        return
+    session.client.unpause(domid)
+    raise Failure("It has not come there and goes on here.\nMigration failed", STATUS_FAIL)
 
 
 @command(
@@ -146,7 +166,7 @@ def migrate_receive(session: Session, options: Options, operands: Sequence[str])
     session.makes_domains = True
     client, supervision = session.toolstack.client, session.toolstack.supervision
     if "q" in options:
-        click.echo((_HAS_COME if client.settle(options["q"]) else _HAS_NOT_COME).decode(), nl=False)
+        click.echo((HAS_COME if client.settle(options["q"]) else HAS_NOT_COME).decode(), nl=False)
         return 0
     with Passage() as passage, passage.to_standard_streams() as far:
         far.say(_BANNER)

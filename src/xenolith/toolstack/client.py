@@ -250,6 +250,20 @@ class Checkpoint:
     remark: str = ""  # why the domain stands still for all of its memory
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionInfo:
+    """A domain that another daemon holds, and what the last epoch took."""
+
+    domid: int
+    to: str
+    failure: str  # why it is not protected any more
+    epochs: int
+    pages: int
+    blocks: int
+    stood_ns: int
+    took_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a long operation has come; `total` 0 means that nobody knows how far it is."""
@@ -608,8 +622,10 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def send(self, domid: int, path: Path, token: str = "", progress: OnProgress = no_progress) -> None:
-        """Relocate a running domain, by way of whoever listens at the UNIX socket of this absolute path.
+    def send(self, domid: int, to: str, token: str = "", progress: OnProgress = no_progress) -> None:
+        """Relocate a running domain to another daemon's address, or by way of whoever listens at a UNIX socket.
+
+        The address is unix:/PATH or tls:HOST:PORT; the socket an absolute path.
 
         It has left when this returns.  While it is under way it has the name NAME--migratedaway here.  Raises
         Undetermined where nobody knows whether it runs there: ask by `settle` with the same token, then destroy
@@ -624,8 +640,26 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def settle(self, token: str) -> bool:
-        """Whether the domain that was sent here with this token has arrived; if not, it will not any more."""
+    def settle(self, token: str, at: str = "") -> bool:
+        """Whether the domain that was sent here with this token has arrived; if not, it will not any more.
+
+        With `at` the daemon at that address is asked.
+        """
+
+    @abstractmethod
+    def listen(self, address: str) -> None:
+        """Let other daemons come to this address, unix:/PATH or tls:HOST:PORT; an empty one: to none any more."""
+
+    @abstractmethod
+    def protect(self, domid: int, to: str, seconds: float) -> None:
+        """Have the daemon at an address hold the domain as it is every so many seconds, and go on with it if this dies.
+
+        0: no more.
+        """
+
+    @abstractmethod
+    def protections(self) -> list[ProtectionInfo]:
+        """The domains that other daemons hold."""
 
     @abstractmethod
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:

@@ -26,6 +26,8 @@ from xenolith.dom0.console import Console, ConsoleClosed, Overflow
 from xenolith.dom0.image import ImageError, load_image
 from xenolith.dom0.migration import live
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
+from xenolith.dom0.migration.protect import Standby
+from xenolith.dom0.migration.restore import Received
 from xenolith.dom0.network.port import PortStatistics
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
@@ -64,6 +66,7 @@ from xenolith.toolstack.client import (
     OnProgress,
     ProcessStream,
     Progress,
+    ProtectionInfo,
     ShutdownRequest,
     ToolstackError,
     Trigger,
@@ -76,7 +79,9 @@ from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.dump import dump_domain
 from xenolith.toolstack.events import EventHub
-from xenolith.toolstack.relocation import Arrivals, connected, send_domain
+from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, Connection, Listener, connected
+from xenolith.toolstack.protection import ProtectedDomain, patiently, stand_by, standby_directory
+from xenolith.toolstack.relocation import Arrivals, ask_whether_arrived, send_domain
 from xenolith.toolstack.saving import Arriving, open_saved, save_domain
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
@@ -103,8 +108,12 @@ class _Record:
     schedule: Schedule | None = None  # of checkpoints
     stay: Callable[[], None] | None = None  # lets it go on: it was given away, and nobody knows whether it runs there
 
+    protected: ProtectedDomain | None = None
+
     def end_checkpoints(self) -> None:
         """The domain goes, or somebody else follows what it writes."""
+        if self.protected is not None:
+            self.protected.stop()
         if self.schedule is not None:
             self.schedule.stop()
             self.schedule = None
@@ -143,6 +152,9 @@ class EmbeddedToolstack(Client):
         self._closed = False
         self._hub = EventHub()
         self._arrivals = Arrivals()
+        self._listeners: list[Listener] = []
+        self.on_arrival: Callable[[int], None] = lambda domid: None  # of a domain that another daemon sent
+        self.standby_directory = standby_directory()
         self._xenstore_socket = xenstore_socket
         if xenstore_socket is not None:
             try:
@@ -165,7 +177,10 @@ class EmbeddedToolstack(Client):
         if self._closed:
             return
         self._closed = True
+        while self._listeners:
+            self._listeners.pop().close()
         for record in list(self._records.values()):
+            record.end_checkpoints()
             self._wake_waiters(record)
         self._hub.close()
         self.dom0.close()
@@ -417,6 +432,8 @@ class EmbeddedToolstack(Client):
                     *self._recently_departed(),
                     _Departed(record.last_seen, domain.console, time.monotonic()),
                 ]
+        if record.protected is not None:
+            record.protected.join()  # the other side knows that it is not wanted any more
         self._wake_waiters(record)
         self._hub.publish(DomainEvent(EventKind.DESTROYED, domid))
 
@@ -680,14 +697,18 @@ class EmbeddedToolstack(Client):
 
     def _receive(self, arriving: Arriving, config: DomainConfig | None = None) -> int:
         """Make a domain that comes in a stream, paused; its domid."""
-        config = copy.deepcopy(config or arriving.config)
+        return self._make(config or arriving.config, arriving.receive)
+
+    def _make(self, config: DomainConfig, receive: Callable[[], Received]) -> int:
+        """Make a domain of what comes from elsewhere, paused; its domid."""
+        config = copy.deepcopy(config)
         self._claim_name(config.name)
         try:
             with self._lock:
                 if config.uuid in {record.config.uuid for record in self._records.values()}:
                     config.uuid = uuids.uuid4()  # the domain that was saved is still there
             _check_supported(config)
-            domain = self.dom0.restore(self._described(config), arriving.receive())
+            domain = self.dom0.restore(self._described(config), receive())
             with self._lock:
                 self._records[domain.domid] = _Record(config, time.time())
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
@@ -740,7 +761,7 @@ class EmbeddedToolstack(Client):
             put_disks_back(path, series, config)
             return NewDomid(self._receive(arriving))
 
-    def send(self, domid: int, path: Path, token: str = "", progress: OnProgress = no_progress) -> None:
+    def send(self, domid: int, to: str, token: str = "", progress: OnProgress = no_progress) -> None:
         with self._of_domain(domid) as domain:
             config, record = self.config(domid), self._records[domid]
             record.end_checkpoints()
@@ -753,7 +774,7 @@ class EmbeddedToolstack(Client):
                     self.rename(domid, config.name)
 
             try:
-                send_domain(self.dom0, domain, config, path, token, step_aside, progress)
+                send_domain(self.dom0, domain, config, to, token, step_aside, progress)
             except Undetermined as error:
                 assert isinstance(error.__cause__, live.Undetermined)
                 disks = error.__cause__.disks
@@ -770,36 +791,88 @@ class EmbeddedToolstack(Client):
         self.destroy(domid)
 
     def receive(self, path: Path, paused: bool = False) -> NewDomid:
-        with connected(path) as connection:
-            domid = 0
-            arrival = None
-            try:
-                arriving = Arriving(self.dom0, connection.source)
-                arrival = self._arrivals.begin(arriving.token, connection.hang_up)
-                config = copy.deepcopy(arriving.config)
-                config.name += "--incoming"
-                domid = self._receive(arriving, config)
-                connection.answer(live.READY)
-                arriving.wait_for_word()
-                arrival.let_run(lambda: None if paused else self.unpause(domid))
-            except (ToolstackError, OSError) as error:
-                if domid:
-                    self.destroy(domid)
-                with contextlib.suppress(OSError):
-                    connection.answer(f"{error}\n".encode())
-                raise ToolstackError(f"The domain did not come: {error}") from error
-            finally:
-                if arrival is not None:
-                    arrival.give_up()
-                    arrival.over.set()
-            with contextlib.suppress(OSError):  # the sender asks, if it does not hear it
-                connection.answer(live.STARTED)
+        with connected(str(path), "") as connection:
+            return NewDomid(self._take(connection, paused))
+
+    def _take(self, connection: Connection, paused: bool) -> int:
+        """Receive a domain; its domid."""
+        domid = 0
+        arrival = None
+        try:
+            arriving = Arriving(self.dom0, connection.source)
+            arrival = self._arrivals.begin(arriving.token, connection.hang_up)
+            config = copy.deepcopy(arriving.config)
+            config.name += "--incoming"
+            domid = self._receive(arriving, config)
+            connection.answer(live.READY)
+            arriving.wait_for_word()
+            arrival.let_run(lambda: None if paused else self.unpause(domid))
+        except (ToolstackError, OSError) as error:
+            if domid:
+                self.destroy(domid)
+            with contextlib.suppress(OSError):
+                connection.answer(f"{error}\n".encode())
+            raise ToolstackError(f"The domain did not come: {error}") from error
+        finally:
+            if arrival is not None:
+                arrival.give_up()
+                arrival.over.set()
+        with contextlib.suppress(OSError):  # the sender asks, if it does not hear it
+            connection.answer(live.STARTED)
         with contextlib.suppress(ToolstackError):
             self.rename(domid, arriving.config.name)
-        return NewDomid(domid)
+        return domid
 
-    def settle(self, token: str) -> bool:
-        return self._arrivals.settle(token)
+    def settle(self, token: str, at: str = "") -> bool:
+        return ask_whether_arrived(at, token) if at else self._arrivals.settle(token)
+
+    def listen(self, address: str) -> None:
+        with self._lock:
+            if not address:
+                while self._listeners:
+                    self._listeners.pop().close()
+            else:
+                self._listeners.append(Listener(address, self._serve_peer, self.dom0.domain.log))
+
+    def _serve_peer(self, greeting: str, connection: Connection) -> None:
+        """What another daemon asks for, on a thread of its own."""
+        verb, _, token = greeting.partition(" ")
+        if verb == "relocate":
+            self.on_arrival(self._take(connection, False))
+        elif verb == "settle":
+            connection.answer(HAS_COME if self._arrivals.settle(token) else HAS_NOT_COME)
+        elif verb == "protect":
+            stand_by(self.dom0, connection, self.standby_directory, self._take_over, self.on_arrival)
+        else:
+            connection.answer(b"this daemon does not know what is wanted\n")
+
+    def _take_over(self, config: DomainConfig, standby: Standby) -> int:
+        """Go on with a domain whose daemon has died."""
+        received = standby.take_over()
+        domid = patiently(lambda: self._make(config, lambda: received))
+        self.unpause(domid)
+        self.dom0.domain.log(f"d{domid}: {config.name} goes on here from epoch {standby.epoch}")
+        return domid
+
+    def protect(self, domid: int, to: str, seconds: float) -> None:
+        with self._of_domain(domid) as domain:
+            record = self._records[domid]
+            record.end_checkpoints()
+            config = self.config(domid)
+        if seconds <= 0:
+            with self._lock:
+                protected, record.protected = record.protected, None
+            if protected is not None:
+                protected.stop()
+                protected.join()
+            return
+        if record.protected is not None and not record.protected.info().failure:
+            raise InvalidRequest(f"Domain {domid} is protected by {record.protected.to} already.")
+        record.protected = ProtectedDomain(self.dom0, domain, config, to, seconds, record.lock)
+
+    def protections(self) -> list[ProtectionInfo]:
+        with self._lock:
+            return [record.protected.info() for record in self._records.values() if record.protected is not None]
 
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
         with self._of_domain(domid) as domain:

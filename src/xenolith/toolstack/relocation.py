@@ -1,4 +1,5 @@
-"""Relocation between two daemons, over a UNIX socket at which somebody waits who reaches the other: `xl migrate` does.
+"""Relocation between two daemons: over an address of the other (`peers`), or over a UNIX socket at which somebody waits
+who reaches it, as `xl migrate` does.
 
 The sender's daemon connects to the socket and sends the domain; so does the receiver's, and receives it. Whoever
 listens passes the bytes on, both ways, over whatever there is: ssh, socat, a pipe.
@@ -9,14 +10,10 @@ relocation asks the receiver (`Arrivals.settle`), by a token that went along, an
 
 from __future__ import annotations
 
-import io
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from xenolith.dom0.migration import live
 from xenolith.dom0.services import Dom0, GuestDomain
@@ -24,57 +21,16 @@ from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError, Undetermined
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.daemon.codec import encode
+from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, PATIENCE_SECONDS, connected
 
-PATIENCE_SECONDS: Final = 120.0  # for the other side to do anything at all
-BUFFER: Final = 1 << 20
 MOST_ARRIVALS: Final = 1000  # that are remembered
-
-
-@dataclass(frozen=True)
-class Connection:
-    """To somebody who passes bytes on."""
-
-    source: BinaryIO
-    out: BinaryIO
-    hang_up: Callable[[], None]
-
-    def answer(self, line: bytes) -> None:
-        """Raises OSError."""
-        self.out.write(line)
-        self.out.flush()
-
-
-@contextmanager
-def connected(path: Path) -> Iterator[Connection]:
-    """A connection to the socket at `path`. Raises ToolstackError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        try:
-            connection.settimeout(PATIENCE_SECONDS)
-            connection.connect(str(path))
-        except OSError as error:
-            raise ToolstackError(f"cannot connect to {path}: {error.strerror or error}") from error
-
-        def hang_up() -> None:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-        out = io.BufferedWriter(connection.makefile("wb", 0), BUFFER)
-        with connection.makefile("rb", 0) as raw, io.BufferedReader(raw, BUFFER) as source:
-            try:
-                yield Connection(source, out, hang_up)
-                with suppress(OSError):
-                    out.flush()
-            finally:
-                hang_up()  # what could not be sent is not to be sent now
-                with suppress(OSError):
-                    out.close()
 
 
 def send_domain(
     dom0: Dom0,
     domain: GuestDomain,
     config: DomainConfig,
-    path: Path,
+    to: str,
     token: str,
     on_ready: Callable[[], None],
     progress: OnProgress,
@@ -83,7 +39,7 @@ def send_domain(
 
     Raises Undetermined, whose cause is live.Undetermined, where nobody knows: it stays paused.
     """
-    with connected(path) as connection:
+    with connected(to, "relocate") as connection:
         try:
             return live.send(
                 dom0,
@@ -167,3 +123,16 @@ class Arrivals:
             while len(self._known) > MOST_ARRIVALS:
                 del self._known[next(iter(self._known))]
             return known
+
+
+def ask_whether_arrived(address: str, token: str) -> bool:
+    """Ask the daemon at an address, see Arrivals.settle. Raises ToolstackError."""
+    with connected(address, f"settle {token}") as connection:
+        try:
+            connection.out.flush()
+            answer = connection.source.readline(len(HAS_NOT_COME))
+        except OSError as error:
+            raise ToolstackError(f"{address} does not answer: {error.strerror or error}") from error
+    if answer not in (HAS_COME, HAS_NOT_COME):
+        raise ToolstackError(f"{address} does not answer")
+    return answer == HAS_COME

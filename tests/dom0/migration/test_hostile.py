@@ -7,6 +7,7 @@ import os
 import random
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from struct import pack, pack_into, unpack_from
 from typing import TYPE_CHECKING
@@ -15,7 +16,9 @@ import pytest
 
 from machines import Machine, missing
 from xenolith.dom0.image import load_image
+from xenolith.dom0.migration import live
 from xenolith.dom0.migration.checkpoint import Checkpointer
+from xenolith.dom0.migration.protect import Protection, Standby
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
 from xenolith.dom0.migration.series import Series, join
@@ -155,6 +158,44 @@ def test_mutated_checkpoints_are_refused_or_make_a_sound_domain(small: tuple[Mac
         Receiver(dom0.control, io.BytesIO(files["3"])).receive()
     with pytest.raises(RecordError, match="not the checkpoint that it goes on from"):
         Receiver(dom0.control, io.BytesIO(files["3"]), lambda name: io.BytesIO(files["1"])).receive()
+
+
+def test_mutated_protections_are_given_up_or_make_a_sound_domain(
+    small: tuple[Machine, DomainSpec, bytes], tmp_path: Path
+) -> None:
+    machine, spec, _ = small
+    dom0 = machine.dom0
+    domain = dom0.create(replace(spec, image=load_image(PREBUILT / "timers.elf")))
+    dom0.start(domain)
+    out = io.BytesIO()
+    answers = io.BytesIO(live.READY + b"".join(b"epoch %d\n" % number for number in range(1, 6)))
+    protection = Protection(dom0, domain, out, answers, {"config": None})
+    for _ in range(3):
+        protection.epoch()
+    protection.close()
+    dom0.destroy(domain)
+    chance = random.Random(int(os.environ.get("XENOLITH_SEED", "1")))
+    free, nodes = dom0.control.machine().free_pages, dom0.xenstore.statistics()
+    outcomes = {"refused": 0, "restored": 0}
+    for _ in range(FILES // 3):
+        standby = None
+        try:
+            standby = Standby(dom0.control, io.BytesIO(mutated(out.getvalue(), chance)), io.BytesIO(), tmp_path)
+            assert standby.follow()
+            domain = dom0.restore(spec, standby.take_over())
+        except (RecordError, DomainCreateError) as refusal:
+            assert " " in str(refusal)
+            outcomes["refused"] += 1
+            if standby is not None:
+                standby.close()
+        else:
+            assert audit.check(dom0.hypervisor) == []
+            dom0.destroy(domain)
+            standby.close_disks()
+            outcomes["restored"] += 1
+        assert dom0.control.machine().free_pages == free
+        assert dom0.xenstore.statistics() == nodes
+    assert min(outcomes.values()) > 0
 
 
 @pytest.mark.parametrize("says", [1 << 30, 1 << 62])

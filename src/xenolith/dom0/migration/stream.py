@@ -35,6 +35,10 @@ STATE: Final = 4  # JSON: the records of the hypervisor and of dom0's services
 END: Final = 5
 GO: Final = 6  # between daemons: the domain is the receiver's
 SERIES: Final = 7  # JSON: what series of checkpoints this is one of; the first section of those
+# Of a protection, which has no end but the last of these:
+BLOCKS: Final = 8  # of a disk; the place is its number << 36 | the number of the first block of 4 KiB
+EPOCH: Final = 9  # the place is its number: all before this belongs together
+DISMISS: Final = 10  # the domain needs no protection any more
 
 ZSTD: Final = 1  # flag: the section is one frame of zstd
 LEVEL: Final = 1
@@ -57,11 +61,12 @@ class Section(NamedTuple):
 class Writer:
     """Writes a stream; with `compress`, what gets smaller by it is compressed."""
 
-    def __init__(self, out: BinaryIO, compress: bool = False) -> None:
+    def __init__(self, out: BinaryIO, compress: bool = False, preamble: bool = True) -> None:
         self._out = out
         self._compressor = zstandard.ZstdCompressor(level=LEVEL) if compress else None
         self.pages_written = 0
-        out.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
+        if preamble:
+            out.write(_PREAMBLE.pack(MAGIC, VERSION, 0))
 
     def json(self, kind: int, plain: Plain) -> None:
         self.section(kind, json.dumps(plain, separators=(",", ":")).encode())
@@ -132,11 +137,16 @@ class Reader:
 
     def pages(self, section: Section, memory: memoryview, frames: int) -> tuple[int, int]:
         """Put a section's pages into memory of so many frames; the first MFN and how many."""
+        first, count = self.check_pages(section, frames)
+        self._into(section, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
+        return first, count
+
+    def check_pages(self, section: Section, frames: int) -> tuple[int, int]:
+        """The first MFN of a section of pages of a domain with so many frames, and how many pages."""
         length = self._checked_length(section, MOST_PAGES * PAGE_SIZE)
         count, first = length >> PAGE_SHIFT, section.first
         if length % PAGE_SIZE or not count or not 1 <= first <= frames - count:
             raise RecordError(f"{length} bytes at frame {first:#x} are no pages of a domain with {frames} frames")
-        self._into(section, memory[first << PAGE_SHIFT : (first + count) << PAGE_SHIFT])
         return first, count
 
     def page_places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Section]:

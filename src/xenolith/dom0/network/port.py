@@ -8,13 +8,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xenolith.dom0.network.fair import FairQueue
 from xenolith.dom0.network.frame import MTU, Frame
 from xenolith.dom0.network.rules import Policy
 
+if TYPE_CHECKING:
+    from xenolith.dom0.network.router import Router
+
 MAX_CAPTURED: Final = 4 << 20  # bytes that wait for the reader of a capture
+MAX_PLUGGED: Final = 16 << 20  # bytes of an interface that wait for an epoch to be acknowledged
 MAX_NAMES: Final = 1024  # addresses of DNS names that one interface may have been told
 MAX_NAMES_OF_ADDRESS: Final = 64  # the latest
 
@@ -171,6 +175,52 @@ class VifPort(Port):
         self.names: Final = Names(clock)
         self.publications: Final = publications
         self.uplink: UplinkPort | None = None  # its own; else the machine's
+        self.plug: Plug | None = None
+
+
+class Plug:
+    """Holds what an interface sends until it may be let out, an epoch at a time. Close it."""
+
+    def __init__(self, router: Router, vif: VifPort) -> None:
+        self._router: Final = router
+        self._vif: Final = vif
+        self._waiting: Final[deque[Frame]] = deque()
+        self._bytes = 0
+        self._marked = 0  # how many of the frames that wait belong to the epoch that ended
+        with router.turns:
+            vif.plug = self
+
+    def hold(self, frame: Frame) -> bool:
+        """In the router's turn: False where it is too much, and the frame is lost."""
+        if self._bytes + len(frame.data) > MAX_PLUGGED:
+            return False
+        self._waiting.append(frame)
+        self._bytes += len(frame.data)
+        return True
+
+    def mark(self) -> None:
+        """An epoch ends."""
+        with self._router.turns:
+            self._marked = len(self._waiting)
+
+    def release(self) -> None:
+        """Let out what was sent in the epoch that ended."""
+        with self._router.turns:
+            marked, self._marked = self._marked, 0
+            for _ in range(marked):
+                self._let_out()
+
+    def close(self) -> None:
+        """Let out all that waits, and hold nothing any more."""
+        with self._router.turns:
+            self._vif.plug = None
+            while self._waiting:
+                self._let_out()
+
+    def _let_out(self) -> None:
+        frame = self._waiting.popleft()
+        self._bytes -= len(frame.data)
+        self._router.forward(self._vif, frame)
 
 
 class UplinkPort(Port):

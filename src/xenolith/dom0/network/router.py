@@ -183,6 +183,16 @@ class Router:
         statistics.tx_bytes += len(frame.data)
         for capture in port.captures:
             capture.note(frame)
+        if isinstance(port, VifPort) and port.plug is not None:
+            if not port.plug.hold(frame):
+                statistics.tx_dropped += 1
+                port.drops["not acknowledged"] += 1
+            return
+        self.forward(port, frame)
+
+    def forward(self, port: Port, frame: Frame) -> None:
+        """The same for a frame that was counted already."""
+        statistics = port.statistics
         try:
             if isinstance(port, VifPort):
                 self._from_domain(port, frame)
