@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -255,10 +254,13 @@ def put_disks_back(path: Path, series: Series, config: DomainConfig) -> None:
             backing = Path(os.path.relpath(file, target.parent))
             create_overlay(aside, DiskSource(path=backing, format=DiskFormat.OVERLAY), sectors)
             aside.replace(target)
-        for each in later:
-            for disk in each.disks:
-                if disk not in {file for _, file in series.disks}:
-                    with suppress(FileNotFoundError):
-                        os.unlink(disk)
+            for layer in _later_layers(target, series.number):
+                layer.unlink()
     except (DiskError, OSError) as error:
         raise ToolstackError(f"The disks cannot be put back: {error}.") from error
+
+
+def _later_layers(target: Path, number: int) -> list[Path]:
+    """What kept a disk as it was after a checkpoint; also for one that did not come about."""
+    name = re.compile(re.escape(target.name) + r"\." + _NAME.pattern, re.ASCII)
+    return [path for path in target.parent.iterdir() if (match := name.fullmatch(path.name)) and int(match[1]) > number]
