@@ -15,12 +15,13 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from xenolith.debian.initramfs import Command, HostFile, Node, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
-from xenolith.debian.packages import kernel_package_files, obtain
+from xenolith.debian.packages import DebianGuest, kernel_package_files, obtain
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.console import Overflow
 from xenolith.dom0.disks import DiskSource
@@ -102,13 +103,18 @@ def measure_xenolith(engine: str, program: Path, disk: Path, seconds: float) -> 
             raise SystemExit(f"{engine}: not all rows were measured: {domain.console.scrollback[-500:]!r}")
 
 
+def qemu_modules(guest: DebianGuest, wanted: Sequence[str]) -> list[Node]:
+    """These modules of the guest's kernel, as far as it has them as modules, in this order."""
+    names = re.compile(rf".*/({'|'.join(wanted)})\.ko(\.xz)?")
+    files = kernel_package_files(guest, lambda path: bool(names.match(path)))
+    found = {PurePosixPath(path).name.partition(".")[0]: data for path, data in files}
+    return [Node(f"m/{name}.ko", stat.S_IFREG | 0o644, found[name]) for name in wanted if name in found]
+
+
 def measure_qemu(program: Path, disk: Path, seconds: float) -> None:
     guest = obtain()
-    wanted = re.compile(rf".*/({'|'.join(VIRTIO)})\.ko(\.xz)?")
-    files = kernel_package_files(guest, lambda path: bool(wanted.match(path)))
-    found = {PurePosixPath(path).name.partition(".")[0]: data for path, data in files}
-    nodes = [Node(f"m/{name}.ko", stat.S_IFREG | 0o644, data) for name, data in found.items()]
-    load = "".join(f"insmod /m/{name}.ko\n" for name in VIRTIO if name in found)
+    nodes = qemu_modules(guest, VIRTIO)
+    load = "".join(f"insmod /{node.path}\n" for node in nodes)
     ramdisk = build_initramfs(
         guest.busybox,
         command=Command(["sh", "-c", load + script("/dev/vda", seconds)], "bench"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, cast
 
@@ -110,6 +110,20 @@ class FakeGrantBatch:
                 pins.states[index] = IS_PINNED
                 self._frames.append(frame)
                 pins.addresses[index] = buffer_address(frame)
+
+    def copy(self, parts: Sequence[tuple[int, int, int]], local: bytearray, to_guest: bool) -> bool:
+        frames = [self._dom0.frames.get(ref) for ref, _, _ in parts]
+        if None in frames or (to_guest and any(ref in self._dom0.read_only for ref, _, _ in parts)):
+            return False
+        at = 0
+        for frame, (_, offset, size) in zip(frames, parts, strict=True):
+            assert frame is not None
+            if to_guest:
+                frame[offset : offset + size] = local[at : at + size]
+            else:
+                local[at : at + size] = frame[offset : offset + size]
+            at += size
+        return True
 
     def unpin(self) -> None:
         self.pins.states[: self.pins.count] = bytes(self.pins.count)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -29,7 +30,7 @@ from xenolith.abi.grant_table import (
 )
 from xenolith.abi.hypercalls import GNTTABOP_copy, GNTTABOP_map_grant_ref, GNTTABOP_unmap_grant_ref
 from xenolith.abi.x86 import PAGE_SIZE
-from xenolith.hypervisor import audit, paging
+from xenolith.hypervisor import audit, events, paging
 from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.hypervisor.domain import Domain, Vcpu
 from xenolith.hypervisor.frames import TYPE_L1
@@ -505,3 +506,99 @@ def test_what_a_mapper_wrote_is_known_to_who_follows_the_granters_memory(machine
     assert unmap_grant(vcpu, va, handle) == GNTST_okay
     assert tracking.written()[mfn]
     tracking.close()
+
+
+@pytest.mark.parametrize("how", ["native", "python"])
+def test_a_batch_of_copies_moves_what_is_granted_and_nothing_where_one_is_not(
+    machine: BareMachine, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "python":
+        monkeypatch.setenv("XENOLITH_NATIVE", "off")
+    domain = machine.domain()
+    for number in range(4):
+        grant(domain, REF + number, 0, frame(domain, 3 + number), GTF_permit_access | GTF_readonly * (number == 3))
+    before = [domain.frames.describe(frame(domain, 3 + number)) for number in range(4)]
+    copies = machine.dom0.grant_batch(domain.domid)
+    data = bytearray(range(250)) * 20
+    assert copies.copy([(REF, 0, PAGE_SIZE), (REF + 1, 96, 904)], data, to_guest=True)
+    assert read(domain.vcpus[0], DATA + 3 * PAGE_SIZE, PAGE_SIZE) == data[:PAGE_SIZE]
+    assert read(domain.vcpus[0], DATA + 4 * PAGE_SIZE + 96, 904) == data[PAGE_SIZE:]
+    back = bytearray(5000)
+    assert copies.copy([(REF, 0, PAGE_SIZE), (REF + 1, 96, 904)], back, to_guest=False)
+    assert back == data
+    assert copies.copy([(REF + 3, 0, 10)], bytearray(10), to_guest=False)
+    for parts in ([(REF + 3, 0, 5000 - PAGE_SIZE)], [(REF + 2, 0, 10), (REF + 4, 0, 10)], [(1 << 20, 0, 10)]):
+        assert not copies.copy(parts, data, to_guest=True)
+    assert read(domain.vcpus[0], DATA + 5 * PAGE_SIZE, 10) == bytes(10)
+    with refused(GNTST_bad_copy_arg):
+        copies.copy([(REF, PAGE_SIZE - 1, 2)], data, to_guest=True)
+    assert [domain.frames.describe(frame(domain, 3 + number)) for number in range(4)] == before
+    assert not any(flags(domain, REF + number) & (GTF_reading | GTF_writing) for number in range(5))
+
+
+@pytest.mark.parametrize("how", ["native", "python"])
+def test_who_runs_translated_code_is_told_of_copies_to_it(
+    machine: BareMachine, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "python":
+        monkeypatch.setenv("XENOLITH_NATIVE", "off")
+    domain = machine.domain()
+    looked_at: list[int] = []
+    domain.executable_mapped = looked_at.append
+    code = (ctypes.c_uint8 * domain.frames.frames)()
+    domain.code_frames = ctypes.addressof(code)
+    mfns = [frame(domain, 3), frame(domain, 4)]
+    code[mfns[1]] = 1
+    for number, mfn in enumerate(mfns):
+        grant(domain, REF + number, 0, mfn)
+    copies = machine.dom0.grant_batch(domain.domid)
+    assert copies.copy([(REF, 0, 8), (REF + 1, 0, 8)], bytearray(16), to_guest=True)
+    events.drain(domain)
+    assert sorted(looked_at) == (mfns[1:] if how == "native" else mfns)
+
+
+def test_pins_of_native_code_are_those_of_python(machine: BareMachine) -> None:
+    """Random entries, pinned and unpinned in turns by either; the frame table and the entries are the same each time."""
+    chance = random.Random(5)
+    domains = [machine.domain(), machine.domain()]
+    batches = [[machine.dom0.grant_batch(domain.domid) for _ in range(3)] for domain in domains]
+    domains[1].lock.take_word = None
+    for batch in batches[1]:
+        batch.native_pin = batch.native_unpin = 0
+    for _ in range(300):
+        ref, page = REF + chance.randrange(6), chance.randrange(8)
+        kind = chance.choice((GTF_permit_access, GTF_permit_access, GTF_permit_access | GTF_readonly, 0, 2))
+        mfn_is_foreign = chance.random() < 0.1
+        if all(not domain.grants.in_use(ref) for domain in domains):
+            for domain in domains:
+                grant(domain, ref, 0, 5 if mfn_is_foreign else frame(domain, page), kind)
+        which = chance.randrange(3)
+        pairs = [(REF + chance.randrange(7), chance.random() < 0.5) for _ in range(chance.randrange(1, 6))]
+        states = []
+        for batch in (batches[0][which], batches[1][which]):
+            if batch.pins.count:
+                if not batch.native_unpin or function(batch.native_unpin)(batch.granter, ctypes.addressof(batch.pins)):
+                    batch.unpin()
+                batch.pins.begin = batch.pins.count = 0
+                continue
+            batch.pins.count = len(pairs)
+            for index, (ref, writable) in enumerate(pairs):
+                batch.pins.refs[index], batch.pins.writable[index] = ref, writable
+            if not batch.native_pin or function(batch.native_pin)(batch.granter, ctypes.addressof(batch.pins)):
+                batch.pin()
+            states.append(batch.pins.states[: len(pairs)])
+        assert not states or states[0] == states[1]
+        ours, theirs = (
+            [
+                (flags(domain, REF + n), domain.frames.describe(frame(domain, n)).partition("owner")[2][3:])
+                for n in range(8)
+            ]
+            for domain in domains
+        )
+        assert ours == theirs
+    for batch in (*batches[0], *batches[1]):
+        batch.unpin()
+
+
+def function(address: int) -> Callable[[int, int], int]:
+    return ctypes.PYFUNCTYPE(ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64)(address)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from ctypes import c_bool, c_uint8, c_uint32, c_uint64
+from ctypes import c_bool, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -76,6 +76,11 @@ NOT_PINNED: Final = 0
 IS_PINNED: Final = 1
 HAS_CODE: Final = 2  # not any more: the frame was written to, and an engine has translated code from it
 
+# What native code answers that was to copy.
+COPIED: Final = 0
+NOT_ALL_PINNED: Final = 1
+TO_UNPIN: Final = 2  # copied
+
 MAX_PINS: Final = 1024
 
 
@@ -93,6 +98,8 @@ class Pins(ctypes.Structure):
         ("states", c_uint8 * MAX_PINS),
         ("mfns", c_uint32 * MAX_PINS),
         ("addresses", c_uint64 * MAX_PINS),  # of the frames in this process
+        ("offsets", c_uint16 * MAX_PINS),  # to copy: which part of each
+        ("sizes", c_uint16 * MAX_PINS),
     )
 
 

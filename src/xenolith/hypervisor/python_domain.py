@@ -25,6 +25,7 @@ Locking: methods may be called by any thread that holds no domain's lock, except
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
@@ -34,8 +35,18 @@ from xenolith.abi.grant_table import GNTST_bad_copy_arg, GNTST_bad_domain, GNTST
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenolith.hypervisor import ring0
 from xenolith.hypervisor.events import Handler, binding_lock, post_code_written
-from xenolith.hypervisor.grants import IS_PINNED, MAX_PINS, NOT_PINNED, Mapping, Pins
+from xenolith.hypervisor.grants import (
+    COPIED,
+    IS_PINNED,
+    MAX_PINS,
+    NOT_ALL_PINNED,
+    NOT_PINNED,
+    TO_UNPIN,
+    Mapping,
+    Pins,
+)
 from xenolith.hypervisor.lifecycle import create_dom0
+from xenolith.machine.native import buffer_address
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -91,8 +102,10 @@ class GrantBatch:
 
     def __init__(self, mapper: Domain, granter: Domain) -> None:
         self.pins: Final = Pins()
+        self._pins_address: Final = ctypes.addressof(self.pins)
         self.granter: Final = ctypes.addressof(granter)
         self.native_pin, self.native_unpin = ring0.pin_addresses()
+        self._copier: Final = ring0.grant_copier()
         self._mapper: Final = mapper
         self._granter: Final = granter
 
@@ -107,6 +120,37 @@ class GrantBatch:
                         pins.states[index] = IS_PINNED
                         pins.mfns[index] = mfn
                         pins.addresses[index] = granter.memory.address + (mfn << PAGE_SHIFT)
+
+    def copy(self, parts: Sequence[tuple[int, int, int]], local: bytearray | memoryview, to_guest: bool) -> bool:
+        """Copy parts of frames (reference, offset, size) one after the other from or to `local`, which is as long.
+
+        False, with nothing copied, where one is not granted. Raises HypercallError where one is not inside a frame.
+        """
+        pins, address = self.pins, buffer_address(local)
+        pins.begin, pins.count = 0, len(parts)
+        for index, (ref, offset, size) in enumerate(parts):
+            _check_range(offset, size)
+            pins.refs[index], pins.offsets[index], pins.sizes[index] = ref, offset, size
+            pins.writable[index] = to_guest
+        copier = self._copier
+        answer = copier(self.granter, self._pins_address, address, to_guest) if copier is not None else NOT_ALL_PINNED
+        if answer == COPIED:
+            return True
+        granted = answer == TO_UNPIN
+        if not granted:
+            self.pin()
+            granted = all(pins.states[index] == IS_PINNED for index in range(len(parts)))
+            if granted:
+                self._move(parts, address, to_guest)
+        self.unpin()
+        return granted
+
+    def _move(self, parts: Sequence[tuple[int, int, int]], address: int, to_guest: bool) -> None:
+        for index, (_, offset, size) in enumerate(parts):
+            part = self.pins.addresses[index] + offset
+            target, source = (part, address) if to_guest else (address, part)
+            ctypes.memmove(target, source, size)
+            address += size
 
     def unpin(self) -> None:
         """Give all of them back; there are none any more."""

@@ -150,3 +150,21 @@ u32 unpin_grants(struct domain *d, struct pins *p)
         unlock(d);
     return left;
 }
+
+/* Copy the parts of frames that the pins name, one after the other, from or to `local`. */
+u32 copy_grants(struct domain *d, struct pins *p, u8 *local, bool to_guest)
+{
+    if (pin_grants(d, p))
+        return NOT_ALL_PINNED;
+    for (u32 i = 0; i < p->count; i++) {
+        u8 *part = (u8 *)p->addresses[i] + p->offsets[i];
+        if (to_guest)
+            __builtin_memcpy(part, local, p->sizes[i]);
+        else
+            __builtin_memcpy(local, part, p->sizes[i]);
+        local += p->sizes[i];
+    }
+    if (unpin_grants(d, p))
+        return TO_UNPIN;
+    return COPIED;
+}

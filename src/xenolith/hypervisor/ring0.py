@@ -134,7 +134,7 @@ def declarations() -> str:
                 grant_table,
                 "GTF_permit_access GTF_type_mask GTF_readonly GTF_reading GTF_writing GRANT_ENTRIES_PER_FRAME",
             ),
-            native.define(grants, "ATTEMPTS NOT_PINNED IS_PINNED HAS_CODE"),
+            native.define(grants, "ATTEMPTS NOT_PINNED IS_PINNED HAS_CODE COPIED NOT_ALL_PINNED TO_UNPIN"),
             native.declare("active", grants.Active),
             native.declare("pins", grants.Pins),
             "struct vcpu;\n",
@@ -179,6 +179,16 @@ def pin_addresses() -> tuple[int, int]:
     They answer how many of the pins have still to be looked at, and are called without the domain's lock.
     """
     return _address("pin_grants"), _address("unpin_grants")
+
+
+def grant_copier() -> Callable[[int, int, int, bool], int] | None:
+    """`copy_grants(struct domain *, struct pins *, local address, to the guest)`, which runs without Python's lock.
+
+    It answers COPIED, NOT_ALL_PINNED or TO_UNPIN. None without native code.
+    """
+    address = _address("copy_grants")
+    kind = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_bool)
+    return kind(address) if address else None
 
 
 def timer_address() -> int:

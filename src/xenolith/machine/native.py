@@ -48,6 +48,7 @@ _TYPES: Final = {
     ctypes.c_uint8: "u8",
     ctypes.c_uint16: "u16",
     ctypes.c_int16: "int16_t",
+    ctypes.c_uint16: "u16",
     ctypes.c_uint32: "u32",
     ctypes.c_int32: "int32_t",
     ctypes.c_uint64: "u64",

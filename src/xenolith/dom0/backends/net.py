@@ -119,6 +119,7 @@ class _Connection:
                 self._tx: Final = _Ring(self._dom0, self._domid, tx_ref, netif.TX_ENTRY_SIZE, undo)
                 self._rx: Final = _Ring(self._dom0, self._domid, rx_ref, netif.RX_ENTRY_SIZE, undo)
                 bound = [self._bind(port, undo) for port in ports]
+                self._grants: Final = self._dom0.grant_batch(self._domid)
             except HypercallError as error:
                 raise FrontendError(f"its rings cannot be reached: {error}") from error
             self._tx.port, self._rx.port = bound[0], bound[-1]
@@ -228,15 +229,8 @@ class _Connection:
 
     def _copy(self, slots: list[tuple[int, int, int]]) -> bytearray | None:
         """The packet's bytes; None where some were not granted."""
-        dom0, domid = self._dom0, self._domid
-        data = bytearray()
-        try:
-            for ref, at, part in slots:
-                with dom0.map_grant(domid, ref, writable=False) as grant:
-                    data += grant.view[at : at + part]
-        except HypercallError:
-            return None
-        return data
+        data = bytearray(sum(part for _, _, part in slots))
+        return data if self._grants.copy(slots, data, to_guest=False) else None
 
     def _respond(self, numbers: list[int], extras: int, status: int) -> None:
         put, pack = self._tx.responses.put, netif.TX_RESPONSE.pack
@@ -285,8 +279,7 @@ class _Connection:
 
     def _give(self, frame: Frame) -> None:
         """Copy a frame into as many slots as it takes, which are there."""
-        data = memoryview(frame.data)
-        size = len(data)
+        size = len(frame.data)
         flags = netif.NETRXF_data_validated | netif.NETRXF_csum_blank if frame.csum_blank else 0
         take = self._rx_waiting.popleft
         requests = [netif.RX_REQUEST.unpack(take())]
@@ -294,12 +287,9 @@ class _Connection:
         requests += [netif.RX_REQUEST.unpack(take()) for _ in range(PAGE_SIZE, size, PAGE_SIZE)]
         put, pack = self._rx.responses.put, netif.RX_RESPONSE.pack
         statistics = self._vif.statistics
-        try:
-            for index, (_, ref) in enumerate(requests):
-                part = data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-                with self._dom0.map_grant(self._domid, ref) as grant:
-                    grant.view[: len(part)] = part
-        except HypercallError:
+        starts = range(0, size, PAGE_SIZE)
+        parts = [(ref, 0, min(PAGE_SIZE, size - start)) for (_, ref), start in zip(requests, starts, strict=True)]
+        if not self._grants.copy(parts, frame.data, to_guest=True):
             statistics.rx_dropped += 1
             if extra is not None:
                 requests.insert(1, netif.RX_REQUEST.unpack(extra))
