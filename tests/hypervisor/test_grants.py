@@ -558,7 +558,7 @@ def test_who_runs_translated_code_is_told_of_copies_to_it(
 
 
 def test_pins_of_native_code_are_those_of_python(machine: BareMachine) -> None:
-    """Random entries, pinned and unpinned in turns by either; the frame table and the entries are the same each time."""
+    """Random entries, pinned and unpinned by either; the frame table and the entries are the same each time."""
     chance = random.Random(5)
     domains = [machine.domain(), machine.domain()]
     batches = [[machine.dom0.grant_batch(domain.domid) for _ in range(3)] for domain in domains]
@@ -590,7 +590,7 @@ def test_pins_of_native_code_are_those_of_python(machine: BareMachine) -> None:
         assert not states or states[0] == states[1]
         ours, theirs = (
             [
-                (flags(domain, REF + n), domain.frames.describe(frame(domain, n)).partition("owner")[2][3:])
+                (flags(domain, REF + n), domain.frames.describe(frame(domain, n)).partition(" count")[2])
                 for n in range(8)
             ]
             for domain in domains
