@@ -25,7 +25,7 @@ import click
 
 from xenolith.cli.progress import tell_of_downloads
 from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
-from xenolith.toolstack import run_disks, run_network, run_root
+from xenolith.toolstack import run_disks, run_network, run_root, run_volumes
 from xenolith.toolstack.errors import RunError, UsageError
 from xenolith.toolstack.foreground import (
     Completed,
@@ -116,6 +116,7 @@ class CannotRun(click.ClickException):
 )
 @click.option("--root", default="", metavar="DIR|TAR|IMAGE", help=run_root.HELP)
 @click.option("--disk", "disks", multiple=True, metavar="FILE[,ro|cow]", help=run_disks.HELP)
+@click.option("--volume", "volumes", multiple=True, metavar="HOST:GUEST[:ro]", help=run_volumes.HELP)
 @click.option("--net", is_flag=False, flag_value="", metavar="[RULES]", help=run_network.NET_HELP)
 @click.option("--publish", multiple=True, metavar="[ADDRESS:]HOST:GUEST[/udp]", help=run_network.PUBLISH_HELP)
 @click.option(
@@ -155,6 +156,7 @@ def run(
     modules: Sequence[str],
     root: str,
     disks: Sequence[str],
+    volumes: Sequence[str],
     net: str | None,
     publish: Sequence[str],
     environment: Sequence[str],
@@ -185,6 +187,7 @@ def run(
         modules=modules,
         root=root,
         disks=disks,
+        volumes=volumes,
         net=net,
         publish=publish,
         environment=_terminal_type(on_terminal) | dict(map(_variable, environment)),

@@ -245,12 +245,12 @@ while read -r source target kind options _; do
     source=$(printf %b "$source") target=${root:+/newroot}$(printf %b "$target")
     await "$source"
     mkdir -p "$target"
-    for tenth in $(seq 50); do  # a share is there a moment after its driver
+    for tenth in $(seq 30); do  # a share is there a moment after its driver
         mount -t "$kind" -o "$options" "$source" "$target" && continue 2
         [ "$kind" = 9p ] || break
         sleep 0.1
     done 2>/run/mount-said
-    fail "$source cannot be mounted on $target: $(cat /run/mount-said)"
+    fail "$source cannot be mounted on $target: $(tail -n 1 /run/mount-said)"
 done </etc/fstab.disks
 if [ -e /sys/bus/xen/devices/console-1 ]; then /etc/agent /dev/hvc1 ${root:+/newroot} & fi
 shell='sh -l'

@@ -25,6 +25,7 @@ from xenolith.dom0 import domain_tree
 from xenolith.dom0.backends.block import BlockBackend, VbdSpec
 from xenolith.dom0.backends.block_native import BlockStatistics
 from xenolith.dom0.backends.net import NetBackend, VifSpec
+from xenolith.dom0.backends.p9 import P9Backend
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.channel import Channel, describe
 from xenolith.dom0.console import Console
@@ -39,6 +40,7 @@ from xenolith.dom0.migration.services import ServicesRecord, put
 from xenolith.dom0.network.link import UplinkError
 from xenolith.dom0.network.network import Network, chosen_uplink
 from xenolith.dom0.network.port import PortStatistics
+from xenolith.dom0.shares import ShareError, ShareSpec
 from xenolith.dom0.xenbus import UNPLUG_SECONDS, Device, DeviceGone, Xenbus
 from xenolith.dom0.xenstore import HostRequests, XenstoreService
 from xenolith.dom0.xenstore.connection import ConnectionState
@@ -52,6 +54,9 @@ KIB_PER_PAGE: Final = 4
 AGENT_CHANNEL: Final = 1  # the number of the console over which a guest's agent speaks
 AGENT_NAME: Final = "xenolith.agent"
 NS_PER_SECOND: Final = 1_000_000_000
+
+
+AnyDevice = Device[BlockBackend] | Device[NetBackend] | Device[P9Backend]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,7 @@ class DomainSpec:
     max_vcpus: int | None = None
     disks: tuple[VbdSpec, ...] = ()
     nets: tuple[VifSpec, ...] = ()
+    shares: tuple[ShareSpec, ...] = ()
     limits: Limits = USUAL
     scheduling: Mapping[str, int] = field(default_factory=dict)  # what is other than usual, see sched.policy
     cpupool: str = ""  # empty: the first one
@@ -92,6 +98,7 @@ class GuestDomain:
         disks: dict[int, Device[BlockBackend]],
         nets: dict[int, Device[NetBackend]],
         channel: Channel | None,
+        shares: dict[int, Device[P9Backend]],
         undo: ExitStack,
     ) -> None:
         image = spec.image and spec.image.without_contents()
@@ -102,6 +109,7 @@ class GuestDomain:
         self.disks = disks  # by virtual device number
         self.nets = nets  # by handle
         self.channel = channel  # None: it came from where there was none
+        self.shares = shares
         self.undo = undo  # takes the domain apart, in the reverse order of its making
         self.started = False  # it was let run
         self._ended = threading.Condition()
@@ -116,9 +124,9 @@ class GuestDomain:
         return PortStatistics.total(device.backend.vif.statistics for device in self.nets.values())
 
     @property
-    def devices(self) -> list[Device[BlockBackend] | Device[NetBackend]]:
+    def devices(self) -> list[AnyDevice]:
         """All its split devices."""
-        return [*self.disks.values(), *self.nets.values()]
+        return [*self.disks.values(), *self.nets.values(), *self.shares.values()]
 
     @property
     def end(self) -> DomainInfo | None:
@@ -192,7 +200,11 @@ class Dom0:
             undo.callback(_stop_all, nets)
             for vif in spec.nets:
                 nets[vif.number] = self._plug_net(domid, spec.name, vif)
-            domain = GuestDomain(spec, built, console, disks, nets, channel, undo.pop_all())
+            shares: dict[int, Device[P9Backend]] = {}
+            undo.callback(_stop_all, shares)
+            for share in spec.shares:
+                shares[share.number] = self._plug_share(domid, share)
+            domain = GuestDomain(spec, built, console, disks, nets, channel, shares, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -236,7 +248,7 @@ class Dom0:
             undo.callback(_stop_all, nets)
             for vif in spec.nets:
                 nets[vif.number] = self._plug_net(domid, spec.name, vif, adopt=True)
-            domain = GuestDomain(spec, built, console, disks, nets, channel, undo.pop_all())
+            domain = GuestDomain(spec, built, console, disks, nets, channel, {}, undo.pop_all())
         with self._lock:
             self.domains[domid] = domain
         return domain
@@ -429,6 +441,17 @@ class Dom0:
         del domain.nets[number]
         return True
 
+    def _plug_share(self, domid: int, share: ShareSpec) -> Device[P9Backend]:
+        try:
+            backend = P9Backend(self.domain, domid, share)
+            try:
+                return self.xenbus.plug(domid, share.number, backend, *backend.nodes())
+            except ValueError:
+                backend.close()
+                raise
+        except (ShareError, ValueError) as error:
+            raise DomainCreateError(str(error)) from error
+
     def start(self, domain: GuestDomain) -> None:
         """Let a domain run: one that was created, or paused, or came from elsewhere."""
         domain.started = True
@@ -491,7 +514,7 @@ class Dom0:
                 hook(domain)
 
 
-def _stop_all(devices: Mapping[int, Device[BlockBackend] | Device[NetBackend]]) -> None:
+def _stop_all(devices: Mapping[int, AnyDevice]) -> None:
     for device in devices.values():
         device.stop_soon()
     for device in devices.values():

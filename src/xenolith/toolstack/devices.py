@@ -8,10 +8,12 @@ from typing import Final
 from xenolith.dom0.backends.block import BlockBackend, VbdSpec
 from xenolith.dom0.disks import SECTOR, DiskError, DiskFormat, DiskSource
 from xenolith.dom0.services import Dom0, GuestDomain
+from xenolith.dom0.shares import ShareSpec
 from xenolith.dom0.xenbus import Device
 from xenolith.hypervisor.control import DomainCreateError
 from xenolith.toolstack.client import DiskInfo, InvalidRequest, NotSupported, ToolstackError
 from xenolith.toolstack.config import disk as config
+from xenolith.toolstack.config.devices import P9Share
 from xenolith.toolstack.config.disk import Disk, DiskSpecification, virtual_device
 from xenolith.toolstack.config.domain import DomainConfig
 
@@ -49,6 +51,17 @@ def virtual_block_device(disk: Disk) -> VbdSpec:
         discard=disk.discard is not False,
     )
     return VbdSpec(number=_number(name), name=name, source=source, cdrom=disk.is_cdrom)
+
+
+def shared_folder(share: P9Share, number: int) -> ShareSpec:
+    """The folder that a line of p9= describes. Raises NotSupported and InvalidRequest."""
+    if share.backend_domain not in (None, "", "0", "Domain-0"):
+        raise NotSupported(f"{share.tag}: a folder of the domain {share.backend_domain} (backend=); it is dom0's here.")
+    if share.security_model != "none":
+        raise NotSupported(f"{share.tag}: security_model={share.security_model}; there is none, as with xl.")
+    if not share.tag or not share.tag.isprintable():
+        raise InvalidRequest(f"{share.tag!r} is no tag of a shared folder.")
+    return ShareSpec(number=number, tag=share.tag, path=Path(share.path))
 
 
 def _number(vdev: str) -> int:

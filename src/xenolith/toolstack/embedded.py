@@ -1041,7 +1041,6 @@ class _Attachment:
 def _check_supported(config: DomainConfig) -> None:
     """Raises NotSupported where a domain would be given what there is not."""
     lacking = config.unsupported()
-    lacking += [key for key, given in {"p9": config.p9_shares}.items() if given]
     if config.bootloader:
         lacking.append("bootloader")
     if lacking:
@@ -1086,6 +1085,7 @@ def _described(config: DomainConfig) -> DomainSpec:
         max_vcpus=config.vcpus_ceiling,
         disks=tuple(devices.virtual_block_device(disk) for disk in config.disks),
         nets=tuple(networks.virtual_interface(nic) for nic in config.nics),
+        shares=tuple(devices.shared_folder(share, number) for number, share in enumerate(config.p9_shares)),
         limits=_limits(config),
         uuid=config.uuid,
     )

@@ -47,6 +47,7 @@ from xenolith.toolstack.errors import RunError, ToolstackError, UsageError
 from xenolith.toolstack.run_disks import DISK_MODULES, parse_disks
 from xenolith.toolstack.run_network import NET_MODULES, parse_network
 from xenolith.toolstack.run_root import find_root
+from xenolith.toolstack.run_volumes import VOLUME_MODULES, parse_volumes
 
 END_OF_FILE: Final = b"\x04"  # what a terminal sends for the end of its input
 INPUT_BYTES: Final = 64 << 10  # of a command's input at once
@@ -74,6 +75,7 @@ class RunSpec:
 
     `kernel` is a file built for Xen PV or one of Debian's (see `debian.packages.obtain`). `files` are HOST[:GUEST],
     `disks` FILE[,ro|cow][,FORMAT]; `net` are the rules of its network ("": none), None: it has none.
+    `volumes` are folders of the host, HOST:GUEST[:ro].
     `root` is what the guest's root file system is made of (see `run_root`), copy-on-write; empty: our initramfs.
     `directory` is where the command starts: if not given, /root, or in a root what that says.
     `size` is that of the terminal, in rows and columns, where a person sees what the guest prints; with `terminal` the
@@ -91,6 +93,7 @@ class RunSpec:
     modules: Sequence[str] = ()
     root: str = ""
     disks: Sequence[str] = ()
+    volumes: Sequence[str] = ()
     net: str | None = None
     publish: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -131,6 +134,7 @@ def run(
     modules: Sequence[str] = (),
     root: str | Path | None = None,
     disks: Sequence[str] = (),
+    volumes: Sequence[str] = (),
     net: str | None = None,
     publish: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
@@ -154,6 +158,7 @@ def run(
         modules=modules,
         root="" if root is None else str(root),
         disks=disks,
+        volumes=volumes,
         net=net,
         publish=publish,
         environment=environment or {},
@@ -301,9 +306,9 @@ def _domain_spec(spec: RunSpec, root: DiskSource | None, nonce: str) -> DomainSp
     image = _image(spec.kernel)
     cmdline = spec.cmdline
     if spec.ramdisk is not None or image.guest_os.lower() != "linux":
-        if spec.command or spec.files or spec.modules or root:
+        if spec.command or spec.files or spec.modules or spec.volumes or root:
             raise UsageError(
-                "a command, a root, files and modules "
+                "a command, a root, files, volumes and modules "
                 + (
                     "need our initramfs, which a ramdisk of your own replaces"
                     if spec.ramdisk is not None
@@ -327,6 +332,7 @@ def _domain_spec(spec: RunSpec, root: DiskSource | None, nonce: str) -> DomainSp
         vcpus=spec.vcpus,
         disks=parse_disks(spec.disks, root),
         nets=parse_network(spec.net, spec.publish),
+        shares=parse_volumes(spec.volumes)[0],
     )
 
 
@@ -340,6 +346,7 @@ def _initramfs(spec: RunSpec, nonce: str) -> bytes:
         *spec.modules,
         *(DISK_MODULES if (spec.disks or spec.root) and not own_kernel else ()),
         *(NET_MODULES if networked and not own_kernel else ()),
+        *(VOLUME_MODULES if spec.volumes and not own_kernel else ()),
     ]
     command = None
     if spec.command:
@@ -352,6 +359,7 @@ def _initramfs(spec: RunSpec, nonce: str) -> bytes:
         size=spec.size,
         files=[HostFile.parse(argument) for argument in spec.files],
         modules=kernel_modules(guest, modules) if modules else (),
+        mounts=parse_volumes(spec.volumes)[1],
     )
 
 

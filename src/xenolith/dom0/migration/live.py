@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.changes import Changes
-from xenolith.dom0.migration.save import held, write_pages
+from xenolith.dom0.migration.save import check_free, held, write_pages
 from xenolith.dom0.migration.stream import Writer
 from xenolith.hypervisor.control import DomainCreateError, NotTracked
 
@@ -88,6 +88,7 @@ def send(
     `on_ready` is called when the other side has it, before it may run there; `hang_up` lets the other side see the end.
     Raises Refused, RecordError and OSError, after which it goes on here as if nothing had been, and Undetermined.
     """
+    check_free(domain)
     control, domid = dom0.control, domain.domid
     writer, figures = Writer(out), Figures()
     info = control.info(domid)

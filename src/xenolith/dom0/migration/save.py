@@ -17,6 +17,7 @@ from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.services import ServicesRecord, gather
 from xenolith.dom0.migration.stream import MOST_PAGES, Writer
+from xenolith.hypervisor.domain_record import RecordError
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
@@ -34,6 +35,7 @@ def held(dom0: Dom0, domain: GuestDomain) -> Iterator[ServicesRecord]:
     """A domain that is paused and left alone by its back-ends; what they know of it. It stays paused afterwards."""
     domid, spec, built = domain.domid, domain.spec, domain.built
     dom0.control.pause(domid)
+    check_free(domain)
     with ExitStack() as going_on:
         for device in domain.devices:
             going_on.callback(device.hold())
@@ -53,6 +55,12 @@ def held(dom0: Dom0, domain: GuestDomain) -> Iterator[ServicesRecord]:
             connection=connection,
             nodes=gather(dom0.xenstore, domid, spec.uuid),
         )
+
+
+def check_free(domain: GuestDomain) -> None:
+    """Raises RecordError for a domain that cannot leave its process or be copied."""
+    if domain.shares:
+        raise RecordError("it has a shared folder, whose open files exist in this process alone")
 
 
 def save(dom0: Dom0, domain: GuestDomain, writer: Writer, description: Plain, on_pages: OnPages) -> None:
