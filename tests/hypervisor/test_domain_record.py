@@ -119,6 +119,22 @@ def test_the_words_and_queues_of_the_fifo_abi_travel(machine: BareMachine) -> No
     assert words[3] & 0x1FFFF == third  # it follows in the queue that came along
 
 
+def test_a_grant_table_of_version_2_travels_with_what_dom0_may_use(machine: BareMachine) -> None:
+    domain = domain_that_ran(machine)
+    with domain.lock:
+        domain.grants.permit_access(1, 0, 77)
+        assert domain.grants.set_version(2) == 0
+        domain.grants.permit_access(200, 3, 78)
+    plain, frames, memory = taken(machine, domain)
+    other = put_back(machine, domain, plain, frames, memory)
+    assert audit.check(machine.hypervisor) == []
+    assert (other.grants.version, other.grants.status_frames) == (2, domain.grants.status_frames)
+    words = other.memory.q
+    assert words[other.grants.entry_address(1) >> 3] & 3 == 1
+    assert words[other.grants.entry_address(1) + 8 >> 3] == 77
+    assert words[other.grants.entry_address(200) >> 3] == 0
+
+
 def test_its_time_goes_on_from_where_it_stood(machine: BareMachine) -> None:
     domain = machine.domain(2)  # one that has not begun: an idle machine's virtual clock jumps from timer to timer
     domain.vcpus[1].regs[:] = domain.vcpus[0].regs
@@ -163,6 +179,8 @@ def _fifo(**values: Any) -> Change:
 
 
 WRONG: dict[str, Change] = {
+    "a version of grant tables that there is not": lambda plain: plain.__setitem__("grant_version", 0),
+    "a grant table without its marks": lambda plain: plain.__setitem__("grant_version", 2),
     "a control block where none can be": _fifo(),
     "no control block": _fifo(controls=[None, None]),
     "event words where none can be": _fifo(pages=[1 << 40]),

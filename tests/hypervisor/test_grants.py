@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from xenolith.abi import grant_table as abi
 from xenolith.abi.grant_table import (
+    GNTMAP_device_map,
     GNTMAP_host_map,
     GNTMAP_readonly,
     GNTST_bad_copy_arg,
@@ -26,6 +27,8 @@ from xenolith.abi.grant_table import (
     GTF_permit_access,
     GTF_reading,
     GTF_readonly,
+    GTF_sub_page,
+    GTF_transitive,
     GTF_writing,
 )
 from xenolith.abi.hypercalls import GNTTABOP_copy, GNTTABOP_map_grant_ref, GNTTABOP_unmap_grant_ref
@@ -63,9 +66,9 @@ def frame(domain: Domain, page: int) -> int:
 def grant(domain: Domain, ref: int, domid: int, mfn: int, flags: int = GTF_permit_access) -> None:
     """What a guest stores in its table."""
     domain.grants.grow(1)
-    address = domain.grants.entry_address(ref)
-    domain.memory.d[address >> 2] = flags | domid << 16
-    domain.memory.d[address + 4 >> 2] = mfn
+    address, words = domain.grants.entry_address(ref), domain.memory.d
+    words[address + (4 if domain.grants.version == 1 else 8) >> 2] = mfn
+    words[address >> 2] = flags | domid << 16
 
 
 @contextmanager
@@ -313,9 +316,48 @@ def test_a_guest_copies_between_its_own_page_and_a_grant(machine: BareMachine) -
     assert flags(granter, REF) == GTF_permit_access | GTF_readonly
 
 
+def pass_on(domain: Domain, ref: int, domid: int, granter: int, theirs: int) -> None:
+    """An entry of version 2 that lets `domid` copy what reference `theirs` of another domain grants this one."""
+    address, words = domain.grants.entry_address(ref), domain.memory.d
+    words[address + 4 >> 2], words[address + 8 >> 2] = granter, theirs
+    words[address >> 2] = GTF_transitive | domid << 16
+
+
+def test_a_grant_is_passed_on_for_copies(machine: BareMachine) -> None:
+    granter, middle, copier = (machine.domain() for _ in range(3))
+    vcpu = copier.vcpus[0]
+    middle.grants.grow(1)
+    assert middle.grants.set_version(2) == 0
+    grant(granter, REF, middle.domid, frame(granter, 3))
+    pass_on(middle, REF + 1, copier.domid, granter.domid, REF)
+
+    def copied(source: int, source_domid: int, dest: int, dest_domid: int, flags: int) -> int:
+        write(vcpu, DATA, abi.COPY.pack(source, source_domid, 10, dest, dest_domid, 10, 6, flags, 99))
+        assert do_grant_table_op(vcpu, GNTTABOP_copy, DATA, 1) == 0
+        return int(abi.COPY.unpack(read(vcpu, DATA, abi.COPY.size))[-1])
+
+    here = DATA + 2 * PAGE_SIZE + 10
+    write(granter.vcpus[0], DATA + 3 * PAGE_SIZE + 10, b"packet")
+    assert copied(REF + 1, middle.domid, frame(copier, 2), copier.domid, 1) == GNTST_okay
+    assert read(vcpu, here, 6) == b"packet"
+    write(vcpu, here, b"answer")
+    assert copied(frame(copier, 2), copier.domid, REF + 1, middle.domid, 2) == GNTST_okay
+    assert read(granter.vcpus[0], DATA + 3 * PAGE_SIZE + 10, 6) == b"answer"
+    assert flags(granter, REF) == GTF_permit_access, "nobody uses it any more"
+    assert not middle.grants.in_use(REF + 1)
+    pass_on(middle, REF + 2, copier.domid, middle.domid, REF + 1)
+    assert copied(REF + 2, middle.domid, frame(copier, 2), copier.domid, 1) == GNTST_general_error
+    grant(granter, REF, middle.domid, frame(granter, 3), GTF_permit_access | GTF_readonly)
+    assert copied(frame(copier, 2), copier.domid, REF + 1, middle.domid, 2) == GNTST_general_error
+    grant(granter, REF, 0, frame(granter, 3))
+    assert copied(REF + 1, middle.domid, frame(copier, 2), copier.domid, 1) == GNTST_general_error
+    machine.control.destroy(granter.domid)
+    assert copied(REF + 1, middle.domid, frame(copier, 2), copier.domid, 1) == GNTST_general_error
+
+
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(("grant", "map", "unmap", "dom0 map", "dom0 unmap", "copy")),
+        st.sampled_from(("grant", "pass on", "version", "map", "unmap", "dom0 map", "dom0 unmap", "copy")),
         st.integers(0, 1),  # who
         st.integers(0, 3),  # reference or handle
         st.integers(0, 5),  # page
@@ -340,10 +382,17 @@ def test_no_sequence_of_grants_and_mappings_breaks_the_frame_table(
         va = DATA + (100 + number) * PAGE_SIZE
         if what == "grant":
             to = 0 if page < 2 else other.domid
-            grant(domain, ref, to, frame(domain, page), GTF_permit_access | GTF_readonly * readonly)
+            part = page == 3 and domain.grants.version == 2
+            kind = GTF_permit_access | GTF_readonly * readonly | GTF_sub_page * part
+            grant(domain, ref, to, frame(domain, page), kind)
+        elif what == "pass on" and domain.grants.version == 2:
+            pass_on(domain, ref, other.domid, (0, other.domid, domain.domid)[page % 3], page)
+        elif what == "version":
+            domain.grants.set_version(1 + readonly)
         elif what == "map":
             other.grants.grow(1)
-            status, handle = map_grant(vcpu, va, ref, other.domid, GNTMAP_host_map | GNTMAP_readonly * readonly)
+            kind = GNTMAP_host_map | GNTMAP_readonly * readonly | GNTMAP_device_map * (page < 3)
+            status, handle = map_grant(vcpu, va, ref, other.domid, kind)
             if status == GNTST_okay:
                 mapped[who].append((va, handle))
         elif what == "unmap" and mapped[who]:

@@ -3,16 +3,23 @@
 from struct import Struct
 from typing import Final
 
-# --- version 1 entries: u16 flags, u16 domid, u32 frame ----------------------------------------------
-GRANT_ENTRY_SIZE: Final = 8
-GRANT_ENTRIES_PER_FRAME: Final = 512
+# --- entries -----------------------------------------------------------------------------------------
+# Version 1: u16 flags, u16 domid, u32 frame.  Version 2, whose marks are in a word of its own (grant_status_t):
+# u16 flags, u16 domid, and u32, u64 frame, or u16 offset, u16 length, u64 frame (GTF_sub_page),
+# or u16 domid, u16, u32 reference (GTF_transitive).
+GRANT_ENTRY_SIZES: Final = {1: 8, 2: 16}
+GRANT_ENTRIES_PER_FRAME: Final = 512  # of version 1
+GRANT_STATUS_PER_FRAME: Final = 2048
+GNTTAB_NR_RESERVED_ENTRIES: Final = 8
 GTF_invalid: Final = 0
 GTF_permit_access: Final = 1
 GTF_accept_transfer: Final = 2
+GTF_transitive: Final = 3
 GTF_type_mask: Final = 3
 GTF_readonly: Final = 1 << 2
 GTF_reading: Final = 1 << 3
 GTF_writing: Final = 1 << 4
+GTF_sub_page: Final = 1 << 8
 
 GNTTAB_RESERVED_CONSOLE: Final = 0  # what a domain's builder grants to dom0
 GNTTAB_RESERVED_XENSTORE: Final = 1

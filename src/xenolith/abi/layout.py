@@ -89,6 +89,7 @@ TRAP_INFO: Final = Struct("<BBHIQ")  # vector, flags, cs, pad, address
 TRAP_INFO_DPL: Final = 3  # flags: DPL in bits 0-1
 TRAP_INFO_MASK_EVENTS: Final = 4
 VCPU_RUNSTATE_INFO: Final = Struct("<iIQ4Q")  # state, pad, state_entry_time (ns), time[4] (ns)
+ADD_TO_PHYSMAP_SIZE: Final = 24
 MEMORY_RESERVATION: Final = Struct("<QQIIHHI")  # extent_start, nr_extents, extent_order, mem_flags, domid, pad, pad
 IRET_FRAME_FIELDS: Final = ("rax", "r11", "rcx", "flags", "rip", "cs", "rflags", "rsp", "ss")
 IRET_FRAME: Final = Struct(f"<{len(IRET_FRAME_FIELDS)}Q")

@@ -327,7 +327,7 @@ class DomainFields(ctypes.Structure):
     bells: int  # address of EventChannels.bells
     bell_count: int
     dying: bool
-    grant_entries: int  # of its grant table
+    grant_entries: int  # of its grant table, if that is of version 1
     grant_frames: int  # address of the MFNs of the table's frames
     active_grants: int  # address of a grants.Active for each possible entry
     code_frames: int  # see Engine.code_frames
@@ -461,7 +461,7 @@ class Domain(DomainFields):
 
     def shared_frames(self) -> list[int]:
         """Frames of Xen's that are shared with the domain, besides shared_info: its grant table."""
-        return self.grants.frames
+        return self.grants.frames + self.grants.status_frames
 
     def granted_frames(self) -> frozenset[int]:
         """Frames of other domains that it has mapped by grant."""

@@ -27,7 +27,7 @@ import numpy as np
 
 from xenolith.abi import layout
 from xenolith.abi.event_fifo import EVENT_ARRAY_PAGES, EVTCHN_FIFO_MAX_QUEUES
-from xenolith.abi.grant_table import GTF_reading, GTF_writing
+from xenolith.abi.grant_table import GRANT_ENTRY_SIZES, GTF_reading, GTF_transitive, GTF_type_mask, GTF_writing
 from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_SELF, NR_VIRQS
 from xenolith.abi.layout import VCPU_INFO_SIZE
 from xenolith.abi.x86 import (
@@ -62,7 +62,7 @@ from xenolith.hypervisor.frames import (
     TYPE_WRITABLE,
     VALIDATED,
 )
-from xenolith.hypervisor.grants import GrantTable
+from xenolith.hypervisor.grants import GrantTable, status_frames
 from xenolith.hypervisor.guest_memory import address_ok
 from xenolith.hypervisor.hypercalls import misc
 from xenolith.hypervisor.hypercalls.memory_op import remove_pages
@@ -414,7 +414,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "dying": HOST,
         "bells": HOST,
         "bell_count": HOST,
-        "grant_entries": BY_HAND,
+        "grant_entries": REBUILT,
         "grant_frames": HOST,
         "active_grants": HOST,
         "code_frames": HOST,
@@ -477,8 +477,13 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "domain": HOST,
         "max_frames": HOST,
         "max_mappings": HOST,
+        "version": BY_HAND,
+        "status_frames": BY_HAND,
         "_frames": BY_HAND,
+        "_length": BY_HAND,
         "_pins": REBUILT,
+        "_parts": REBUILT,
+        "_through": REBUILT,
         "_active": REBUILT,  # nobody has pinned an entry yet
         "_mappings": REBUILT,  # it has none, or does not travel
         "_free_handles": REBUILT,
@@ -586,7 +591,9 @@ def state(domain: Domain) -> dict[str, Plain]:
         "watchdogs": watchdogs,
         "ports": _ports_state(domain.events),
         "fifo": event_fifo.state(domain),
+        "grant_version": domain.grants.version,
         "grant_frames": list(domain.grants.frames),
+        "status_frames": list(domain.grants.status_frames),
         "vcpus": [_vcpu_state(vcpu) | {"timers": times} for vcpu, times in zip(domain.vcpus, timers, strict=True)],
     }
 
@@ -730,7 +737,7 @@ def frame_record(domain: Domain) -> FrameRecord:
     mfns = np.flatnonzero(frames.owners == domain.domid).astype(np.uint64)
     infos = frames.type_infos[mfns]
     pinned = (infos & _U64(PINNED)) != 0
-    shared = np.array([domain.shared_info_mfn, *domain.grants.frames], dtype=np.uint64)
+    shared = np.array([domain.shared_info_mfn, *domain.shared_frames()], dtype=np.uint64)
     given_up = mfns[(frames.count_infos[mfns] & _U64(ALLOCATED)) == 0]
     return FrameRecord(
         mfns=mfns,
@@ -827,7 +834,11 @@ def _take_frames(domain: Domain, record: Record, frames: FrameRecord, types: Fra
     mfns = frames.mfns
     shared_info = record.get("shared_info", U64)
     grants = record.get("grant_frames", Listing(U64, domain.grants.max_frames))
-    shared = [shared_info, *grants]
+    version = record.get("grant_version", Number(3)) if record.has("grant_version") else 1
+    status = record.get("status_frames", Listing(U64, status_frames(len(grants)))) if version == 2 else []
+    if version not in GRANT_ENTRY_SIZES or (version == 2 and len(status) != status_frames(len(grants))):
+        raise RecordError("its grant table cannot be one")
+    shared = [shared_info, *grants, *status]
     if len(set(shared)) != len(shared) or not np.isin(np.array(shared, dtype=np.uint64), mfns).all():
         raise RecordError("the frames that it shares with Xen are not among its frames")
     if len(mfns) - len(shared) > domain.max_pages:
@@ -840,6 +851,7 @@ def _take_frames(domain: Domain, record: Record, frames: FrameRecord, types: Fra
     if types is not None:
         _copy_types(domain, frames, types, shared)
     domain.total_pages = len(mfns) - len(shared)
+    domain.grants.version, domain.grants.status_frames = version, status
     domain.shared_info_mfn, domain.grants.frames = shared_info, grants
     domain.shared_info = shared_info * PAGE_SIZE
     for vcpu in domain.vcpus:
@@ -863,10 +875,17 @@ def _copy_types(domain: Domain, frames: FrameRecord, types: FrameTypes, shared: 
 
 def _withdraw_grants(domain: Domain) -> None:
     """No entry is in use yet, and those for other domains than dom0 are for nobody."""
+    words = GRANT_ENTRY_SIZES[domain.grants.version] // 8
     for mfn in domain.grants.frames:
-        entries = domain.memory.table(mfn)
-        entries[(entries >> _U64(16) & _U64(0xFFFF)) != 0] = 0
-        entries &= _U64(~(GTF_reading | GTF_writing) & (1 << 64) - 1)
+        entries = domain.memory.table(mfn).reshape(-1, words)
+        headers = entries[:, 0]
+        others = (headers >> _U64(16) & _U64(0xFFFF)) != 0
+        if words == 2:
+            others |= headers & _U64(GTF_type_mask) == _U64(GTF_transitive)
+        entries[others] = 0
+        headers &= _U64(~(GTF_reading | GTF_writing) & (1 << 64) - 1)
+    for mfn in domain.grants.status_frames:
+        domain.memory.table(mfn)[:] = 0
 
 
 def _pin(domain: Domain, frames: FrameRecord) -> None:

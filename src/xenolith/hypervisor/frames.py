@@ -102,6 +102,10 @@ class FrameTable:
         self.type_info[mfn] -= 1
         self.count_info[mfn] -= 1
 
+    def mapped_by_guest(self, mfn: int) -> bool:
+        """Whether anything but the sharing refers to a frame that is shared."""
+        return self.count_info[mfn] != ALLOCATED | 2
+
     def referenced(self, domid: int) -> list[int]:
         """MFNs of the frames of a dead domain that others still refer to."""
         held = (self.owners == domid) & ((self.count_infos & np.uint64(EXISTENCE_COUNT)) != 0)

@@ -80,7 +80,7 @@ static void unpin_grant(struct domain *d, struct pins *p, u32 i)
     u32 ref = p->refs[i], mfn = p->mfns[i];
     struct active *a = &d->active_grants[ref];
     u64 *count = &d->count_info_address[mfn], *info = &d->type_info_address[mfn];
-    if ((*count & EXISTENCE_COUNT) <= 1 || (p->writable[i] && !(*info & TYPE_COUNT)))
+    if (ref >= d->grant_entries || (*count & EXISTENCE_COUNT) <= 1 || (p->writable[i] && !(*info & TYPE_COUNT)))
         return;
     u32 marks = 0;
     if (p->writable[i]) {

@@ -56,6 +56,7 @@ def create_dom0(hypervisor: Hypervisor) -> Domain:
     """Make domain 0, whose code is Python (`python_domain`). Once, before any other domain."""
     domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
     _wire(domain, USUAL)
+    domain.grants.grow(1)  # which grants nothing
     hypervisor.scheduler.init_domain(domain)
     with hypervisor.lock:
         hypervisor.domains[0] = domain
@@ -227,7 +228,7 @@ def destroy(domain: Domain) -> None:
             paging.relinquish(domain)
         domain.grants.release_all()
         with domain.lock:  # to the end: those who map its frames give them back one by one under it
-            for mfn in (domain.shared_info_mfn, *domain.grants.frames):
+            for mfn in (domain.shared_info_mfn, *domain.shared_frames()):
                 domain.frames.end_sharing(mfn)
             domain.memory.keep_only(domain.frames.referenced(domain.domid))
     except (AssertionError, IndexError, ValueError):  # all its memory goes, whatever its frame table says

@@ -11,6 +11,7 @@ removes it by other means than unmap_grant_ref keeps the pin until its end, as o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import grant_table as abi
@@ -24,6 +25,7 @@ from xenolith.abi.grant_table import (
     GNTMAP_host_map,
     GNTMAP_readonly,
     GNTST_bad_copy_arg,
+    GNTST_bad_dev_addr,
     GNTST_bad_domain,
     GNTST_bad_gntref,
     GNTST_bad_handle,
@@ -43,6 +45,7 @@ from xenolith.abi.hypercalls import (
     GNTTABOP_get_version,
     GNTTABOP_map_grant_ref,
     GNTTABOP_query_size,
+    GNTTABOP_set_version,
     GNTTABOP_setup_table,
     GNTTABOP_swap_grant_ref,
     GNTTABOP_transfer,
@@ -50,12 +53,12 @@ from xenolith.abi.hypercalls import (
     GNTTABOP_unmap_grant_ref,
     HYPERVISOR_grant_table_op,
 )
-from xenolith.abi.layout import HYPERVISOR_VIRT_END, U64
+from xenolith.abi.layout import HYPERVISOR_VIRT_END, U32, U64
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_ADDRESS, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.events import post_code_written
 from xenolith.hypervisor.frames import FOREIGN, TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
-from xenolith.hypervisor.grants import Mapping
+from xenolith.hypervisor.grants import Mapping, Reach
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
 from xenolith.hypervisor.hypercalls.event_channel_op import domain_by_any_id
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
@@ -141,6 +144,18 @@ def _query_size(vcpu: Vcpu, uop: int, count: int) -> int:
     return 0 if copy_to_guest(vcpu, uop, answer) else -EFAULT
 
 
+def _set_version(vcpu: Vcpu, uop: int, count: int) -> int:
+    data = copy_from_guest(vcpu, uop, U32.size)
+    if data is None:
+        return -EFAULT
+    table = vcpu.domain.grants
+    status = table.set_version(U32.unpack(data)[0])
+    if status == -EINVAL:
+        return status
+    answered = copy_to_guest(vcpu, uop, U32.pack(table.version))
+    return status if answered else -EFAULT
+
+
 def _get_version(vcpu: Vcpu, uop: int, count: int) -> int:
     data = copy_from_guest(vcpu, uop, abi.GET_VERSION.size)
     if data is None:
@@ -149,19 +164,29 @@ def _get_version(vcpu: Vcpu, uop: int, count: int) -> int:
     domain = _target(vcpu, domid)
     if isinstance(domain, int):
         return -EINVAL
-    return 0 if copy_to_guest(vcpu, uop, abi.GET_VERSION.pack(domid, 1)) else -EFAULT
+    return 0 if copy_to_guest(vcpu, uop, abi.GET_VERSION.pack(domid, domain.grants.version)) else -EFAULT
 
 
 def _get_status_frames(vcpu: Vcpu, uop: int, count: int) -> int:
-    """There are none in version 1."""
     if count != 1:
         return -EINVAL
     data = copy_from_guest(vcpu, uop, abi.GET_STATUS_FRAMES.size)
     if data is None:
         return -EFAULT
-    domain = _target(vcpu, abi.GET_STATUS_FRAMES.unpack(data)[1])
-    status = domain if isinstance(domain, int) else GNTST_general_error
+    nr_frames, domid, _, frame_list = abi.GET_STATUS_FRAMES.unpack(data)
+    status = _list_status_frames(vcpu, domid, nr_frames, frame_list)
     return 0 if copy_to_guest(vcpu, uop + abi.GET_STATUS_FRAMES_STATUS, _status(status)) else -EFAULT
+
+
+def _list_status_frames(vcpu: Vcpu, domid: int, nr_frames: int, frame_list: int) -> int:
+    domain = _target(vcpu, domid)
+    if isinstance(domain, int):
+        return domain
+    frames = domain.grants.status_frames[:nr_frames]
+    if nr_frames > len(frames):
+        return GNTST_general_error
+    mfns = b"".join(map(U64.pack, frames))
+    return GNTST_okay if not mfns or copy_to_guest(vcpu, frame_list, mfns) else GNTST_bad_virt_addr
 
 
 def _cache_flush(vcpu: Vcpu, uop: int, count: int) -> int:
@@ -201,10 +226,8 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
     if not flags & (GNTMAP_device_map | GNTMAP_host_map):
         return GNTST_bad_gntref, 0, 0
     granter = vcpu.domain.hypervisor.domain(domid)
-    if granter is None or granter.engine is None:
+    if granter is None or granter.dying:
         return GNTST_bad_domain, 0, 0
-    if not flags & GNTMAP_host_map:
-        return GNTST_general_error, 0, 0  # device mappings are for domains with devices
     domain = vcpu.domain
     writable = not flags & GNTMAP_readonly
     with _Locked(granter):
@@ -216,17 +239,20 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
         except OutOfMemory:
             granter.grants.unpin(ref, writable)
             return GNTST_no_device_space, 0, 0
-        status, index = _install(vcpu, host_addr, flags, alias)
+        status, index = _install(vcpu, host_addr, flags, alias) if flags & GNTMAP_host_map else (GNTST_okay, 0)
         handle = status
         if not status:
-            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index, alias))
-            if handle < 0:
+            device = bool(flags & GNTMAP_device_map)
+            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index, device, alias))
+            if handle < 0 and index:
                 paging.modify_l1(domain, index, 0)
                 tlb.flush_domain(domain)
         if handle < 0:
             domain.frames.unmap_foreign(alias)
             granter.grants.unpin(ref, writable)
             return handle, 0, 0
+        if index and device:
+            granter.grants.pin(ref, domain.domid, writable)  # once more: each is given up by itself
     return GNTST_okay, handle, alias << PAGE_SHIFT
 
 
@@ -261,30 +287,37 @@ def _entry_index(vcpu: Vcpu, host_addr: int, flags: int) -> int:
 
 
 def _unmap(vcpu: Vcpu, data: bytes) -> Answer:
-    host_addr, _, handle, _ = abi.UNMAP_GRANT_REF.unpack(data)
-    return abi.UNMAP_GRANT_REF_STATUS, _status(_unmap_grant(vcpu, host_addr, handle, 0))
+    host_addr, bus_addr, handle, _ = abi.UNMAP_GRANT_REF.unpack(data)
+    return abi.UNMAP_GRANT_REF_STATUS, _status(_unmap_grant(vcpu, host_addr, bus_addr, handle, 0))
 
 
 def _unmap_and_replace(vcpu: Vcpu, data: bytes) -> Answer:
     host_addr, new_addr, handle, _ = abi.UNMAP_AND_REPLACE.unpack(data)
-    return abi.UNMAP_GRANT_REF_STATUS, _status(_unmap_grant(vcpu, host_addr, handle, new_addr))
+    return abi.UNMAP_GRANT_REF_STATUS, _status(_unmap_grant(vcpu, host_addr, 0, handle, new_addr))
 
 
-def _unmap_grant(vcpu: Vcpu, host_addr: int, handle: int, new_addr: int) -> int:
-    """Take the entry away; with `new_addr` put the mapping of that linear address in its place."""
+def _unmap_grant(vcpu: Vcpu, host_addr: int, bus_addr: int, handle: int, new_addr: int) -> int:
+    """Take away what is named: the entry (by `new_addr`: for that linear address's mapping), the device's mapping."""
     domain = vcpu.domain
     mapping = domain.grants.mapping(handle)
-    if mapping is None or not mapping.l1_index:
+    if mapping is None:
         return GNTST_bad_handle
     with _Locked(mapping.granter):
-        if not host_addr:
-            return GNTST_okay  # the mapping stays
-        status = _remove_entry(vcpu, mapping, host_addr, new_addr)
-        if status:
-            return status
-        domain.grants.forget_mapping(handle)
-        domain.frames.unmap_foreign(mapping.alias)
-        mapping.granter.grants.unpin(mapping.ref, mapping.writable)
+        pins = mapping.pins
+        if bus_addr and mapping.device and bus_addr != mapping.alias << PAGE_SHIFT:
+            return GNTST_bad_dev_addr
+        if host_addr and mapping.l1_index:
+            status = _remove_entry(vcpu, mapping, host_addr, new_addr)
+            if status:
+                return status
+            mapping.l1_index = 0
+        if bus_addr:
+            mapping.device = False
+        if not mapping.pins:
+            domain.grants.forget_mapping(handle)
+            domain.frames.unmap_foreign(mapping.alias)
+        for _ in range(pins - mapping.pins):
+            mapping.granter.grants.unpin(mapping.ref, mapping.writable)
     return GNTST_okay
 
 
@@ -321,18 +354,8 @@ def _transfer(vcpu: Vcpu, data: bytes) -> Answer:
 
 def _swap(vcpu: Vcpu, data: bytes) -> Answer:
     """Exchange two unused entries of the caller's table."""
-    table = vcpu.domain.grants
     first, second, _ = abi.SWAP_GRANT_REF.unpack(data)
-    if first >= table.entries or second >= table.entries:
-        status = GNTST_bad_gntref
-    elif table.in_use(first) or table.in_use(second):
-        status = abi.GNTST_eagain
-    else:
-        q = vcpu.domain.memory.q
-        a, b = table.entry_address(first) >> 3, table.entry_address(second) >> 3
-        q[a], q[b] = q[b], q[a]
-        status = GNTST_okay
-    return abi.SWAP_GRANT_REF_STATUS, _status(status)
+    return abi.SWAP_GRANT_REF_STATUS, _status(vcpu.domain.grants.swap(first, second))
 
 
 def _copy(vcpu: Vcpu, data: bytes) -> Answer:
@@ -360,54 +383,60 @@ class _Side:
         self._writable = writable
         self.owner = domain_by_any_id(vcpu, domid)
         self.denied = not by_grant and domid != DOMID_SELF and self.owner is not vcpu.domain
-        self.mfn = 0
 
-    def take(self) -> int:
-        """Pin the grant and the frame. The owner's lock is held."""
+    def take(self, locks: ExitStack) -> Reach | int:
+        """Pin the grant and the frame: what may be touched, or a GNTST_*. The owner's lock is held.
+
+        That of the domain whose frame it is, if another, is in `locks` then.
+        """
         if self.denied:
             return GNTST_permission_denied
-        if self.owner is None or self.owner.engine is None:
+        if self.owner is None or self.owner.dying:
             return GNTST_bad_domain
         if self._by_grant:
-            self.mfn = self.owner.grants.pin(self._value, self._grantee, self._writable)
-            return min(self.mfn, GNTST_okay)
-        self.mfn = self._value
-        if not self.owner.frames.get_page(self.mfn, self.owner.domid):
+            return self.owner.grants.acquire(
+                self._value, self._grantee, self._writable, lambda other: locks.enter_context(_Locked(other))
+            )
+        mfn = self._value
+        if not self.owner.frames.get_page(mfn, self.owner.domid):
             return GNTST_bad_page
-        if self._writable and paging.get_page_type(self.owner, self.mfn, TYPE_WRITABLE):
-            paging.put_page(self.owner, self.mfn)
+        if self._writable and paging.get_page_type(self.owner, mfn, TYPE_WRITABLE):
+            paging.put_page(self.owner, mfn)
             return GNTST_general_error
-        return GNTST_okay
+        return Reach(self.owner, mfn, 0, PAGE_SIZE)
 
-    def drop(self) -> None:
+    def drop(self, reach: Reach) -> None:
         assert self.owner is not None
         if self._by_grant:
             self.owner.grants.unpin(self._value, self._writable)
         elif self._writable:
-            paging.put_page_and_type(self.owner, self.mfn)
+            paging.put_page_and_type(self.owner, reach.mfn)
         else:
-            paging.put_page(self.owner, self.mfn)
+            paging.put_page(self.owner, reach.mfn)
 
 
 def _copy_between(vcpu: Vcpu, source: _Side, dest: _Side, source_offset: int, dest_offset: int, size: int) -> int:
     if source.owner is None or dest.owner is None:
         return GNTST_bad_domain
-    with _Locked(source.owner), _Locked(dest.owner):
-        status = source.take()
-        if status:
-            return status
-        status = dest.take()
-        if not status:
-            to, start = dest.owner.memory.b, dest.mfn * PAGE_SIZE + dest_offset
-            source_start = source.mfn * PAGE_SIZE + source_offset
-            to[start : start + size] = source.owner.memory.b[source_start : source_start + size]
-            if dest.owner.executable_mapped is not None and dest.owner is vcpu.domain:
-                dest.owner.executable_mapped(dest.mfn)
-            elif dest.owner is not vcpu.domain:
-                post_code_written(dest.owner, dest.mfn)
-            dest.drop()
-        source.drop()
-    return status
+    with _Locked(source.owner), _Locked(dest.owner), ExitStack() as locks:
+        taken = source.take(locks)
+        if isinstance(taken, int):
+            return taken
+        locks.callback(source.drop, taken)
+        given = dest.take(locks)
+        if isinstance(given, int):
+            return given
+        locks.callback(dest.drop, given)
+        if not (taken.start <= source_offset <= taken.end - size and given.start <= dest_offset <= given.end - size):
+            return GNTST_general_error
+        to, start = given.domain.memory.b, given.mfn * PAGE_SIZE + dest_offset
+        source_start = taken.mfn * PAGE_SIZE + source_offset
+        to[start : start + size] = taken.domain.memory.b[source_start : source_start + size]
+        if given.domain is not vcpu.domain:
+            post_code_written(given.domain, given.mfn)
+        elif given.domain.executable_mapped is not None:
+            given.domain.executable_mapped(given.mfn)
+    return GNTST_okay
 
 
 # --- the hypercall ---------------------------------------------------------------------------------
@@ -415,6 +444,7 @@ def _copy_between(vcpu: Vcpu, source: _Side, dest: _Side, source_offset: int, de
 _WHOLE: Final[dict[int, Callable[[Vcpu, int, int], int]]] = {
     GNTTABOP_setup_table: _setup_table,
     GNTTABOP_query_size: _query_size,
+    GNTTABOP_set_version: _set_version,
     GNTTABOP_get_version: _get_version,
     GNTTABOP_get_status_frames: _get_status_frames,
     GNTTABOP_cache_flush: _cache_flush,
@@ -426,7 +456,6 @@ _BATCHED: Final[dict[int, tuple[int, Callable[[Vcpu, bytes], Answer]]]] = {
     GNTTABOP_transfer: (abi.TRANSFER.size, _transfer),
     GNTTABOP_copy: (abi.COPY.size, _copy),
     GNTTABOP_swap_grant_ref: (abi.SWAP_GRANT_REF.size, _swap),
-    # set_version: only version 1 is offered
 }
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from xenolith.abi import layout
-from xenolith.abi.errno import EFAULT, EINVAL, ENOBUFS, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
+from xenolith.abi.errno import EACCES, EFAULT, EINVAL, ENOBUFS, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, ESRCH
 from xenolith.abi.hypercalls import (
     DOMID_SELF,
     HYPERVISOR_memory_op,
+    XENMEM_add_to_physmap,
     XENMEM_current_reservation,
     XENMEM_decrease_reservation,
     XENMEM_exchange,
@@ -242,6 +243,17 @@ def _memory_map(vcpu: Vcpu, argument: int) -> int:
     return 0 if copy_to_guest(vcpu, argument, layout.U32.pack(len(entries))) else -EFAULT
 
 
+def _add_to_physmap(vcpu: Vcpu, argument: int) -> int:
+    """For domains whose physical addresses are translated, which a PV guest's are not."""
+    data = copy_from_guest(vcpu, argument, layout.ADD_TO_PHYSMAP_SIZE)
+    if data is None:
+        return -EFAULT
+    domid = layout.U16.unpack_from(data)[0]
+    if domid in (DOMID_SELF, vcpu.domain.domid):
+        return -EACCES
+    return -EPERM if vcpu.domain.hypervisor.domain(domid) else -ESRCH
+
+
 def _privileged(vcpu: Vcpu, _: int) -> int:
     return -EPERM
 
@@ -360,4 +372,5 @@ _SIMPLE: Final = {
     XENMEM_set_memory_map: _privileged,
     XENMEM_get_vnumainfo: _no_vnuma,
     XENMEM_exchange: _exchange,
+    XENMEM_add_to_physmap: _add_to_physmap,
 }
