@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from machines import missing
+from xenolith.machine.engines.unicorn.user import host
 
 from .conftest import Run
 
 pytestmark = pytest.mark.slow
 
+STUBS = "stubs"  # Unicorn, with programs in stub processes
 PROCESSES = 4
 ROUNDS = 300
 
@@ -110,9 +112,14 @@ def expected_status(seed: str) -> int:
     return (value ^ value >> 16) & 127
 
 
-@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
-def engine_name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["unicorn", "kvm", "adaptive", STUBS])
+def engine_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     engine = str(request.param)
+    if engine == STUBS:
+        if reason := host.missing():
+            pytest.skip(f"no stub processes here: {reason}")
+        monkeypatch.setenv(host.SETTING, host.FORCE)
+        return "unicorn"
     if reason := missing(engine):
         pytest.skip(f"no {engine} engine here: {reason}")
     return engine

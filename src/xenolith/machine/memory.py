@@ -18,6 +18,7 @@ that it was of and by all that are to begin as copies of it.  What none of them 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -202,6 +203,8 @@ class MachineMemory:
         self.size = self.span << PAGE_SHIFT
         self.private = image is not None
         """Its frames are not (all) in the memory object, which is an image."""
+        self.written_elsewhere = ""
+        """Who else stores to it, through mappings of other processes; empty: nobody."""
         if image is None:
             self.fd = _memory_object(frames)
         else:
@@ -388,6 +391,8 @@ class MachineMemory:
         The first time the memory object itself becomes the image, and this memory a private copy of it; after that an
         image is a copy.  Raises OSError where the frames cannot be sealed: somebody else maps one writable.
         """
+        if self.written_elsewhere:
+            raise OSError(errno.EBUSY, f"{self.written_elsewhere} map it")
         if self.private:
             return self._copied_image(mfns)
         self._map_at(0, self.frames, mmap.MAP_PRIVATE, self.fd, 0)

@@ -50,6 +50,8 @@ class WriteTracking:
 
     def __init__(self, memory: MachineMemory) -> None:
         """Raises NotTracked."""
+        if memory.written_elsewhere:
+            raise NotTracked(f"{memory.written_elsewhere} write to its memory")
         self._memory = memory
         self._start = memory.address
         self._end = memory.address + (memory.frames << PAGE_SHIFT)

@@ -128,6 +128,7 @@ class NativeUserCpu(UnicornCpu):
         components = extended.components(host.components(), native_cpuid)
         size = max((part.start + part.size for part in components), default=extended.EXTENDED)
         self.spaces = Spaces(memory)
+        memory.written_elsewhere = "programs in processes of their own"
         self._state = ExtendedState(self, memory, components, size)
         self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
         self.placement = Placement(memory.span, force)
@@ -187,6 +188,7 @@ class NativeUserCpu(UnicornCpu):
     def become_plain(self) -> None:
         """Be a UnicornCpu, with no more components than that has: the domain has several vCPUs, and was not run yet."""
         self._plain = True
+        self._memory.written_elsewhere = ""
         self._state.rest()
         self._hook.cpuid_is_pythons = False
         self._give_up()
@@ -443,8 +445,8 @@ class NativeUserCpu(UnicornCpu):
         if number == code.SIGKICK:
             return None
         if number == code.SIGSYS:
-            arch = unpack_from("<I", running.bytes, running.frame + stub.SIGNAL_ARCH)[0]
-            return self._system_call(arch)
+            (arch,) = unpack_from("<I", running.bytes, running.frame + stub.SIGNAL_ARCH)
+            return self._system_call(arch, q[frame + stub.SIGNAL_CALL // 8])
         if (
             number == code.SIGILL
             and unpack_from("<i", running.bytes, running.frame + stub.SIGNAL_CODE)[0] == _OF_KERNEL
@@ -462,13 +464,14 @@ class NativeUserCpu(UnicornCpu):
             return VECTOR_DB, 0, self._q[_DR6]
         return vector, error_code & 0xFFFF, 0
 
-    def _system_call(self, arch: int) -> Trap:
+    def _system_call(self, arch: int, place: int) -> Trap:
         regs = self.regs
         if arch == _ARCH_I386:
             regs[RIP] = regs[RIP] - 2 & MASK64
             return VECTOR_GP, _INT_80, 0
-        if regs[RIP] >> PAGE_SHIFT == _VSYSCALL:
-            return VECTOR_PF, PFEC_USER | PFEC_INSN, regs[RIP]
+        if place >> PAGE_SHIFT == _VSYSCALL:  # the host's kernel would emulate it, and has returned from it already
+            regs[RIP], regs[RSP] = place, regs[RSP] - 8 & MASK64
+            return VECTOR_PF, PFEC_USER | PFEC_INSN, place
         return TRAP_SYSCALL, 0, 0
 
     def _take_extended(self, running: stub.Stub) -> None:

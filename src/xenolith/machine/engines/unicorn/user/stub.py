@@ -45,6 +45,7 @@ CR2: Final = 224
 FPSTATE: Final = 232  # pointer to the XSAVE image
 SIGNAL_MASK: Final = 304
 SIGNAL_CODE: Final = 320  # i32, of siginfo
+SIGNAL_CALL: Final = 328  # of a system call: where it was made
 SIGNAL_ARCH: Final = 340  # u32, of a system call
 SOFTWARE: Final = 464  # in the image, up to 512: what the kernel says of it (struct _fpx_sw_bytes)
 _SOFTWARE = Struct("<IIQI")  # magic, size of all, components, size of the image

@@ -1,0 +1,204 @@
+"""What a stub has mapped is what the guest's page tables say, whatever happens to them."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from bare import CODE, BareMachine, Trap, run_to_trap
+
+from xenolith.abi.x86 import (
+    L2_SHIFT,
+    L3_SHIFT,
+    L4_SHIFT,
+    PAGE_SHIFT,
+    PFEC_INSN,
+    PFEC_PRESENT,
+    PFEC_USER,
+    PFEC_WRITE,
+    PTE_A,
+    PTE_ADDRESS,
+    PTE_D,
+    PTE_NX,
+    PTE_P,
+    PTE_RW,
+    PTE_US,
+    RAX,
+    RCX,
+    RDI,
+    RIP,
+    VECTOR_PF,
+)
+from xenolith.machine import page_walk
+from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu
+from xenolith.machine.engines.unicorn.user import spaces
+from xenolith.machine.engines.unicorn.user.cpu import NativeUserCpu
+
+READ = "48 8b 07 0f 05"  # mov rax, [rdi]; syscall
+WRITE = "48 89 07 0f 05"  # mov [rdi], rax; syscall
+CALL = "ff e7"  # jmp rdi
+RETURN = bytes.fromhex("0f 05") * 2048  # what lies in every frame that is executed: syscall
+READ_AT, WRITE_AT, CALL_AT = CODE, CODE + 16, CODE + 32
+BASES = (0x10_0000_0000, 0x10_0020_0000, 0x10_4000_0000, 0x7F00_0000_0000)  # in one L2, in the next, in another L4 slot
+PAGES = 70  # of each: more than are looked at together
+FRAMES = 40
+CHANGES = 1500
+
+
+class Model:
+    """Two address spaces with pages of the same frames, and what must come of an access."""
+
+    def __init__(self, machine: BareMachine, random: Random) -> None:
+        self.machine, self.random = machine, random
+        self.l4s = [machine.user_l4, machine.new_l4()]
+        for l4 in self.l4s[1:]:
+            machine.set_entry(CODE, machine.code[1] << PAGE_SHIFT | PTE_P | PTE_US, l4)
+        machine.write_code(READ, user=True)
+        machine.write_code(WRITE, user=True, offset=16)
+        machine.write_code(CALL, user=True, offset=32)
+        self.frames = [machine.frame() for _ in range(FRAMES)]
+        for mfn in self.frames:
+            machine.memory.page(mfn)[:] = RETURN
+        self.cpu: Cpu = machine.engine.cpu(0)
+        self.cpu.load(machine.state(user=True))
+        self.here = 0
+
+    @property
+    def l4(self) -> int:
+        return self.l4s[self.here]
+
+    def address(self) -> int:
+        return self.random.choice(BASES) + (self.random.randrange(PAGES) << PAGE_SHIFT)
+
+    def path(self, va: int) -> list[int]:
+        """The word indices of the entries on the way, as far as there are any."""
+        found, table = [], self.l4
+        for shift in (L4_SHIFT, L3_SHIFT, L2_SHIFT, PAGE_SHIFT):
+            index = (table << 9) + (va >> shift & 511)
+            found.append(index)
+            entry = self.machine.memory.q[index]
+            if not entry & PTE_P:
+                break
+            table = (entry & PTE_ADDRESS) >> PAGE_SHIFT
+        return found
+
+    def set_word(self, index: int, value: int) -> None:
+        old, self.machine.memory.q[index] = self.machine.memory.q[index], value
+        if old & PTE_P and self.machine.engine.entry_changed is not None:
+            self.machine.engine.entry_changed(index, old, value)
+
+    def change(self) -> None:
+        """One change to the tables of the address space that is loaded, or another one is loaded."""
+        q, va = self.machine.memory.q, self.address()
+        kind = self.random.randrange(12)
+        path = self.path(va)
+        if kind < 5:
+            rights = PTE_P | PTE_US | self.random.choice((0, PTE_RW)) | self.random.choice((0, PTE_NX))
+            used = self.random.choice((0, PTE_A, PTE_A | PTE_D))
+            self.machine.set_entry(va, self.random.choice(self.frames) << PAGE_SHIFT | rights | used, self.l4)
+        elif kind < 7 and len(path) == 4:
+            self.set_word(path[3], 0)
+        elif kind == 7 and len(path) == 4:
+            self.set_word(path[3], q[path[3]] ^ self.random.choice((PTE_RW, PTE_US, PTE_NX, PTE_A, PTE_D)))
+        elif kind == 8 and len(path) > 2 and not self.random.randrange(4):
+            index = path[self.random.randrange(1, len(path) - 1)]
+            self.set_word(index, q[index] ^ self.random.choice((PTE_RW, PTE_NX, PTE_P)))
+        elif kind == 9:
+            self.here ^= 1
+            self.cpu.switch_mode(self.l4, True)
+        elif kind == 10 and len(path) == 4:  # a neighbour's frame: as after a copy on write
+            self.set_word(path[3], q[path[3]] & ~PTE_ADDRESS | self.random.choice(self.frames) << PAGE_SHIFT)
+
+    def expected(self, va: int, write: bool, fetch: bool) -> Trap:
+        entries = page_walk.path(self.machine.memory, self.l4, va)
+        code = PFEC_USER | (PFEC_WRITE if write else 0) | (PFEC_INSN if fetch else 0)
+        if entries is None:
+            return VECTOR_PF, code, va
+        rights = ~0
+        for _, entry in entries:
+            rights &= entry ^ PTE_NX
+        needed = PTE_US | (PTE_RW if write else 0) | (PTE_NX if fetch else 0)
+        if rights & needed != needed:
+            return VECTOR_PF, code | PFEC_PRESENT, va
+        return TRAP_SYSCALL, 0, 0
+
+    def access(self) -> None:
+        """One access, and whether everything came as it had to."""
+        va = self.address()
+        kind = self.random.randrange(3)
+        write, fetch = kind == 1, kind == 2
+        memory, regs = self.machine.memory, self.cpu.regs
+        expected = self.expected(va, write, fetch)
+        if not fetch:
+            va += 8 * self.random.randrange(100, 500)
+            expected = (*expected[:2], va if expected[0] == VECTOR_PF else 0)
+        dirty = self.leaves()
+        regs[RIP], regs[RDI], value = (READ_AT, WRITE_AT, CALL_AT)[kind], va, self.random.getrandbits(64)
+        if fetch:
+            value = int.from_bytes(RETURN[:8], "little")
+        regs[RAX] = value
+        assert run_to_trap(self.cpu) == expected, hex(va)
+        if expected[0] == VECTOR_PF:
+            return
+        assert regs[RCX] == regs[RIP]
+        path = self.path(va)
+        assert all(memory.q[index] & PTE_A for index in path)
+        index = (memory.q[path[3]] & PTE_ADDRESS) + (va & 0xFFF) >> 3
+        assert memory.q[index] == (value if write else regs[RAX] if not fetch else memory.q[index])
+        if write:
+            assert memory.q[path[3]] & PTE_D
+            memory.q[index] = int.from_bytes(RETURN[:8], "little")
+            dirty |= {path[3]}
+        assert self.leaves() == dirty  # no other page is dirty
+
+    def leaves(self) -> set[int]:
+        """The L1 entries that are present and dirty, of the address space that is loaded."""
+        found = set()
+        for base in BASES:
+            path = self.path(base)
+            if len(path) == 4:
+                words = self.machine.memory.q[path[3] : path[3] + PAGES].tolist()
+                found |= {path[3] + n for n, entry in enumerate(words) if entry & PTE_D and entry & PTE_P}
+        return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_changes_of_page_tables_and_accesses_are_as_in_a_model(forced: BareMachine, seed: int) -> None:
+    model = Model(forced, Random(seed))
+    for _ in range(CHANGES):
+        model.change()
+        model.access()
+    cpu = forced.engine.cpu(0)
+    assert isinstance(cpu, NativeUserCpu)
+    assert cpu.traps > CHANGES
+    assert cpu.spaces.made == 2
+
+
+def test_the_same_where_reports_are_too_many_for_the_list(forced: BareMachine) -> None:
+    model = Model(forced, Random(5))
+    for _ in range(20):
+        for _ in range(600):
+            model.change()
+        model.access()
+
+
+def test_more_address_spaces_than_stubs(forced: BareMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds its own memory, in a stub that was another's."""
+    monkeypatch.setattr(spaces, "MOST_STUBS", 3)
+    forced.write_code(READ, user=True)
+    cpu = forced.start(READ, user=True)
+    l4s = []
+    for number in range(8):
+        l4 = forced.new_l4()
+        forced.set_entry(CODE, forced.code[1] << PAGE_SHIFT | PTE_P | PTE_US, l4)
+        mfn = forced.map_new(BASES[0], l4)
+        forced.memory.q[mfn << 9] = 1000 + number
+        l4s.append(l4)
+    for _ in range(3):
+        for number, l4 in enumerate(l4s):
+            cpu.switch_mode(l4, True)
+            cpu.regs[RIP], cpu.regs[RDI] = CODE, BASES[0]
+            assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
+            assert cpu.regs[RAX] == 1000 + number
+    assert isinstance(cpu, NativeUserCpu)
+    assert cpu.spaces.made == 3
