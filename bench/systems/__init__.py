@@ -16,6 +16,7 @@ SYSTEMS: tuple[System, ...] = (
     Native(),
     Xenolith("kvm"),
     Xenolith("unicorn"),
+    Xenolith("unicorn", stubs=True),
     Xenolith("adaptive"),
     QemuTcg(),
     UserModeLinux(),

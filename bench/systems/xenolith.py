@@ -21,10 +21,12 @@ class Xenolith(System):
 
     counts_traps = True
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, stubs: bool = False) -> None:
+        """`stubs`: with user mode in stub processes, where that is quicker."""
         self.engine = engine
-        self.name = f"xenolith-{engine}"
-        self.title = f"Xenolith, {engine}"
+        self.name = "xenolith-stubs" if stubs else f"xenolith-{engine}"
+        self.title = f"Xenolith, {engine}{' with stubs' if stubs else ''}"
+        self._setting = f"XENOLITH_NATIVE_USER={'on' if stubs else 'off'}"
 
     def prepare(self) -> str:
         if not PROGRAM.exists():
@@ -37,7 +39,7 @@ class Xenolith(System):
     def start(self, boot: Boot) -> Iterator[Session]:
         kernel = debian_kernel()
         command = [
-            str(PROGRAM), "run", "--engine", self.engine, "--memory", str(boot.memory_mib),
+            "env", self._setting, str(PROGRAM), "run", "--engine", self.engine, "--memory", str(boot.memory_mib),
             "--kernel", str(kernel.bzimage if boot.form is Form.BZIMAGE else kernel.elf),
             "--ramdisk", str(boot.initramfs), "--cmdline", boot.command_line("hvc0"), "--stats",
         ]  # fmt: skip

@@ -19,7 +19,7 @@ _FRAMES: Final = 1024  # of a machine to try an engine on
 
 
 def survey() -> Iterator[tuple[str, str]]:
-    """(name, what is to be said) of each engine and of native code, and in the end of what `auto` takes."""
+    """(name, what is to be said) of each engine, of native code and of stub processes, and in the end of what `auto` takes."""
     from xenolith.machine.engines.select import choose
 
     logging.getLogger("xenolith").setLevel(logging.ERROR)  # the reasons are told here
@@ -27,6 +27,7 @@ def survey() -> Iterator[tuple[str, str]]:
         if name != "auto":
             yield name, _found(name)
     yield "native", _native()
+    yield "stubs", _stubs()
     choice = choose()
     yield "auto", f"{choice.name}: {choice.reason}"
 
@@ -37,6 +38,22 @@ def _native() -> str:
 
     reason = ring0.missing()
     return f"traps are Python's: {reason.splitlines()[0]}" if reason else "the commonest traps are handled in C"
+
+
+def _stubs() -> str:
+    """Whether programs can run natively without KVM, and whether they do."""
+    from xenolith.machine.engines.protocol import EngineError
+    from xenolith.machine.engines.unicorn.user import host
+
+    if reason := host.missing():
+        return f"programs cannot run natively beside Unicorn: {reason}"
+    try:
+        setting = host.setting()
+    except EngineError as error:
+        return f"refused: {error}"
+    if setting == host.OFF:
+        return f"programs can run natively beside Unicorn: {host.SETTING}={host.ON}"
+    return f"programs run natively beside Unicorn, {host.SETTING}={setting}"
 
 
 def _found(name: str) -> str:

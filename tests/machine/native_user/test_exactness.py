@@ -306,3 +306,45 @@ def test_a_second_vcpu_makes_it_plain_unicorn(forced: BareMachine) -> None:
     assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
     assert isinstance(cpu, NativeUserCpu)
     assert not cpu.traps
+
+
+KERNEL = 0xFFFF_FFFF_8100_0000
+DIRECT = 0xFFFF_8880_0000_0000
+
+
+@pytest.mark.usefixtures("_avx")
+@pytest.mark.parametrize("register", [RDI, RAX, 13])
+def test_a_kernel_may_use_avx_too(forced: BareMachine, register: int) -> None:
+    """An instruction at a time, in a stub that has its half of the address space."""
+    modrm = {RDI: "07", RAX: "00", 13: "45 00"}[register]
+    prefix = "c4 c1 7e" if register == 13 else "c5 fe"
+    # vmovdqu ymm0, [register]; vmovdqu ymm1, [rip + 0x100]; vpaddb ymm2, ymm0, ymm1: as AVX2; vmovdqu [register], ymm2
+    listing = f"{prefix} 6f {modrm} c5 fe 6f 0d 00 01 00 00 c5 fd fc d1 {prefix} 7f {modrm.replace('07', '17')}"
+    listing = listing.replace("7f 00", "7f 10").replace("7f 45", "7f 55") + SYSCALL
+    text, data = forced.map_new(KERNEL, forced.kernel_l4), forced.map_new(DIRECT + 0x5000, forced.kernel_l4)
+    code_bytes = bytes.fromhex(listing)
+    forced.memory.page(text)[: len(code_bytes)] = code_bytes
+    second = len(bytes.fromhex(f"{prefix} 6f {modrm} c5 fe 6f 0d 00 01 00 00"))
+    forced.memory.page(text)[second + 0x100 : second + 0x120] = b"\x03" * 32
+    forced.memory.page(data)[0x40:0x60] = bytes(range(32))
+    cpu = forced.engine.cpu(0)
+    cpu.load(forced.state())
+    cpu.set_xcr0(7)
+    cpu.regs[RIP], cpu.regs[register] = KERNEL, DIRECT + 0x5040
+    assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
+    assert cpu.regs[RIP] == KERNEL + len(code_bytes)
+    assert cpu.regs[register] == DIRECT + 0x5040
+    assert bytes(forced.memory.page(data)[0x40:0x60]) == bytes(n + 3 for n in range(32))
+    assert cpu.get_rflags() & EFLAGS_TF == 0
+
+
+@pytest.mark.usefixtures("_avx")
+def test_a_kernels_avx_faults_at_its_own_addresses(forced: BareMachine) -> None:
+    text = forced.map_new(KERNEL, forced.kernel_l4)
+    forced.memory.page(text)[:4] = bytes.fromhex("c5 fe 7f 07")
+    cpu = forced.engine.cpu(0)
+    cpu.load(forced.state())
+    cpu.set_xcr0(7)
+    cpu.regs[RIP], cpu.regs[RDI] = KERNEL, DIRECT
+    assert run_to_trap(cpu) == (VECTOR_PF, 6, DIRECT)
+    assert (cpu.regs[RIP], cpu.regs[RDI]) == (KERNEL, DIRECT)

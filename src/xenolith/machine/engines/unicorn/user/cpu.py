@@ -22,7 +22,7 @@ from ctypes import PYFUNCTYPE, c_int, c_uint32, c_uint64
 from struct import pack_into, unpack_from
 from typing import Any, Final
 
-from iced_x86 import Decoder, Instruction
+from iced_x86 import Decoder, EncodingKind, Instruction, OpKind, Register, RegisterExt
 
 from xenolith.abi.x86 import (
     CR0_TS,
@@ -86,10 +86,10 @@ from xenolith.machine.engines.unicorn.instance import Instance
 from xenolith.machine.engines.unicorn.user import code, host, stub
 from xenolith.machine.engines.unicorn.user.extended_state import ExtendedState
 from xenolith.machine.engines.unicorn.user.placement import Placement
-from xenolith.machine.engines.unicorn.user.spaces import Outcome, Space, Spaces
+from xenolith.machine.engines.unicorn.user.spaces import UPPER_HALF, Outcome, Space, Spaces
 from xenolith.machine.engines.unicorn.user.stub import StubDied
 from xenolith.machine.memory import MachineMemory
-from xenolith.machine.operands import GuestFault
+from xenolith.machine.operands import GuestFault, effective_address
 
 _log = logging.getLogger(__name__)
 _CR0, _CR2, _CR3 = layout.CR // 8, layout.CR // 8 + 2, layout.CR // 8 + 3
@@ -115,6 +115,8 @@ _CS64: Final = 0x33  # what the host's own 64-bit programs have
 _MXCSR_MASK: Final = 0xFFFF
 _UD2, _XSETBV = b"\x0f\x0b", b"\x0f\x01\xd1"
 _FRAME_ORDER: Final = (RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP, RIP)  # in the signal frame, after R8 to R15
+
+_FLAT: Final = (Register.DS, Register.SS, Register.ES)
 
 Trap = tuple[int, int, int]
 
@@ -297,7 +299,8 @@ class NativeUserCpu(UnicornCpu):
         if head == _XSETBV:
             return VECTOR_GP, 0, 0
         instruction = self._instruction()
-        if self._q[_CR0] & CR0_TS and instruction.is_save_restore_instruction:
+        has_wide_vectors = instruction.encoding != EncodingKind.LEGACY
+        if self._q[_CR0] & CR0_TS and (has_wide_vectors or instruction.is_save_restore_instruction):
             return VECTOR_NM, 0, 0
         try:
             if self._state.carry_out(instruction):
@@ -309,7 +312,75 @@ class NativeUserCpu(UnicornCpu):
             self.placement.want(l4_mfn)
             self._hook.to_user = True
             return TRAP_NOTHING, 0, 0
+        if not user and has_wide_vectors and self._enabled:
+            return self._borrow(l4_mfn, instruction)
         return VECTOR_UD, 0, 0
+
+    def _borrow(self, l4_mfn: int, instruction: Instruction) -> Trap | None:
+        """Execute one instruction of the guest kernel's in a stub, which has the kernel's half at 0: None, or its trap.
+
+        A kernel that finds AVX in CPUID, where programs have to find it, may have a use for it.
+        """
+        regs, memory, wide = self.regs, self._memory, self.runs_64_bit_code
+        operands = [instruction.op_kind(number) for number in range(instruction.op_count)]
+        base = None
+        if OpKind.MEMORY in operands:
+            register, index = instruction.memory_base, instruction.memory_index
+            moves = register != Register.NONE and register != index and instruction.memory_segment in _FLAT
+            if not moves or instruction.is_vsib or effective_address(regs, instruction, wide) < UPPER_HALF:
+                return VECTOR_UD, 0, 0
+            base = RegisterExt.number(register) if RegisterExt.is_gpr64(register) else None  # else it is RIP
+        if regs[RIP] < UPPER_HALF or not wide or memory.private:
+            return VECTOR_UD, 0, 0
+        written = [
+            address >> PAGE_SHIFT
+            for place in ((0, 63) if operands[:1] == [OpKind.MEMORY] else ())
+            if (address := self._machine_address(l4_mfn, effective_address(regs, instruction, wide) + place))
+        ]
+        before, flags = None if base is None else regs[base], self.get_rflags()
+        regs[RIP] -= UPPER_HALF
+        if base is not None:
+            regs[base] = regs[base] - UPPER_HALF & MASK64
+        self.set_rflags(flags | EFLAGS_TF)
+        trap = self._step(l4_mfn)
+        regs[RIP] = regs[RIP] + UPPER_HALF & MASK64
+        self.set_rflags(self.get_rflags() & ~EFLAGS_TF | flags & EFLAGS_TF)
+        if base is not None and before is not None and instruction.op0_register != instruction.memory_base:
+            regs[base] = before
+        for mfn in written:
+            self.code_written(mfn)
+        return None if trap[0] == VECTOR_DB and not flags & EFLAGS_TF else trap
+
+    def _step(self, l4_mfn: int) -> Trap:
+        """One instruction of the upper half, in its stub."""
+        try:
+            space = self.spaces.find(l4_mfn, UPPER_HALF)
+            while True:
+                self.spaces.prepare(space)
+                self._show(space.stub)
+                number, *_ = space.stub.run(lambda: False)
+                trap = self._take_back(space.stub, number)
+                if trap is None:
+                    continue
+                if trap[0] != VECTOR_PF:
+                    return trap
+                _, error_code, va = trap
+                outcome = Outcome.FAULT
+                if va < UPPER_HALF:
+                    outcome = self.spaces.fault(space, va, bool(error_code & PFEC_WRITE), bool(error_code & PFEC_INSN))
+                if outcome is Outcome.CANNOT:
+                    return VECTOR_UD, 0, 0
+                if outcome is Outcome.FAULT:
+                    va = va + UPPER_HALF & MASK64
+                    present = self._machine_address(l4_mfn, va) is not None
+                    self._q[_CR2] = va
+                    return VECTOR_PF, error_code | (PFEC_PRESENT if present else 0), va
+        except (StubDied, EngineError):
+            self._shown_by = None
+            return VECTOR_GP, 0, 0
+
+    def _machine_address(self, l4_mfn: int, va: int) -> int | None:
+        return page_walk.machine_address(self._memory, l4_mfn, va)
 
     def _instruction(self) -> Instruction:
         wide = self.runs_64_bit_code
@@ -493,7 +564,7 @@ class NativeUserCpu(UnicornCpu):
         write, fetch = bool(error_code & PFEC_WRITE), bool(error_code & PFEC_INSN)
         outcome = self.spaces.fault(space, va, write, fetch) if is_canonical(va) else Outcome.FAULT
         if outcome is Outcome.FAULT:
-            present = page_walk.machine_address(self._memory, space.l4_mfn, va) is not None
+            present = self._machine_address(space.l4_mfn, va) is not None
             self._q[_CR2] = va
             self._missed = space.l4_mfn, va, write, fetch
             return VECTOR_PF, error_code | (PFEC_PRESENT if present else 0), va

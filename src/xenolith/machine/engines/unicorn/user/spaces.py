@@ -53,6 +53,9 @@ ENTRY_CHANGED: Final = """
 """
 
 
+LOWER_HALF, UPPER_HALF = 0, 0xFFFF_8000_0000_0000
+
+
 class Outcome(Enum):
     """Of a page fault in a stub."""
 
@@ -64,8 +67,10 @@ class Outcome(Enum):
 class Space:
     """A guest's address space in a stub."""
 
-    def __init__(self, l4_mfn: int, stub: Stub) -> None:
+    def __init__(self, l4_mfn: int, start: int, stub: Stub) -> None:
         self.l4_mfn = l4_mfn
+        self.start = start
+        """What the guest has here lies in the stub at 0: LOWER_HALF or UPPER_HALF."""
         self.stub = stub
         self.pages: dict[int, int] = {}  # by page number: mfn << 3 | rights
         self.l1_tables: dict[int, set[int]] = {}  # by MFN: the page numbers that its entry 0 maps
@@ -112,7 +117,7 @@ class Spaces:
 
     def __init__(self, memory: MachineMemory) -> None:
         self._memory = memory
-        self._by_l4: dict[int, Space] = {}
+        self._by_l4: dict[tuple[int, int], Space] = {}
         self._users: dict[int, set[Space]] = {}  # by table
         self._marks = np.zeros(memory.span, dtype=np.uint8)
         self._reports = (ctypes.c_uint64 * (1 + MOST_REPORTS))()
@@ -128,11 +133,11 @@ class Spaces:
 
     # --- spaces and their stubs -----------------------------------------------------------------------------
 
-    def find(self, l4_mfn: int) -> Space:
+    def find(self, l4_mfn: int, start: int = LOWER_HALF) -> Space:
         """That of this L4 table. Raises EngineError where there can be no stub for it."""
-        space = self._by_l4.get(l4_mfn)
+        space = self._by_l4.get((l4_mfn, start))
         if space is None:
-            space = self._by_l4[l4_mfn] = Space(l4_mfn, self._stub())
+            space = self._by_l4[l4_mfn, start] = Space(l4_mfn, start, self._stub())
         self._clock += 1
         space.used = self._clock
         return space
@@ -144,7 +149,7 @@ class Spaces:
             return Stub(self._memory.fd)
         space = min(self._by_l4.values(), key=lambda space: space.used)
         self._leave_tables(space)
-        del self._by_l4[space.l4_mfn]
+        del self._by_l4[space.l4_mfn, space.start]
         try:
             space.clear()
             space.stub.forget_registers()
@@ -154,8 +159,9 @@ class Spaces:
 
     def drop(self, space: Space) -> None:
         """It is not to be used any more."""
-        if self._by_l4.get(space.l4_mfn) is space:
-            del self._by_l4[space.l4_mfn]
+        place = space.l4_mfn, space.start
+        if self._by_l4.get(place) is space:
+            del self._by_l4[place]
         self._leave_tables(space)
         space.stub.close()
 
@@ -214,10 +220,13 @@ class Spaces:
     # --- faults ---------------------------------------------------------------------------------------------
 
     def fault(self, space: Space, va: int, write: bool, fetch: bool) -> Outcome:
-        """Map the page at `va`, and others around, if the guest's tables permit this access. Raises StubDied."""
+        """Map the page at `va` in the stub, and others around, if the guest's tables permit this access.
+
+        Raises StubDied.
+        """
         self.faults += 1
         self.prepare(space)
-        path = page_walk.path(self._memory, space.l4_mfn, va)
+        path = page_walk.path(self._memory, space.l4_mfn, va + space.start)
         if path is None:
             return Outcome.FAULT
         rights = ~0
@@ -230,7 +239,7 @@ class Spaces:
             return Outcome.CANNOT
         needed = PTE_P | PTE_US | (PTE_RW if write else 0)
         bits = PTE_A | PTE_D if write else PTE_A
-        if page_walk.accessed(self._memory, space.l4_mfn, va, needed, bits) is None:
+        if page_walk.accessed(self._memory, space.l4_mfn, va + space.start, needed, bits) is None:
             return Outcome.FAULT  # it has changed meanwhile
         return self._map_around(space, va >> PAGE_SHIFT, path, write)
 

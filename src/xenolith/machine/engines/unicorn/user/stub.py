@@ -111,6 +111,7 @@ class Stub:
         self.words = self.bytes.cast("Q")
         self.bytes[code.MESSAGE : code.MESSAGE + len(code.message())] = code.message()
         self._listener = self._pidfd = -1
+        self._status = 0  # with which it has ended
         self.pid = self._spawn(memory_fd)
         self._pidfd = os.pidfd_open(self.pid)
         try:
@@ -162,9 +163,12 @@ class Stub:
         self._poll.register(self._listener, select.POLLIN)
         self._poll.register(self._pidfd, select.POLLIN)
         notes: dict[int, Note] = {}
-        while len(notes) < 2:
-            note = self._next(_BEGIN_SECONDS)
-            notes[note.ip] = note
+        try:
+            while len(notes) < 2:
+                note = self._next(_BEGIN_SECONDS)
+                notes[note.ip] = note
+        except StubDied:
+            raise EngineError(f"a stub process could not be set up: {self._why_ended()}") from None
         if set(notes) != {code.GUEST_HANDS_OVER, code.MAPPER_HANDS_OVER}:
             raise EngineError("a stub process has handed over where it should not")
         self._guest, self._mapper = notes[code.GUEST_HANDS_OVER], notes[code.MAPPER_HANDS_OVER]
@@ -183,14 +187,13 @@ class Stub:
         self._selectors = self.words[(self.frame + CS) // 8]
 
     def _why_ended(self) -> str:
-        with suppress(OSError):
-            os.kill(self.pid, signal.SIGKILL) if not self._ended(1.0) else None
-            _, status = os.waitpid(self.pid, 0)
-            self.pid = 0
-            if os.WIFEXITED(status):
-                return f"{code.STEPS.get(os.WEXITSTATUS(status), 'its exec')} failed"
-            return f"signal {os.WTERMSIG(status)}"
-        return "it has vanished"
+        """Of a process that has ended by itself, or does so now: at which step."""
+        if self.pid:
+            self._ended(1.0)
+            self.close()
+        if os.WIFEXITED(self._status):
+            return f"{code.STEPS.get(os.WEXITSTATUS(self._status), 'its exec')} failed"
+        return f"it ended by signal {os.WTERMSIG(self._status)}"
 
     def _ended(self, seconds: float) -> bool:
         poll = select.poll()
@@ -300,7 +303,7 @@ class Stub:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
             with suppress(OSError):
-                os.waitpid(self.pid, 0)
+                _, self._status = os.waitpid(self.pid, 0)
             self.pid = 0
         self._forget()
 
