@@ -19,7 +19,7 @@ _FRAMES: Final = 1024  # of a machine to try an engine on
 
 
 def survey() -> Iterator[tuple[str, str]]:
-    """(name, what is to be said) of each engine, of native code and of stub processes, and in the end of what `auto` takes."""
+    """(name, what is to be said) of each engine, of native code, of stub processes, and of what `auto` takes."""
     from xenolith.machine.engines.select import choose
 
     logging.getLogger("xenolith").setLevel(logging.ERROR)  # the reasons are told here

@@ -1,4 +1,4 @@
-"""Where stubs work: for ordinary users, in containers, under the filters of others; and what is said where they do not."""
+"""Where stubs work: for ordinary users, in containers, under others' filters; and what is said where they do not."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class NativeUserCpu(UnicornCpu):
         memory.written_elsewhere = "programs in processes of their own"
         self._state = ExtendedState(self, memory, components, size)
         self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
-        self.placement = Placement(memory.span, force)
+        self.placement = Placement(memory.span, force, host.overhead())
         self._hook.wanted = self.placement.wanted_address
         self._hook.env = instance.env
         self._hook.cpuid_is_pythons = True
@@ -469,7 +469,8 @@ class NativeUserCpu(UnicornCpu):
         trap = self._take_back(running, number)
         self.regs[FS_BASE], self.regs[GS_BASE] = fs_base, gs_base
         if trap is not None:
-            self.placement.ran(space.l4_mfn, stopped - running.words[code.RESUMED // 8])
+            ticks = stopped - running.words[code.RESUMED // 8]
+            self.placement.ran(space.l4_mfn, ticks, trap[0] != TRAP_SYSCALL)
         return trap
 
     def _is_kicked(self) -> bool:

@@ -31,8 +31,9 @@ MOST_PATIENCE: Final = 64
 class Placement:
     """Of one domain's address spaces, by the MFN of their L4 table."""
 
-    def __init__(self, frames: int, force: bool) -> None:
-        """`force`: all of them run in stubs."""
+    def __init__(self, frames: int, force: bool, overhead: tuple[int, int]) -> None:
+        """`force`: all of them run in stubs. `overhead`: see host.overhead."""
+        self._overhead = overhead
         self._force = force
         self._wanted = np.full(frames, force, dtype=np.uint8)
         self.wanted_address: int = self._wanted.ctypes.data
@@ -101,12 +102,12 @@ class Placement:
 
     # --- in a stub ------------------------------------------------------------------------------------------
 
-    def ran(self, l4_mfn: int, ticks: int) -> None:
-        """A program has run in its stub for so many ticks of the time stamp counter, until it trapped."""
+    def ran(self, l4_mfn: int, ticks: int, exception: bool) -> None:
+        """A program has run in its stub for so many ticks of the TSC, until a system call or an exception."""
         if self._force:
             return
         traps, total = self._pure.get(l4_mfn, (0, 0))
-        traps, total = traps + 1, total + max(ticks, 0)
+        traps, total = traps + 1, total + max(ticks - self._overhead[exception], 0)
         if traps >= WINDOW:
             if scale().nanoseconds(total) < LEAST_NS * traps:
                 self._wanted[l4_mfn] = 0
