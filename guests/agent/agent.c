@@ -590,13 +590,16 @@ static void reap(void)
 
 /* --- what dom0 asks for --- */
 
-/* Who this domain is: 32 random bytes, a machine-id, a host name. A clone is told before it does anything else. */
+/*
+ * Who this domain is: 32 random bytes, a machine-id, the time (ns since 1970), a host name. A clone is told before it does
+ * anything else.
+ */
 static void identify(const u8 *body, size_t size)
 {
     struct { int bits, size; u8 seed[32]; } entropy = {256, 32, {0}};
     char id[33];
     long error = -EINVAL;
-    if (size >= 65 && size <= 64 + 64) {
+    if (size >= 73 && size <= 72 + 64) {
         memcpy(entropy.seed, body, 32);
         int random = (int)SYS(open, "/dev/urandom", O_RDWR | O_CLOEXEC);
         error = random < 0 ? random : SYS(ioctl, random, RNDADDENTROPY, &entropy);
@@ -608,7 +611,9 @@ static void identify(const u8 *body, size_t size)
         int file = (int)SYS(open, "/etc/machine-id", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
         SYS(write, file, id, sizeof id);
         SYS(close, file);
-        SYS(sethostname, body + 64, size - 64);
+        u64 now[2] = {get64(body + 64) / 1000000000, get64(body + 64) % 1000000000};
+        SYS(clock_settime, 0 /* CLOCK_REALTIME */, now);
+        SYS(sethostname, body + 72, size - 72);
     }
     send_number(IDENTIFIED, 0, (u32)-error);
 }

@@ -136,6 +136,27 @@ def test_a_command_goes_on_in_a_domain_that_is_saved_and_its_agent_answers_where
     restored.wait(timeout=DEADLINE_SECONDS)
 
 
+def test_clones_are_told_who_they_are_before_they_do_anything(machine: Machine) -> None:
+    domain = debian(machine)
+    line = "hostname; cat /etc/machine-id; od -An -tx1 -N32 /dev/urandom"
+    domain.run(line, timeout=DEADLINE_SECONDS)
+    names = ["First One!", "second", "third"]
+    clones = [Domain(machine, domid) for domid in machine.client.clone(domain.domid, names)]
+    with pytest.raises(xenolith.ToolstackError, match="is paused"):
+        clones[0].run("true")
+    for clone in clones[:2]:
+        clone.unpause()
+    (young,) = (Domain(machine, domid) for domid in machine.client.clone(clones[0].domid, ["young"]))
+    for clone in (clones[2], young):
+        clone.unpause()
+    said = [each.run(line, timeout=DEADLINE_SECONDS).stdout.split(b"\n", 2) for each in (domain, *clones, young)]
+    assert [name for name, _, _ in said] == [b"xenolith", b"first-one", b"second", b"third", b"young"]
+    assert len({identity for _, identity, _ in said[1:]}) == 4
+    assert len({numbers for _, _, numbers in said}) == 5
+    for each in (domain, *clones, young):
+        each.destroy()
+
+
 def test_asyncio_runs_several_commands_and_ends_one_that_is_cancelled() -> None:
     async def work() -> None:
         async with await xenolith.aio.power_on(256) as machine:

@@ -90,6 +90,7 @@ class Channel:
     def open(self, timeout: float) -> Console | None:
         """The console, once the front-end has connected, at most `timeout` seconds from now; None: it has not."""
         self.attend()
+        self._follow()
         with self._changed:
             self._changed.wait_for(lambda: self._console or self._closed, timeout)
             return self._console
@@ -118,7 +119,7 @@ class Channel:
         if watch is not None:
             watch.cancel()
 
-    # --- on dom0's event thread --------------------------------------------------------------------------
+    # --- usually on dom0's event thread --------------------------------------------------------------------------
 
     def _follow(self) -> None:
         with self._changed:

@@ -183,6 +183,14 @@ class Console:
             self._notify()
         return count
 
+    @property
+    def input_room(self) -> int:
+        """How many bytes can be typed now."""
+        with self._lock:
+            if self.closed or self._held:
+                return 0
+            return max(0, abi.IN_SIZE - (self._index[abi.IN_PROD] - self._index[abi.IN_CONS] & _INDEX_MASK))
+
     def open_reader(self, overflow: Overflow, capacity: int = READER_BYTES) -> Reader:
         """Follow the console from now on; the scroll-back comes first. For a closed console that is all."""
         with self._lock:

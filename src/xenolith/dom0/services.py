@@ -29,6 +29,7 @@ from xenolith.dom0.backends.p9 import P9Backend
 from xenolith.dom0.builder import BuiltDomain, build
 from xenolith.dom0.channel import Channel, describe
 from xenolith.dom0.console import Console
+from xenolith.dom0.copies import Copies
 from xenolith.dom0.disks import DiskError, DiskSource
 from xenolith.dom0.disks.open import open_disk
 from xenolith.dom0.disks.overlay import OverlayDisk
@@ -163,6 +164,7 @@ class Dom0:
         self.domain = boot_dom0(hypervisor)
         self.domain.log(f"engine: {engine}")
         self._thread = EventThread(self.domain.log)
+        self.copies = Copies(self.control, self.domain.log)
         self.xenstore = XenstoreService()
         self.xenstore.start()
         self.xenbus = Xenbus(self.xenstore, self.domain.log)
@@ -453,7 +455,8 @@ class Dom0:
             raise DomainCreateError(str(error)) from error
 
     def start(self, domain: GuestDomain) -> None:
-        """Let a domain run: one that was created, or paused, or came from elsewhere."""
+        """Let a domain run: one that was created, or paused, or came from elsewhere. Raises DomainCreateError."""
+        self.copies.attend(domain.domid)
         domain.started = True
         if domain.channel is not None:
             domain.channel.attend()
@@ -479,6 +482,7 @@ class Dom0:
 
     def close(self) -> None:
         """Destroy all domains, stop dom0's services and switch the machine off. Once."""
+        self.copies.stop()
         for domain in list(self.domains.values()):
             self.destroy(domain)
         self.network.close()

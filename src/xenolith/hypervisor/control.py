@@ -510,6 +510,8 @@ class Control:
                 image = domain.memory.image(frames.mfns)
             except OSError as error:
                 raise RecordError(f"its memory cannot be sealed: {error.strerror}") from error
+            except OutOfMemory as error:
+                raise RecordError(f"there is no memory for a copy of what is its own: {error}") from error
             types = domain_record.frame_types(domain, frames.mfns)
             return Frozen(domain.view.max_pages, len(domain.vcpus), record, frames, types, image)
 
@@ -529,6 +531,21 @@ class Control:
         """How many frames of a clone, or of what clones were made of, are in nobody else's use."""
         memory = self._domain(domid).memory
         return memory.private_frames() if memory.private else memory.frames
+
+    def reserve(self, domid: int, frames: int) -> bool:
+        """Charge a clone, or what clones were made of, for its own frames and so many more; whether it is one.
+
+        Raises DomainCreateError where the machine has no memory for that.
+        """
+        memory = self._domain(domid).memory
+        if not memory.private:
+            return False
+        try:
+            memory.reserve(frames)
+        except OutOfMemory as error:
+            own = memory.private_frames()
+            raise DomainCreateError(f"{own + frames} frames for what a clone may write: {error}") from error
+        return True
 
     def memory_for_arrival(self, max_pages: int) -> MachineMemory:
         """Where the frames of a domain that arrives go, at the MFNs that they had. Raises DomainCreateError."""

@@ -45,6 +45,7 @@ MAP_NORESERVE: Final = 0x4000
 _PROTECTION: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
+COPY_RESERVE: Final = 512  # frames that a copy of an image is charged for ahead while it does not run
 FEWEST_REMAPPED: Final = 64  # private frames that are cleared by a new mapping, of which there may not be too many
 _PAGEMAP_PRESENT: Final = 1 << 63
 _PAGEMAP_SWAPPED: Final = 1 << 62
@@ -103,15 +104,35 @@ def _memory_object(frames: int) -> int:
 
 
 class Image:
-    """A sealed memory object: what a domain's frames held at one moment. Close it when no more copies are wanted."""
+    """A sealed memory object: what a domain's frames held at one moment. Close it when no more copies are wanted.
 
-    def __init__(self, fd: int, frames: int) -> None:
+    What it holds is charged once, as long as there is anybody who maps it.
+    """
+
+    def __init__(self, fd: int, frames: int, charge: int, budget: MemoryBudget | None) -> None:
+        """`charge` frames of the budget are its from now on."""
         self.fd = fd
         self.frames = frames
+        self._charge = charge
+        self._budget = budget
+        self._users = 1
+        self._lock = threading.Lock()
+
+    def retain(self) -> Image:
+        """One user more, who is to close it, too."""
+        with self._lock:
+            self._users += 1
+        return self
 
     def close(self) -> None:
-        """Copies that were made keep it alive."""
+        """One user less; the last one takes it away."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
         os.close(self.fd)
+        if self._budget is not None:
+            self._budget.give_back(self._charge)
 
 
 class BuddyAllocator:
@@ -205,10 +226,8 @@ class MachineMemory:
         """Its frames are not (all) in the memory object, which is an image."""
         self.written_elsewhere = ""
         """Who else stores to it, through mappings of other processes; empty: nobody."""
-        if image is None:
-            self.fd = _memory_object(frames)
-        else:
-            self.fd = os.dup(image.fd)
+        self._image = image.retain() if image is not None else None
+        self.fd = _memory_object(frames) if image is None else os.dup(image.fd)
         # One mapping of Python's, which lives as long as any view of it: at first all of it is private and empty.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, self.size, flags, _PROTECTION)
@@ -220,7 +239,8 @@ class MachineMemory:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._map_at(0, frames, mmap.MAP_PRIVATE if self.private else mmap.MAP_SHARED, self.fd, 0)
         self._budget = budget
-        self._charged = 0
+        self._used = 0  # frames that were allocated
+        self._lent = 0  # by the budget: those, or what a private memory is charged for
         self._lock = threading.Lock()  # nothing but the budget's own is taken under it
         self._allocator = BuddyAllocator(1, frames)
         self._aliases = BuddyAllocator(frames, self.span)
@@ -285,7 +305,7 @@ class MachineMemory:
         with self._lock:
             self._allocator.give_back(first, count)
             self._charge(-count)
-        if self._dead and not self._charged:
+        if self._dead and not self._used:
             self.close()
 
     def free_many(self, mfns: Frames) -> None:
@@ -305,7 +325,7 @@ class MachineMemory:
                 self._punch(first, mfn - first)
             first = mfn + 1
         with self._lock:
-            self._charge(len(mfns) - self._charged)
+            self._charge(len(mfns) - self._used)
         self._dead = True
         if not mfns:
             self.close()
@@ -315,6 +335,8 @@ class MachineMemory:
 
         Before anything was allocated. Raises OutOfMemory.
         """
+        if self.private:
+            self.reserve(COPY_RESERVE)
         with self._lock:
             self._charge(len(mfns))
             self._allocator = BuddyAllocator(self.frames, self.frames)
@@ -330,12 +352,28 @@ class MachineMemory:
         return [(int(bounds[gap]) + 1, int(bounds[gap + 1])) for gap in gaps]
 
     def _charge(self, count: int) -> None:
+        if not self.private:
+            self._lend(count)
+        self._used += count
+
+    def _lend(self, count: int) -> None:
+        """Borrow so many frames more of the budget. Raises OutOfMemory."""
         if self._budget is not None:
             if count > 0:
                 self._budget.take(count)
             else:
                 self._budget.give_back(-count)
-        self._charged += count
+        self._lent += count
+
+    def reserve(self, frames: int) -> None:
+        """Charge a private memory for what it has of its own by now and `frames` more, but for no more than it has.
+
+        Nobody asks us when a copy writes to a page for the first time, so what it may write soon is charged ahead.
+        Raises OutOfMemory where the budget has no more; it is charged for what it was, then.
+        """
+        wanted = min(self.private_frames() + frames, self.frames)
+        with self._lock:
+            self._lend(wanted - self._lent)
 
     def _punch(self, first: int, count: int) -> None:
         if self.private:
@@ -389,12 +427,14 @@ class MachineMemory:
         """An image of these frames as they are now. Nothing may write to the memory meanwhile.
 
         The first time the memory object itself becomes the image, and this memory a private copy of it; after that an
-        image is a copy.  Raises OSError where the frames cannot be sealed: somebody else maps one writable.
+        image is a copy.  Raises OSError where the frames cannot be sealed: somebody else maps one writable, and
+        OutOfMemory.
         """
         if self.written_elsewhere:
             raise OSError(errno.EBUSY, f"{self.written_elsewhere} map it")
         if self.private:
             return self._copied_image(mfns)
+        holds = min(int(np.count_nonzero(self.populated())), self._lent)
         self._map_at(0, self.frames, mmap.MAP_PRIVATE, self.fd, 0)
         try:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -402,12 +442,17 @@ class MachineMemory:
             self._map_at(0, self.frames, mmap.MAP_SHARED, self.fd, 0)
             raise
         self.private = True
-        return Image(os.dup(self.fd), self.frames)
+        with self._lock:
+            self._lent -= holds  # they are the image's
+        self._image = Image(os.dup(self.fd), self.frames, holds, self._budget)
+        return self._image.retain()
 
     def _copied_image(self, mfns: Frames) -> Image:
+        wanted = mfns[self.populated()[mfns]]
+        if self._budget is not None:
+            self._budget.take(len(wanted))
         fd = _memory_object(self.frames)
         try:
-            wanted = mfns[self.populated()[mfns]]
             breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
             for run in np.split(wanted, breaks) if len(wanted) else ():
                 start, end = int(run[0]) << PAGE_SHIFT, int(run[-1]) + 1 << PAGE_SHIFT
@@ -416,8 +461,10 @@ class MachineMemory:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
+            if self._budget is not None:
+                self._budget.give_back(len(wanted))
             raise
-        return Image(fd, self.frames)
+        return Image(fd, self.frames, len(wanted), self._budget)
 
     # --- frames of others ------------------------------------------------------------------------------
 
@@ -461,5 +508,8 @@ class MachineMemory:
             self._map_at(0, self.frames, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
             os.close(self.fd)
             self.fd = -1
+            if self._image is not None:
+                self._image.close()
             with self._lock:
-                self._charge(-self._charged)
+                self._lend(-self._lent)
+                self._used = 0

@@ -33,6 +33,7 @@ from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, Limits, NoSuchDomain, RecordError
 from xenolith.hypervisor.control import DomainInfo as XenDomainInfo
 from xenolith.toolstack import devices, networks
+from xenolith.toolstack.agent.frames import identity
 from xenolith.toolstack.agent.session import AgentUnavailable, Session
 from xenolith.toolstack.checkpoints import (
     CheckpointedDomain,
@@ -103,6 +104,8 @@ class _Record:
     leaving: threading.Event = field(default_factory=threading.Event)  # it is being destroyed
     agent_lock: threading.Lock = field(default_factory=threading.Lock)  # of what follows; taken after none of ours
     agent: Session | None = None
+    agent_answers: bool = False  # it is known to be there: a clone of one that was
+    newborn: bool = False  # a clone that was not let run yet
     last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
     checkpointed: CheckpointedDomain | None = None
     schedule: Schedule | None = None  # of checkpoints
@@ -409,6 +412,8 @@ class EmbeddedToolstack(Client):
                 if record.stay is not None:
                     record.stay()
                     record.stay = None
+                elif record.newborn:
+                    self._bring_to_life(domain, record)
                 else:
                     self.dom0.start(domain)
             except DomainCreateError as error:
@@ -878,6 +883,7 @@ class EmbeddedToolstack(Client):
         with self._of_domain(domid) as domain:
             config = self.config(domid)
             _check_clonable(config)
+            answers = self._records[domid].agent_answers
             try:
                 frozen = freeze(self.dom0, domain)
             except RecordError as error:
@@ -885,7 +891,7 @@ class EmbeddedToolstack(Client):
         made: list[int] = []
         try:
             for number, name in enumerate(names, 1):
-                made.append(self._clone(config, frozen, name, number))
+                made.append(self._clone(config, frozen, name, number, answers))
                 progress(Progress("cloning the domain", number, len(names)))
         except BaseException:
             for each in made:
@@ -896,14 +902,15 @@ class EmbeddedToolstack(Client):
             frozen.close()
         return made
 
-    def _clone(self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int) -> int:
+    def _clone(self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int, agent_answers: bool) -> int:
         config = copy.deepcopy(config)
         config.name, config.uuid = name, uuids.uuid4()
         self._claim_name(name)
         try:
             domain = self.dom0.clone(self._described(config), frozen, number)
             with self._lock:
-                self._records[domain.domid] = _Record(config, time.time())
+                record = _Record(config, time.time(), agent_answers=agent_answers, newborn=True)
+                self._records[domain.domid] = record
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
             return domain.domid
         except (DomainCreateError, RecordError) as error:
@@ -943,6 +950,20 @@ class EmbeddedToolstack(Client):
     def execute(self, domid: int, execution: Execution) -> ProcessStream:
         return self._agent(domid).execute(execution)
 
+    def _bring_to_life(self, domain: GuestDomain, record: _Record) -> None:
+        """Let a clone run for the first time. The first that it hears is who it is, if it has an agent."""
+        told = identity(record.config.name)
+        console = domain.channel.open(0) if domain.channel else None
+        session = Session(console) if console is not None else None
+        if session is not None and console is not None and console.input_room > 2 * len(told.body):
+            session.greet(told)
+            self.dom0.start(domain)
+        else:
+            self.dom0.start(domain)
+            if session is not None:
+                session.greet(told)
+        record.newborn, record.agent = False, session
+
     def _agent(self, domid: int) -> Session:
         """The conversation with a guest's agent. Raises AgentUnavailable."""
         domain = self._guest(domid)
@@ -957,6 +978,8 @@ class EmbeddedToolstack(Client):
             )
         with record.agent_lock:
             if record.agent is not None and not record.agent.ended:
+                if not record.agent_answers:
+                    record.agent.wait(AGENT_SECONDS)
                 return record.agent
             deadline = time.monotonic() + AGENT_SECONDS
             console = domain.channel.open(AGENT_SECONDS) if domain.channel else None
@@ -969,7 +992,7 @@ class EmbeddedToolstack(Client):
             except AgentUnavailable:
                 session.close()
                 raise
-            record.agent = session
+            record.agent, record.agent_answers = session, True
             return session
 
     def subscribe(self) -> EventStream:

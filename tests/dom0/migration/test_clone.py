@@ -9,8 +9,11 @@ import pytest
 
 from machines import Machine, missing
 from relocating import check, counting, follow
+from xenolith.dom0 import copies
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
+from xenolith.hypervisor.control import DomainCreateError
+from xenolith.machine.memory import COPY_RESERVE
 
 pytestmark = pytest.mark.slow
 
@@ -84,3 +87,46 @@ def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine: str) -> N
         dom0.control.write_frames(one.domid, one.built.console_mfn, 3000, b"written here")
         assert b"written here" not in dom0.control.read_frames(two.domid, two.built.console_mfn, 1)
         assert b"written here" not in dom0.control.read_frames(parent.domid, parent.built.console_mfn, 1)
+
+
+def test_clones_are_charged_for_what_is_their_own_and_what_they_may_write_next(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = counting(1, memory_mib=96)
+    machine = Machine(170, engine)
+    with machine.dom0 as dom0:
+
+        def free() -> int:
+            return dom0.control.machine().free_pages
+
+        at_first = free()
+        parent = dom0.create(spec)
+        dom0.start(parent)
+        follow(parent.console, "a 20")
+        frozen = freeze(dom0, parent)
+        dom0.control.pause(parent.domid)
+        before = free()
+        clones = [clone(dom0, spec, frozen, number) for number in range(1, 13)]  # 1,152 MiB
+        frozen.close()
+        each = (before - free()) / 12
+        assert COPY_RESERVE <= each < COPY_RESERVE + 512
+        dom0.destroy(parent)  # what they share is charged as long as one of them is there
+        assert free() < at_first - 4096
+        started = []
+        with pytest.raises(DomainCreateError, match="frames for what a clone may write"):
+            for domain in clones:
+                dom0.start(domain)
+                started.append(domain)
+        assert started
+
+        def paused(domain: GuestDomain) -> bool:
+            return dom0.control.info(domain.domid).paused
+
+        monkeypatch.setattr(copies, "RESERVE", 1 << 20)  # as if all of them had written to all of it
+        dom0.copies.look()
+        assert paused(started[-1])
+        assert "paused, as the machine has no memory for what it may write" in dom0.control.log_text()
+        monkeypatch.undo()
+        for domain in [*clones[1:], clones[0]]:
+            dom0.destroy(domain)
+        assert free() == at_first

@@ -12,11 +12,13 @@ of its random numbers) is the same in all clones until somebody in the guest mak
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xenolith.dom0.domain_tree import home
 from xenolith.dom0.migration.save import held
+from xenolith.hypervisor.control import DomainCreateError
 
 if TYPE_CHECKING:
     from xenolith.dom0.migration.services import ServicesRecord
@@ -43,7 +45,10 @@ def freeze(dom0: Dom0, domain: GuestDomain) -> FrozenDomain:
     """Take a domain as it is; it goes on. Raises RecordError where that cannot be."""
     try:
         with held(dom0, domain) as services:
-            return FrozenDomain(domain.spec.name, dom0.control.freeze(domain.domid), services)
+            frozen = FrozenDomain(domain.spec.name, dom0.control.freeze(domain.domid), services)
+        with suppress(DomainCreateError):  # then its charge follows from when it is let run the next time
+            dom0.copies.attend(domain.domid)
+        return frozen
     finally:
         dom0.control.unpause(domain.domid)
 

@@ -6,7 +6,11 @@ zero byte ends a frame and occurs nowhere else.
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,7 +21,8 @@ MOST_BODY: Final = 4096
 INPUT_ROOM: Final = 16 << 10  # bytes of a command's standard input that the agent keeps for it
 MOST_ARGUMENTS: Final = 256 << 10
 MOST_WORDS: Final = 4096
-MOST_LIMITS: Final = 16
+MOST_HOST_NAME: Final = 63
+SEED_BYTES: Final = 32
 
 HEADER: Final = struct.Struct("<BHH")
 U32: Final = struct.Struct("<I")
@@ -67,6 +72,13 @@ class Frame:
     kind: int
     command: int = 0
     body: bytes = b""
+
+
+def identity(name: str) -> Frame:
+    """What a clone is told of itself: random bytes, a machine-id of its own, the time, and a host name of `name`."""
+    host = re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-.")[:MOST_HOST_NAME] or "clone"
+    words = os.urandom(SEED_BYTES) + secrets.token_hex(16).encode() + struct.pack("<Q", time.time_ns())
+    return Frame(Kind.IDENTITY, 0, words + host.encode("ascii"))
 
 
 class FrameError(ValueError):
