@@ -101,7 +101,8 @@ class EventChannels:
         return 0 <= port < self.valid_ports
 
     def _allocate(self) -> int:
-        end = self.max_port + 1 if self.domain.fifo else min(self.max_port + 1, EVTCHN_2L_NR_CHANNELS)
+        bitmaps = not self.domain.fifo and self.domain.engine is not None  # a domain in Python has no shared_info
+        end = min(self.max_port + 1, EVTCHN_2L_NR_CHANNELS) if bitmaps else self.max_port + 1
         port = 0
         for _ in range(MOST_BUSY):
             port = self.state.find(FREE, port + 1, end)

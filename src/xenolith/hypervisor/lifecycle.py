@@ -50,12 +50,13 @@ class Limits:
 
 
 USUAL: Final = Limits()
+OF_DOM0: Final = Limits(event_channel_port=(1 << 14) - 1)  # for several domains a hundred, and some thousand clones
 
 
 def create_dom0(hypervisor: Hypervisor) -> Domain:
     """Make domain 0, whose code is Python (`python_domain`). Once, before any other domain."""
     domain = Domain(hypervisor, 0, None, 1, View(hypervisor.memory, 0))
-    _wire(domain, USUAL)
+    _wire(domain, OF_DOM0)
     domain.grants.grow(1)  # which grants nothing
     hypervisor.scheduler.init_domain(domain)
     with hypervisor.lock:
