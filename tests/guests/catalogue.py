@@ -124,7 +124,7 @@ CATALOGUE: tuple[Guest, ...] = (
 WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"), checks("blkfront-records"))
 
 # In no run of their own; see test_isolation.py and test_endless.py.
-PARTS_OF_TESTS: tuple[str, ...] = ("reach.elf", "endless.elf")
+PARTS_OF_TESTS: tuple[str, ...] = ("reach.elf", "endless.elf", "load.elf")  # the last is of bench
 
 # For a test marked slow.
 LONG_RUNS: tuple[Guest, ...] = (fuzz(4, calls=100_000),)

@@ -217,6 +217,18 @@ def test_a_policy_can_keep_a_vcpu_from_running_though_nobody_else_wants_to(make:
     assert times[RUNSTATE_runnable] >= 290 * MS
 
 
+def test_who_asks_for_a_pcpu_again_gets_no_credit_before_its_turn(make: MakeMachine) -> None:
+    class Watched(Credit2):
+        def pick(self, units: Sequence[Unit], now: int) -> Unit:
+            assert all(unit in units[0].runner.domain.cpupool.waiting for unit in units)
+            return super().pick(units, now)
+
+    machine = make(policy=Watched)
+    domains = [machine.domain() for _ in range(3)]
+    all_compute(machine, 200 * MS, *domains)
+    assert not any(domain.crash_report for domain in domains)
+
+
 def test_a_policy_hears_who_was_sent_an_event(make: MakeMachine) -> None:
     def sleeps() -> Program:
         while True:

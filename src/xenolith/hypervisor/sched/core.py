@@ -341,7 +341,7 @@ class Scheduler:
             units = [vcpu.unit for vcpu, moment in zip(candidates, moments, strict=True) if moment <= now]
             if units:
                 at_once = [unit for unit in units if any(pool.could_use(pcpu, [unit]) for pcpu in pool.free)]
-                unit = pool.policy.pick(at_once or units, now)
+                unit = pool.policy.first(at_once or units, now)
                 return next(vcpu for vcpu in candidates if vcpu.unit is unit)
         self._timers.set(context.quantum_timer, min(moments))
         return None

@@ -2,7 +2,8 @@
 
 Every vCPU has *credit*, which it burns while it runs, the slower the greater its weight.  The most credit goes first.
 When the one whose turn it is has none left, all get CREDIT_INIT more, and whoever is blocked keeps no more than that:
-it does not save up, and still has more than those that compute when it wakes, and preempts them.
+it does not save up, and still has more than those that compute when it wakes, and preempts them.  Nobody owes more than
+LEAD: who ran while no one waited does not pay for all of that.
 
 A `cap` (percent of one CPU, for the whole domain; 0: none) is a budget: cap percent of BUDGET_PERIOD in every such
 period, for all vCPUs of the domain together.  Used up, they do not run before the next period, whatever is idle; what
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from xenolith.hypervisor.sched.policy import NO_LIMIT, US, Simple, Unit
+from xenolith.hypervisor.sched.policy import LEAD, NO_LIMIT, US, Simple, Unit
 
 CREDIT_INIT: Final = 10_000_000  # ns of running at the default weight
 MIN_QUANTUM: Final = 1_000_000  # ns
@@ -68,15 +69,8 @@ class Credit2(Simple):
     def sleep(self, unit: Unit, now: int) -> None:
         self._active.discard(unit)
 
-    def queue(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
-        """Those that ran while nobody waited, longer than a turn, have been given credit as often as they needed it."""
-        for other in others:
-            credit = _credit_now(other, now)
-            if other.running_since is not None and credit < -2 * CREDIT_INIT:
-                other.account += -(credit // CREDIT_INIT) * CREDIT_INIT
-
     def charge(self, unit: Unit, ran: int, now: int) -> None:
-        unit.account -= _burnt(unit, ran)
+        unit.account = max(unit.account - _burnt(unit, ran), -_burnt(unit, LEAD))
         self._woken.discard(unit)
         if unit.parameters["cap"]:
             self._budget(unit, now).left -= ran
@@ -96,6 +90,10 @@ class Credit2(Simple):
             self._reset(int(best.account), now)
         self._woken.discard(best)
         return best
+
+    def first(self, units: Sequence[Unit], now: int) -> Unit:
+        """Nobody gets credit for that: it is not its turn yet."""
+        return max(units, key=_credit)
 
     def _reset(self, best: int, now: int) -> None:
         """Everybody gets as much as lifts the one whose turn it is above 0 (Xen: reset_credit)."""

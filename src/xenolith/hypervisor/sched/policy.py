@@ -7,7 +7,7 @@ must be short and call nothing.  So a simulator, or a test, can drive it with un
 
 The life of a unit: `add`; then again and again `wake` (it was blocked), `queue` (it wants a pCPU), `pick` until it is
 picked, running, `charge` when it leaves the pCPU, and `sleep` if it is blocked or paused; `remove`.  Where several
-units share one execution context, core lets `pick` choose among those before one of them queues.
+units share one execution context, core lets `first` choose among those before one of them queues.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class Policy(Protocol):
     def pick(self, units: Sequence[Unit], now: int) -> Unit:
         """Which of these, at least one, goes first."""
 
+    def first(self, units: Sequence[Unit], now: int) -> Unit:
+        """Which of these, at least one, would go before the others of them, were they to queue."""
+
     def victim(self, unit: Unit, running: Sequence[Unit], now: int) -> Unit | None:
         """Which of those that run must make room for this one at once; None: it waits until a quantum is over."""
 
@@ -123,6 +126,9 @@ class Simple(Policy):
 
     def yield_(self, unit: Unit, others: Sequence[Unit], now: int) -> None:
         pass
+
+    def first(self, units: Sequence[Unit], now: int) -> Unit:
+        return self.pick(units, now)
 
     def not_before(self, unit: Unit, now: int) -> int:
         return now
