@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from struct import pack
 
 import iced_x86
 import pytest
-from bare import ACCESS, CODE, CODE32, CODE64, DATA, DATA32, BareMachine, cpu_of, run_to_trap
+from bare import ACCESS, CODE, CODE32, CODE64, DATA, DATA32, STACK_TOP, BareMachine, cpu_of, run_to_trap
 
+from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CS,
     FS_BASE,
@@ -29,8 +31,9 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_UD,
 )
+from xenolith.machine import page_walk
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, EngineError
-from xenolith.machine.engines.unicorn import features, layout, library, stubs, verify
+from xenolith.machine.engines.unicorn import deliver, features, layout, library, stubs, verify
 from xenolith.machine.engines.unicorn.user import code as user_code
 from xenolith.machine.engines.unicorn.user import spaces as user_spaces
 from xenolith.machine.listing import assemble, encodings
@@ -194,6 +197,47 @@ def test_the_guests_own_iret_works_within_its_ring(unicorn: BareMachine) -> None
     cpu = unicorn.start("6a 0b 68 00 08 80 00 68 02 02 00 00 6a 1b 68 15 00 40 00 48 cf" + SYSCALL)
     assert run_to_trap(cpu)[0] == TRAP_SYSCALL
     assert (cpu.regs[RSP], cpu.regs[CS] & 0xFFFF, cpu.regs[SS] & 0xFFFF) == (0x80_0800, CODE64, DATA32)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        *((CODE + 2, FLAT_RING3_CS64, flags, STACK_TOP, FLAT_RING3_SS64) for flags in (0, 0x202, 0x8D7, 0x3202)),
+        *((CODE + 2, FLAT_RING3_CS64, flags, 0x1234, FLAT_RING3_SS64) for flags in (0x302, 0x4202, 0x1_0202, 1 << 63)),
+        (CODE + 2, FLAT_RING3_CS64, 0x4_0202, STACK_TOP, FLAT_RING3_SS64),
+        (CODE + 2, CODE64, 0x202, STACK_TOP, FLAT_RING3_SS64),
+        (CODE + 2, FLAT_RING3_CS64, 0x202, STACK_TOP, DATA32),
+        (CODE + 2, 0xABCD_0000 | FLAT_RING3_CS64, 0x202, STACK_TOP, 1 << 63 | FLAT_RING3_SS64),
+        (CODE + 2, 8, 0x202, STACK_TOP, FLAT_RING3_SS64),
+        (1 << 47, FLAT_RING3_CS64, 0x202, STACK_TOP, FLAT_RING3_SS64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rsp", [STACK_TOP - 40, STACK_TOP - 44, STACK_TOP - 0x1000 + 1, STACK_TOP - 8, 1 << 47])
+@pytest.mark.parametrize("flags", [0x202, 0x4202, 0xAD7], ids=hex)
+def test_an_iret_in_c_leaves_what_one_in_python_does(
+    unicorn: BareMachine, frame: tuple[int, ...], rsp: int, flags: int
+) -> None:
+    cpu = cpu_of(unicorn)
+    if deliver.library() is None:
+        pytest.skip("no native code here")
+    seen = []
+    for in_c in (True, False):
+        state = unicorn.state()
+        unicorn.write_code("48 cf" + SYSCALL)
+        stack = page_walk.machine_address(unicorn.memory, unicorn.kernel_l4, STACK_TOP - 0x1000)
+        assert stack is not None
+        unicorn.memory.b[stack : stack + 0x1000] = bytes(0x1000)
+        start = stack + (rsp - STACK_TOP + 0x1000) % 0x1000
+        data = pack("<5Q", *frame)[: stack + 0x1000 - start]
+        unicorn.memory.b[start : start + len(data)] = data
+        state.regs[RSP], state.regs[RFLAGS] = rsp, flags
+        cpu.load(state)
+        cpu._hook.memory_size = unicorn.memory.size if in_c else 0  # none: it finds nothing to carry out
+        cpu.kernels_far_transfers = 0
+        trap = run_to_trap(cpu)
+        seen.append((trap, cpu.get_rflags(), cpu.kernels_far_transfers, cpu.regs.tolist()))
+    assert seen[0] == seen[1]
 
 
 def test_a_guest_kernel_is_entered_in_64_bit_code_even_if_the_program_jumped_to_32_bit_code(

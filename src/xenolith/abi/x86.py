@@ -191,6 +191,7 @@ OPCODE_CPUID: Final = 0xA2  # the second of two
 OPCODE_INT3: Final = 0xCC
 OPCODE_INT_N: Final = 0xCD
 OPCODE_INTO: Final = 0xCE  # of 32-bit code
+OPCODE_IRET: Final = 0xCF
 OPCODE_RDPMC: Final = b"\x0f\x33"
 OPCODE_CLI: Final = 0xFA
 OPCODE_STI: Final = 0xFB

@@ -6,6 +6,7 @@ What an instruction reads and writes is operands.GuestView's.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from xenolith.abi.x86 import (
@@ -27,6 +28,7 @@ from xenolith.abi.x86 import (
 from xenolith.machine.atomic import compare_exchange_32
 from xenolith.machine.memory import MachineMemory
 
+SOURCE: Final = Path(__file__).with_name("page_walk.c")  # `permitted` in C, for the engines' native code
 _INDEX: Final = 511
 _LEVELS: Final = (L4_SHIFT, L3_SHIFT, L2_SHIFT, PAGE_SHIFT)
 

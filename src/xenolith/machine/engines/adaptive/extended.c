@@ -8,19 +8,9 @@ struct area { /* the memory operand, in the frames that it lies in */
     unsigned offset, size, count;
 };
 
-/* The frame behind a canonical address, as page_walk.permitted. */
-static u64 walk(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
+static u64 frame_at(struct extended *x, u64 va, u64 needed, u64 needed_of_leaf)
 {
-    u64 table = load64(x->env + CR + 24) & PTE_ADDRESS, entry = 0;
-    for (int shift = 39; shift >= 12; shift -= 9) {
-        if (table >= x->memory_size)
-            return 0;
-        entry = ((volatile u64 *)(x->memory + table))[va >> shift & 511];
-        if ((entry & needed) != needed || (shift != 12 && shift != 39 && entry & PTE_PSE))
-            return 0;
-        table = entry & PTE_ADDRESS;
-    }
-    return table < x->memory_size && (entry & needed_of_leaf) == needed_of_leaf ? table : 0;
+    return walk(x->memory, x->memory_size, load64(x->env + CR + 24), va, needed, needed_of_leaf);
 }
 
 /* Frames of the first `size` bytes at `va`, which code at CPL 3 could read (and write) without a change to its tables. */
@@ -33,7 +23,7 @@ static bool find(struct extended *x, struct area *area, u64 va, unsigned size, b
         || area->offset + size > sizeof area->pages / sizeof *area->pages * 0x1000)
         return false;
     for (unsigned at = 0; at < area->offset + size; at += 0x1000) {
-        u64 frame = walk(x, va + at, writable ? STORABLE : LOADABLE, writable ? PTE_D : 0);
+        u64 frame = frame_at(x, va + at, writable ? STORABLE : LOADABLE, writable ? PTE_D : 0);
         if (!frame)
             return false;
         area->frames[area->count] = frame >> 12;
@@ -269,7 +259,7 @@ bool carry_out(struct extended *x)
     __builtin_memcpy(&hflags, x->env + HFLAGS, 4);
     if (hflags & HF_TS || !(hflags & HF_CS64) || (rip & 0xfff) > 0x1000 - sizeof code)
         return false;
-    u64 frame = is_canonical(rip) ? walk(x, rip, PTE_P | PTE_US, 0) : 0;
+    u64 frame = is_canonical(rip) ? frame_at(x, rip, PTE_P | PTE_US, 0) : 0;
     if (!frame)
         return false;
     __builtin_memcpy(code, x->memory + frame + (rip & 0xfff), sizeof code);

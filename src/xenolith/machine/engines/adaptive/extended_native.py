@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import ClassVar, Final
 
 from xenolith.abi import x86
-from xenolith.machine import native
+from xenolith.machine import native, page_walk
 from xenolith.machine.engines.adaptive import extended
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
@@ -80,7 +80,7 @@ class NativeExtended:
     def __init__(
         self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component], wide: bool = False
     ) -> None:
-        library = native.load(SOURCE, declarations())
+        library = native.load(SOURCE, declarations(), (page_walk.SOURCE,))
         self._carry_out = native.function_address(library.carry_out)
         self._cpu = cpu
         self._image: object = None

@@ -117,9 +117,10 @@ class UnicornCpu:
             self._load_segment(segment, 0, segments.NULL)
         self._parked: dict[int, tuple[CpuState, bytearray]] = {}  # by id: see `swap`
         self._spare_block = bytearray(layout.VCPU_BLOCK)
-        self._hook = Hook()
+        self._hook = Hook(regs=buffer_address(self.regs), memory=memory.address, memory_size=memory.size)
+        self._hook.env = instance.env
+        self._hook.get_rflags, self._hook.set_rflags = map(function_address, (self.get_rflags, self.set_rflags))
         self.modes: ModeSwitchState | None = None
-        self.kernels_far_transfers = 0
         self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
         self._handler: TrapHandler = _no_handler
         self._failure: BaseException | None = None
@@ -317,6 +318,15 @@ class UnicornCpu:
     def distrust_code(self) -> None:
         """Somebody else has executed the guest, and perhaps changed code. The TLB is to be flushed."""
         self._instance.distrust_code(self.executable_mapped)
+
+    @property
+    def kernels_far_transfers(self) -> int:
+        """How many were carried out in guest-kernel mode."""
+        return self._hook.kernels_far_transfers
+
+    @kernels_far_transfers.setter
+    def kernels_far_transfers(self, count: int) -> None:
+        self._hook.kernels_far_transfers = count
 
     def leave_cpuid_to_python(self) -> None:
         """Every CPUID is a TRAP_CPUID of Python's handler, also one that the native handler has an answer for."""

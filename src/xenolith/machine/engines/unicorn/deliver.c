@@ -41,10 +41,41 @@ bool deliver_cpuid(u32 vector, u64 error_code, u64 address, struct hook *hook)
                                   : deliver(vector, error_code, address, hook, hook->cpuid);
 }
 
-/* An undefined opcode may be one that is carried out here: see extended.c. */
+/* IRETQ from Xen's own flat selectors to the same ones, which a kernel executes by the hundred thousand (Linux's
+   sync_core), as segment_loads._iret has it, which is the reference. False, with nothing changed: it is something else, or
+   not as simple as that. */
+static bool iret(struct hook *hook)
+{
+    u64 *regs = hook->regs, rip = regs[RIP], rsp = regs[RSP], words[5], l4 = *(const u64 *)(hook->env + CR3);
+    u32 hflags = *(const u32 *)(hook->env + HFLAGS);
+    if (!(hflags & HF_CS64) || (regs[CS] & 0xffff) != FLAT_RING3_CS64
+        || (regs[SS] & 0xffff) != FLAT_RING3_SS64 || !is_canonical(rip) || !is_canonical(rsp) || (rip & 0xfff) == 0xfff
+        || (rsp & 0xfff) > 0x1000 - sizeof words)
+        return false;
+    u64 code = walk(hook->memory, hook->memory_size, l4, rip, READ, 0);
+    if (!code || hook->memory[code + (rip & 0xfff)] != 0x48 || hook->memory[code + (rip & 0xfff) + 1] != OPCODE_IRET)
+        return false;
+    u64 stack = walk(hook->memory, hook->memory_size, l4, rsp, READ, 0);
+    if (!stack)
+        return false;
+    __builtin_memcpy(words, hook->memory + stack + (rsp & 0xfff), sizeof words);
+    u64 flags = hook->get_rflags();
+    if ((words[1] & 0xffff) != FLAT_RING3_CS64 || (words[4] & 0xffff) != FLAT_RING3_SS64 || !is_canonical(words[0])
+        || (flags | words[2]) & (EFLAGS_TF | EFLAGS_NT | EFLAGS_RF | EFLAGS_VM))
+        return false;
+    regs[RIP] = words[0];
+    regs[RSP] = words[3];
+    hook->set_rflags((flags & KEPT_FLAGS) | (words[2] & EFLAGS_DEFINED & ~(u64)KEPT_FLAGS));
+    hook->kernels_far_transfers += !in_user_mode(hook);
+    return true;
+}
+
+/* An undefined opcode may be one that is carried out here (see extended.c), or an IRET, which vex.py has made one. */
 bool deliver_invalid(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
     if (hook->extended && vector == VECTOR_UD && hook->carry_out(hook->extended))
+        return true;
+    if (vector == VECTOR_UD && iret(hook))
         return true;
     return hook->invalid(vector, error_code, address);
 }

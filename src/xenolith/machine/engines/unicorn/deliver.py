@@ -8,9 +8,10 @@ from ctypes import c_bool, c_uint64
 from pathlib import Path
 from typing import ClassVar, Final
 
+from xenolith.abi import layout as abi_layout
 from xenolith.abi import x86
-from xenolith.machine import native
-from xenolith.machine.engines import native_state, protocol
+from xenolith.machine import native, page_walk
+from xenolith.machine.engines import native_state, protocol, segment_loads
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.native import Fields
 
@@ -32,6 +33,12 @@ class Hook(ctypes.Structure):
         int  # of a byte for each frame: not 0 for L4 tables whose guest-user mode does not run here; 0: there are none
     )
     env: int
+    regs: int  # the register file
+    memory: int
+    memory_size: int
+    get_rflags: int  # functions, as in native_state.EngineCalls
+    set_rflags: int
+    kernels_far_transfers: int  # see segment_loads.SegmentCpu
     cpuid_is_pythons: bool  # whatever answers the native handler knows
     stays: bool  # guest-user mode runs here all the same, until its next trap
     to_user: bool  # Unicorn was stopped because guest-user mode does not run here
@@ -47,6 +54,12 @@ class Hook(ctypes.Structure):
         ("carry_out", c_uint64),
         ("wanted", c_uint64),
         ("env", c_uint64),
+        ("regs", c_uint64),
+        ("memory", c_uint64),
+        ("memory_size", c_uint64),
+        ("get_rflags", c_uint64),
+        ("set_rflags", c_uint64),
+        ("kernels_far_transfers", c_uint64),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
         ("to_user", c_bool),
@@ -62,7 +75,12 @@ _IN_C = {
     "carry_out": "bool (*{})(u64 extended)",
     "wanted": "const u8 *{}",
     "env": "const u8 *{}",
+    "regs": "u64 *{}",
+    "memory": "const u8 *{}",
+    "get_rflags": "u64 (*{})(void)",
+    "set_rflags": "void (*{})(u64 value)",
 }
+READ: Final = x86.PTE_P | x86.PTE_US | x86.PTE_A
 
 
 def declarations() -> str:
@@ -70,8 +88,15 @@ def declarations() -> str:
     return (
         native.define(native_state, "NOT_HANDLED LOOK")
         + native.define(protocol, "TRAP_NOTHING")
-        + native.define(x86, "VECTOR_UD PAGE_SHIFT")
-        + native.define(layout, "HFLAGS HF_KERNEL CR3")
+        + native.define(
+            x86,
+            "VECTOR_UD PAGE_SHIFT PTE_ADDRESS PTE_PSE RIP RSP CS SS OPCODE_IRET EFLAGS_TF EFLAGS_NT EFLAGS_RF "
+            "EFLAGS_VM EFLAGS_DEFINED",
+        )
+        + native.define(abi_layout, "FLAT_RING3_CS64 FLAT_RING3_SS64")
+        + native.define(segment_loads, "KEPT_FLAGS")
+        + native.define(layout, "HFLAGS HF_KERNEL HF_CS64 CR3")
+        + f"#define READ {READ}\n"
         + native.declare("hook", Hook, _IN_C)
     )
 
@@ -80,6 +105,6 @@ def declarations() -> str:
 def library() -> ctypes.PyDLL | None:
     """deliver.c; None where there is no native code."""
     try:
-        return native.load(SOURCE, declarations())
+        return native.load(SOURCE, declarations(), (page_walk.SOURCE,))
     except native.Missing:
         return None

@@ -135,7 +135,6 @@ class NativeUserCpu(UnicornCpu):
         self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
         self.placement = Placement(memory.span, force, host.overhead())
         self._hook.wanted = self.placement.wanted_address
-        self._hook.env = instance.env
         self._hook.cpuid_is_pythons = True
         self._calls.entry_changed = native.function_address(self.spaces.entry_changed)
         self._converted = b""  # what Unicorn's x87 and SSE state was when it and the image were last the same
