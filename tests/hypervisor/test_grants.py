@@ -42,7 +42,7 @@ from xenolith.hypervisor.hypercalls import memory_op
 from xenolith.hypervisor.hypercalls.grant_table_op import do_grant_table_op
 from xenolith.hypervisor.hypercalls.mmu import l1_entry_index
 from xenolith.hypervisor.python_domain import HypercallError, MappedGrant
-from xenolith.machine.memory import MOST_ALIASES
+from xenolith.machine.memory import MOST_ALIASES, OWN_ALIASES, OutOfMemory
 from xenolith.machine.write_tracking import NotTracked
 
 from .bare import DATA, BareMachine, read, write
@@ -494,7 +494,45 @@ def test_a_mapper_that_dies_gives_up_what_it_had_mapped(machine: BareMachine) ->
     assert granter.frames.owner[mfn] != granter.domid
     assert granter.flush_epoch > epoch, "the granter's TLBs have forgotten it"
     assert flags(granter, REF) == GTF_permit_access
-    assert machine.hypervisor.memory.free_aliases == MOST_ALIASES
+    assert machine.hypervisor.memory.free_aliases == MOST_ALIASES - OWN_ALIASES * len(machine.hypervisor.domains)
+
+
+def test_a_domain_whose_frame_table_is_wrong_ends_alone(machine: BareMachine) -> None:
+    """What must not be: a count is lost. It goes, what it had mapped is given up, who maps its frames may go on."""
+    budget = machine.hypervisor.memory
+    other = machine.domain()
+    before = budget.free_frames, budget.free_aliases
+    wrong = machine.domain()
+    for granter, mapper in ((wrong, other), (other, wrong)):
+        grant(granter, REF, mapper.domid, frame(granter, 3))
+    before = before[0] - 1, before[1]  # the other's grant table
+    va = DATA + 100 * PAGE_SIZE
+    status, handle = map_grant(other.vcpus[0], va, REF, wrong.domid)
+    assert (status, map_grant(wrong.vcpus[0], va, REF, other.domid)[0]) == (GNTST_okay, GNTST_okay)
+    wrong.frames.count_info[frame(wrong, 4)] = 0
+    machine.control.destroy(wrong.domid)
+    assert "inconsistent" in machine.hypervisor.log_text
+    assert flags(other, REF) == GTF_permit_access, "nobody uses it any more"
+    assert unmap_grant(other.vcpus[0], va, handle) == GNTST_okay
+    assert (budget.free_frames, budget.free_aliases) == before
+
+
+def test_a_domain_that_maps_all_it_can_leaves_others_their_own(machine: BareMachine) -> None:
+    granter, greedy, modest = machine.domain(), machine.domain(), machine.domain()
+    memory, mfn = granter.memory, frame(granter, 3)
+    budget = machine.hypervisor.memory
+    spare, budget.free_aliases = budget.free_aliases - 10, 10
+    taken = []
+    with suppress(OutOfMemory):
+        while True:
+            taken.append(greedy.memory.map_alias(memory, mfn, False))
+    assert len(taken) == OWN_ALIASES + 10
+    theirs = [modest.memory.map_alias(memory, mfn, False) for _ in range(OWN_ALIASES)]
+    for domain, aliases in ((greedy, taken), (modest, theirs)):
+        for alias in aliases:
+            domain.memory.unmap_alias(alias)
+    assert budget.free_aliases == 10
+    budget.free_aliases += spare
 
 
 def test_domains_are_made_until_the_budget_is_used_and_all_of_it_comes_back(machine: BareMachine) -> None:

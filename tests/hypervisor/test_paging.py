@@ -18,6 +18,7 @@ from xenolith.abi.errno import EBUSY, EINVAL, ERESTART
 from xenolith.abi.x86 import PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, paging
 from xenolith.hypervisor.domain import WORK, Domain
+from xenolith.hypervisor.events import EventChannels
 from xenolith.hypervisor.frames import (
     MOST_REFERENCES,
     PARTIAL,
@@ -61,7 +62,7 @@ class Machine:
 
     def _domain(self, domid: int) -> Domain:
         domain = Domain(self.hypervisor, domid, None, 1, View(self.hypervisor.memory, FRAMES_EACH))
-        domain.grants = GrantTable(domain)
+        domain.grants, domain.events = GrantTable(domain), EventChannels(domain)
         self.hypervisor.domains[domid] = domain
         return domain
 

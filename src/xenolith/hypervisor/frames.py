@@ -95,12 +95,19 @@ class FrameTable:
         """Let a domain map this Xen frame writable, as its shared_info (Xen: share_xen_page_with_guest)."""
         self.owner[mfn] = domid
         self.type_info[mfn] = TYPE_WRITABLE | VALIDATED | 1
-        self.count_info[mfn] += 1
+        taken = self.get_page(mfn, domid)
+        assert taken, self.describe(mfn)
 
     def end_sharing(self, mfn: int) -> None:
         """Undo `share_with_guest` of a domain that is dead; others may still have the frame mapped by grant."""
+        assert self.type_info[mfn] & TYPE_COUNT, self.describe(mfn)
         self.type_info[mfn] -= 1
-        self.count_info[mfn] -= 1
+        self.put_page(mfn)
+
+    def abandon(self) -> None:
+        """The table does not add up: nothing that it says of its domain's frames counts any more."""
+        self.type_infos[:] = 0
+        self.count_infos[:] = self.owners == FOREIGN  # these are given back one by one
 
     def mapped_by_guest(self, mfn: int) -> bool:
         """Whether anything but the sharing refers to a frame that is shared."""
@@ -161,6 +168,13 @@ class FrameTable:
             return False
         self.count_info[mfn] = count + 1
         return True
+
+    def drop_allocation(self, mfn: int) -> bool:
+        """Drop the allocation's reference, if that has not been done. True: as put_page."""
+        if not self.count_info[mfn] & ALLOCATED:
+            return False
+        self.count_info[mfn] &= ~ALLOCATED
+        return self.put_page(mfn)
 
     def put_page(self, mfn: int) -> bool:
         """Drop an existence reference. True: it was the last, and the frame is to be freed."""

@@ -423,6 +423,8 @@ class GrantTable:
 
     def unpin(self, ref: int, writable: bool) -> None:
         """Undo one `pin` or `acquire`. No TLB may know the frame by it any more."""
+        if self.domain.memory.fd < 0:
+            return  # the domain died with an inconsistent frame table: it counts nothing any more
         active = self._active[ref]
         assert active.writers if writable else active.readers, f"{self.domain!r}: grant {ref} is not pinned so"
         if writable:

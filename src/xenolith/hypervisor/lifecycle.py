@@ -200,6 +200,19 @@ def _wire(domain: Domain, limits: Limits) -> None:
         vcpu.set_timer_late = vcpu.timers.set_singleshot_late
 
 
+def _relinquish(domain: Domain) -> bool:
+    """Drop the references of a dead domain. False: its frame table was inconsistent; all its memory goes, then."""
+    try:
+        with domain.lock:
+            paging.relinquish(domain)
+            return True
+    except (AssertionError, IndexError, ValueError):
+        domain.hypervisor.log(f"{domain!r}: its frame table is inconsistent:\n{traceback.format_exc()}")
+        with domain.lock:
+            domain.frames.abandon()
+        return False
+
+
 def destroy(domain: Domain) -> None:
     """End a domain and give back all it has, except frames that others still map."""
     hypervisor = domain.hypervisor
@@ -224,17 +237,13 @@ def destroy(domain: Domain) -> None:
         domain.engine.close()
         domain.engine = None
     domain.executable_mapped = domain.entry_changed = None
-    try:
-        with domain.lock:
-            paging.relinquish(domain)
-        domain.grants.release_all()
-        with domain.lock:  # to the end: those who map its frames give them back one by one under it
+    orderly = _relinquish(domain)
+    domain.grants.release_all()
+    with domain.lock:  # to the end: those who map its frames give them back one by one under it
+        if orderly:
             for mfn in (domain.shared_info_mfn, *domain.shared_frames()):
                 domain.frames.end_sharing(mfn)
-            domain.memory.keep_only(domain.frames.referenced(domain.domid))
-    except (AssertionError, IndexError, ValueError):  # all its memory goes, whatever its frame table says
-        hypervisor.log(f"{domain!r}: its frame table is inconsistent:\n{traceback.format_exc()}")
-        domain.memory.keep_only([])
+        domain.memory.keep_only(domain.frames.referenced(domain.domid))
     with hypervisor.lock:
         del hypervisor.domains[domain.domid]
     hypervisor.log(f"{domain!r}: destroyed")

@@ -225,7 +225,7 @@ def _begin_undo(domain: Domain, mfn: int, kind: int, progress: int, others: int 
     """Have an L2..L4 table drop what its entries below `progress` hold. It has `others` type references."""
     frames = domain.frames
     frames.type_info[mfn] = kind | UNDOING | progress << PROGRESS_SHIFT | others + 1
-    frames.count_info[mfn] += 1
+    frames.count_info[mfn] += 1  # MOST_REFERENCES leaves room for it
     domain.undo_list[domain.undo_count] = mfn  # never more than roots of one operation, and a table or two a level
     domain.undo_count += 1
 

@@ -23,6 +23,7 @@ import fcntl
 import mmap
 import os
 import threading
+import weakref
 from contextlib import suppress
 from heapq import heappop, heappush
 from typing import Final
@@ -36,6 +37,7 @@ LOCAL_APIC_MFN: Final = 0xFEE00
 """Where processors have their local APIC: emulated accesses to this frame are not accesses to memory, under KVM."""
 
 MOST_ALIASES: Final = 16384
+OWN_ALIASES: Final = 64
 """Of all domains together: each is a mapping of this process, which may have 65,530 (sysctl vm.max_map_count)."""
 
 FALLOC_FL_KEEP_SIZE = 1
@@ -65,12 +67,15 @@ class OutOfMemory(Exception):
 
 
 class MemoryBudget:
-    """`frames` frames that the domains of this machine may use together, and MOST_ALIASES aliases. Any thread."""
+    """`frames` frames that the domains of this machine may use together, and MOST_ALIASES aliases. Any thread.
+
+    OWN_ALIASES are a domain's own, as long as there are any for a new one: nobody's appetite leaves others without.
+    """
 
     def __init__(self, frames: int) -> None:
         self.frames = frames
         self.free_frames = frames
-        self.free_aliases = MOST_ALIASES
+        self.free_aliases = MOST_ALIASES  # for those who ask first
         self._lock = threading.Lock()  # the innermost lock of all
 
     def take(self, count: int) -> None:
@@ -85,16 +90,23 @@ class MemoryBudget:
         with self._lock:
             self.free_frames += count
 
+    def reserve_aliases(self) -> int:
+        """Lend a new domain its own: how many."""
+        with self._lock:
+            own = min(OWN_ALIASES, self.free_aliases)
+            self.free_aliases -= own
+        return own
+
     def take_alias(self) -> None:
-        """Lend an alias. Raises OutOfMemory."""
+        """Lend one more alias. Raises OutOfMemory."""
         with self._lock:
             if not self.free_aliases:
-                raise OutOfMemory(f"{MOST_ALIASES} frames are mapped by grant already")
+                raise OutOfMemory(f"{MOST_ALIASES} frames are mapped by grant already, or kept for other domains")
             self.free_aliases -= 1
 
-    def give_back_alias(self) -> None:
+    def give_back_aliases(self, count: int = 1) -> None:
         with self._lock:
-            self.free_aliases += 1
+            self.free_aliases += count
 
 
 def _memory_object(frames: int) -> int:
@@ -228,6 +240,8 @@ class MachineMemory:
         """Who else stores to it, through mappings of other processes; empty: nobody."""
         self._image = image.retain() if image is not None else None
         self.fd = _memory_object(frames) if image is None else os.dup(image.fd)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self._close_fd.atexit = False
         # One mapping of Python's, which lives as long as any view of it: at first all of it is private and empty.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, self.size, flags, _PROTECTION)
@@ -241,6 +255,8 @@ class MachineMemory:
         self._budget = budget
         self._used = 0  # frames that were allocated
         self._lent = 0  # by the budget: those, or what a private memory is charged for
+        self._own_aliases = budget.reserve_aliases() if budget is not None and aliases else 0
+        self._mapped_aliases = 0
         self._lock = threading.Lock()  # nothing but the budget's own is taken under it
         self._allocator = BuddyAllocator(1, frames)
         self._aliases = BuddyAllocator(frames, self.span)
@@ -473,28 +489,35 @@ class MachineMemory:
         if other.private:
             raise OutOfMemory("a frame of a clone, or of what clones were made of, is in no memory object")
         with self._lock:
-            if self._budget is not None:
-                self._budget.take_alias()
+            alias = self._aliases.take_extent(0)
             try:
-                alias = self._aliases.take_extent(0)
+                self._lend_alias()
                 try:
                     self._map_at(alias, 1, mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE, other.fd, mfn)
                 except OSError as error:
-                    self._aliases.give_back(alias, 1)
+                    self._end_alias()
                     raise OutOfMemory(f"the host cannot map a frame: {error.strerror}") from error
             except OutOfMemory:
-                if self._budget is not None:
-                    self._budget.give_back_alias()
+                self._aliases.give_back(alias, 1)
                 raise
         return alias
+
+    def _lend_alias(self) -> None:
+        if self._budget is not None and self._mapped_aliases >= self._own_aliases:
+            self._budget.take_alias()
+        self._mapped_aliases += 1
+
+    def _end_alias(self) -> None:
+        self._mapped_aliases -= 1
+        if self._budget is not None and self._mapped_aliases >= self._own_aliases:
+            self._budget.give_back_aliases()
 
     def unmap_alias(self, alias: int) -> None:
         """Undo one `map_alias`: whatever still refers to the alias finds an empty private page."""
         self._map_at(alias, 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         with self._lock:
             self._aliases.give_back(alias, 1)
-            if self._budget is not None:
-                self._budget.give_back_alias()
+            self._end_alias()
 
     def _map_at(self, mfn: int, count: int, flags: int, fd: int, offset_mfn: int) -> None:
         place, offset = self.address + (mfn << PAGE_SHIFT), offset_mfn << PAGE_SHIFT
@@ -506,10 +529,13 @@ class MachineMemory:
         """Release the memory object. Views of it that are held elsewhere show zeros."""
         if self.fd >= 0:
             self._map_at(0, self.frames, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-            os.close(self.fd)
+            self._close_fd()
             self.fd = -1
             if self._image is not None:
                 self._image.close()
             with self._lock:
                 self._lend(-self._lent)
                 self._used = 0
+                if self._budget is not None:
+                    self._budget.give_back_aliases(self._own_aliases)
+                    self._own_aliases = 0

@@ -126,6 +126,8 @@ class NbdDisk:
                 self._failure = failure
                 raise
         if error:
+            if error not in errno.errorcode:
+                error = errno.EIO  # whatever it is
             raise OSError(error, os.strerror(error))  # of the protocol's list, whose numbers are Linux's
 
     def _send(self, buffers: Buffers) -> None:

@@ -160,9 +160,7 @@ def remove_pages(domain: Domain, first: int, count: int = 1) -> bool:
     for mfn in range(first, first + count):
         if not frames.get_page(mfn, domain.domid):
             break
-        if frames.count_info[mfn] & ALLOCATED:
-            frames.count_info[mfn] &= ~ALLOCATED
-            frames.put_page(mfn)
+        frames.drop_allocation(mfn)
         if frames.put_page(mfn):
             unused.append(mfn)
         else:
@@ -339,7 +337,8 @@ def _exchange_chunk(
             domain.memory.free(first, 1 << out_order)
         return -ENOMEM
     for mfn in old:
-        frames.count_info[mfn] = 0
+        last = frames.drop_allocation(mfn)
+        assert last, frames.describe(mfn)
     paging.free_frames(domain, old)
     for first, pfn, va in zip(new, pfns, out_vas, strict=True):
         frames.assign(np.arange(first, first + (1 << out_order), dtype=np.uint64), domain.domid)
