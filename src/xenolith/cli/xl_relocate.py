@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +14,7 @@ from xenolith.cli.passage import Passage
 from xenolith.cli.progress import progress_bar
 from xenolith.cli.xl_command import Failure, Option, Options, Session, command, complain, resolve
 from xenolith.cli.xl_create import STATUS_FAIL, read_config_file, start
-from xenolith.toolstack.client import AfterSave, Progress, ToolstackError, Undetermined
+from xenolith.toolstack.client import AfterSave, Progress, RelocationInfo, ToolstackError, Undetermined
 from xenolith.toolstack.config.domain import absolute_paths
 from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, is_address
 
@@ -88,14 +88,18 @@ _NO_PAUSE: Final = Option("p", "Leave the domain paused when it has come.")
     Option("e", "Have nobody look after the domain there when it ends."),
     _NO_PAUSE,
     Option("d", "Accepted for scripts, without effect.", long="debug"),
+    Option("r", "Send no more than this while it runs, beginning slowly.", long="rate", value="MBIT"),
+    Option("P", "Draw what it took, as PNG, PDF or SVG by the name.", long="plot", value="FILE"),
     operands=2,
 )
 def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
     domid = resolve(session, operands[0])
     if "C" in options:
         session.client.set_config(domid, absolute_paths(read_config_file(options["C"]), Path.cwd()))
+    limit, plot = _rate(options), _plotter(options)
     if is_address(operands[1]):
-        return _migrate_to_address(session, domid, operands[1])
+        plot(_migrate_to_address(session, domid, operands[1], limit))
+        return 0
     shell = options.get("s", "ssh")
     flags = "".join(f" -{flag}" for flag in "ep" if flag in options)
     line = f"exec {shell} {operands[1]} xl migrate-receive" if shell else operands[1]
@@ -107,32 +111,61 @@ def migrate(session: Session, options: Options, operands: Sequence[str]) -> int:
         complain(f"Saving to migration stream {_FORMAT}")
         far.pass_on()
         try:
-            session.client.send(domid, str(passage.socket), token, _say_stage)
+            took = session.client.send(domid, str(passage.socket), token, limit, _say_stage)
         except Undetermined as error:
             complain(f"{error}\nAsking the other side.")
-            undetermined = True
+            took = None
         except ToolstackError as error:
             raise Failure(f"{error}\nMigration failed", STATUS_FAIL) from error
-        else:
-            undetermined = False
-    if undetermined:
+    if took is None:
         _settle(session, domid, f"{line} -q {token}")
-    complain("migration sender: Target reports successful startup.\nMigration successful.")
+    _say_success(took)
+    plot(took)
     return 0
 
 
-def _migrate_to_address(session: Session, domid: int, address: str) -> int:
+def _rate(options: Options) -> float:
+    """In bytes a second."""
+    text = options.get("r", "0")
+    if not text.isascii() or not text.isdigit():
+        raise Failure(f"The rate must be a number of Mbit/s, not {text}.")
+    return int(text) * 1e6 / 8
+
+
+def _plotter(options: Options) -> Callable[[RelocationInfo | None], None]:
+    """What draws a relocation, if that is wanted. Raises Failure where it cannot."""
+    if "P" not in options:
+        return lambda took: None
+    try:
+        from xenolith.cli.relocation_plot import plot
+    except ImportError as error:
+        raise Failure(f"--plot needs matplotlib (pip install 'xenolith[evaluation]'): {error}") from error
+    return lambda took: plot(took, Path(options["P"])) if took is not None else None
+
+
+def _say_success(took: RelocationInfo | None) -> None:
+    if took is not None:
+        sent = sum(each.pages for each in took.rounds) + took.last_pages
+        complain(
+            f"migration sender: {sent} pages in {took.took_ns / 1e9:.2f} s; it stood still for "
+            f"{took.down_ns / 1e6:.0f} ms, in which {took.last_pages} of them were sent"
+        )
+    complain("migration sender: Target reports successful startup.\nMigration successful.")
+
+
+def _migrate_to_address(session: Session, domid: int, address: str, limit: float) -> RelocationInfo | None:
     """The daemons talk to each other."""
     token = secrets.token_hex(16)
+    took = None
     try:
-        session.client.send(domid, address, token, _say_stage)
+        took = session.client.send(domid, address, token, limit, _say_stage)
     except Undetermined as error:
         complain(f"{error}\nAsking the other side.")
         _decide(session, domid, session.client.settle(token, address))
     except ToolstackError as error:
         raise Failure(f"{error}\nMigration failed", STATUS_FAIL) from error
-    complain("migration sender: Target reports successful startup.\nMigration successful.")
-    return 0
+    _say_success(took)
+    return took
 
 
 def _settle(session: Session, domid: int, line: str) -> None:

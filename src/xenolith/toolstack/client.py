@@ -250,6 +250,26 @@ class Checkpoint:
     remark: str = ""  # why the domain stands still for all of its memory
 
 
+@dataclass(frozen=True, slots=True)
+class RelocationRound:
+    """Pages that were sent while the domain ran, and how many were written to meanwhile."""
+
+    began_ns: int
+    ended_ns: int
+    pages: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelocationInfo:
+    """What a relocation took."""
+
+    rounds: tuple[RelocationRound, ...]
+    last_pages: int  # sent while it stood still
+    down_ns: int  # from the standstill to the answer
+    took_ns: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionInfo:
     """A domain that another daemon holds, and what the last epoch took."""
@@ -622,10 +642,13 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def send(self, domid: int, to: str, token: str = "", progress: OnProgress = no_progress) -> None:
+    def send(
+        self, domid: int, to: str, token: str = "", limit: float = 0, progress: OnProgress = no_progress
+    ) -> RelocationInfo:
         """Relocate a running domain to another daemon's address, or by way of whoever listens at a UNIX socket.
 
-        The address is unix:/PATH or tls:HOST:PORT; the socket an absolute path.
+        The address is unix:/PATH or tls:HOST:PORT; the socket an absolute path.  While it runs no more than `limit`
+        bytes a second are sent; 0: as many as go.
 
         It has left when this returns.  While it is under way it has the name NAME--migratedaway here.  Raises
         Undetermined where nobody knows whether it runs there: ask by `settle` with the same token, then destroy

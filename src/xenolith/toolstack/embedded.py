@@ -68,6 +68,8 @@ from xenolith.toolstack.client import (
     ProcessStream,
     Progress,
     ProtectionInfo,
+    RelocationInfo,
+    RelocationRound,
     ShutdownRequest,
     ToolstackError,
     Trigger,
@@ -766,7 +768,9 @@ class EmbeddedToolstack(Client):
             put_disks_back(path, series, config)
             return NewDomid(self._receive(arriving))
 
-    def send(self, domid: int, to: str, token: str = "", progress: OnProgress = no_progress) -> None:
+    def send(
+        self, domid: int, to: str, token: str = "", limit: float = 0, progress: OnProgress = no_progress
+    ) -> RelocationInfo:
         with self._of_domain(domid) as domain:
             config, record = self.config(domid), self._records[domid]
             record.end_checkpoints()
@@ -779,7 +783,7 @@ class EmbeddedToolstack(Client):
                     self.rename(domid, config.name)
 
             try:
-                send_domain(self.dom0, domain, config, to, token, step_aside, progress)
+                figures = send_domain(self.dom0, domain, config, to, token, step_aside, progress, limit)
             except Undetermined as error:
                 assert isinstance(error.__cause__, live.Undetermined)
                 disks = error.__cause__.disks
@@ -794,6 +798,12 @@ class EmbeddedToolstack(Client):
                 come_back()
                 raise
         self.destroy(domid)
+        return RelocationInfo(
+            rounds=tuple(RelocationRound(**vars(each)) for each in figures.rounds),
+            last_pages=figures.last_pages,
+            down_ns=figures.down_ns,
+            took_ns=figures.took_ns,
+        )
 
     def receive(self, path: Path, paused: bool = False) -> NewDomid:
         with connected(str(path), "") as connection:

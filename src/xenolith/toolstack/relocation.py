@@ -34,6 +34,7 @@ def send_domain(
     token: str,
     on_ready: Callable[[], None],
     progress: OnProgress,
+    limit: float = 0,
 ) -> live.Figures:
     """Send a domain. It is paused afterwards, to be ended; with a ToolstackError it goes on here.
 
@@ -50,6 +51,7 @@ def send_domain(
                 lambda text: progress(Progress(text, 0, 0)),
                 on_ready,
                 connection.hang_up,
+                limit,
             )
         except live.Refused as refusal:
             raise ToolstackError(f"The other side did not take the domain: {refusal or 'it went away'}.") from refusal

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.changes import Changes
 from xenolith.dom0.migration.save import check_free, held, write_pages
-from xenolith.dom0.migration.stream import Writer
+from xenolith.dom0.migration.stream import MOST_PAGES, Writer
 from xenolith.hypervisor.control import DomainCreateError, NotTracked
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ FEW_PAGES: Final = 64  # so few are sent at a standstill, in no time
 MOST_ROUNDS: Final = 30
 MOST_TIMES: Final = 3  # of the domain's memory sent while it runs
 SHRINKS: Final = 0.8  # a round has to leave so much of what the last one left, or less
+
+NS: Final = 1_000_000_000
+LEAST_RATE: Final = 100e6 / 8  # bytes a second, where there is a limit
+RATE_STEP: Final = 50e6 / 8  # that a round is faster than the domain wrote in the one before
 
 DISKS_SECONDS: Final = 30.0  # that the other side may take to let go of disks
 DISKS_PAUSE: Final = 0.02
@@ -63,14 +68,29 @@ class Undetermined(Exception):
         self.disks = disks
 
 
+@dataclass(frozen=True)
+class Round:
+    """Pages that were sent while the domain ran, and how many were written to meanwhile."""
+
+    began_ns: int  # since the relocation began
+    ended_ns: int
+    pages: int
+    written: int
+
+
 @dataclass
 class Figures:
     """What a relocation took."""
 
-    rounds: int = 0
-    pages: int = 0  # sent while the domain ran
-    last_pages: int = 0  # and while it stood still
+    rounds: list[Round] = field(default_factory=list)
+    last_pages: int = 0  # sent while it stood still
     down_ns: int = 0  # from the standstill to the answer
+    took_ns: int = 0
+
+    @property
+    def pages(self) -> int:
+        """Sent while it ran."""
+        return sum(each.pages for each in self.rounds)
 
 
 def send(
@@ -82,9 +102,11 @@ def send(
     on_round: OnRound,
     on_ready: Callable[[], None],
     hang_up: Callable[[], None],
+    limit: float = 0,
 ) -> Figures:
     """Send a domain to whoever reads `out`. It is paused here afterwards, to be ended.
 
+    While the domain runs no more than `limit` bytes a second are sent, if it is not 0.
     `on_ready` is called when the other side has it, before it may run there; `hang_up` lets the other side see the end.
     Raises Refused, RecordError and OSError, after which it goes on here as if nothing had been, and Undetermined.
     """
@@ -95,9 +117,10 @@ def send(
     sizes = {"max_pages": info.ceiling_pages, "vcpus": info.max_vcpus, "engine": info.engine}
     writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
     changes: Changes | None = None
+    began = dom0.hypervisor.clock.now()
     try:
         changes = Changes(control, domid)
-        _rounds(writer, changes, figures, on_round)
+        _rounds(writer, changes, figures, on_round, dom0.hypervisor.clock.now, limit)
     except NotTracked as reason:
         on_round(f"the domain has to stand still: {reason}")
         if changes is not None:
@@ -108,22 +131,41 @@ def send(
     finally:
         if changes is not None:
             changes.close()
+    figures.took_ns = dom0.hypervisor.clock.now() - began
     return figures
 
 
-def _rounds(writer: Writer, changes: Changes, figures: Figures, on_round: OnRound) -> None:
-    """Send pages while the domain runs. Raises NotTracked."""
+def _rounds(
+    writer: Writer,
+    changes: Changes,
+    figures: Figures,
+    on_round: OnRound,
+    now: Callable[[], int],
+    limit: float,
+) -> None:
+    """Send pages while the domain runs. Raises NotTracked.
+
+    With a limit it begins slowly, and each round is so fast that the domain does not write faster (NSDI 2005, 5.2).
+    """
+    rate, start = min(LEAST_RATE, limit), now()
     mfns = changes.look()
-    limit = MOST_TIMES * max(len(mfns), FEW_PAGES)
+    most = MOST_TIMES * max(len(mfns), FEW_PAGES)
     while True:
-        figures.rounds += 1
-        on_round(f"round {figures.rounds}: {len(mfns)} pages")
-        changes.say(writer, mfns)
-        figures.pages += len(mfns)
-        before = len(mfns)
+        began = now()
+        on_round(f"round {len(figures.rounds) + 1}: {len(mfns)} pages" + (f" at {rate / 1e6:.0f} MB/s" if rate else ""))
+        for at in range(0, len(mfns), MOST_PAGES):
+            changes.say(writer, mfns[at : at + MOST_PAGES])
+            if rate:
+                writer.flush()
+                time.sleep(max((at + MOST_PAGES) * PAGE_SIZE / rate - (now() - began) / NS, 0))
+        writer.flush()
+        ended, before = now(), len(mfns)
         mfns = changes.look()
-        enough = len(mfns) <= FEW_PAGES or figures.rounds >= MOST_ROUNDS or figures.pages + len(mfns) > limit
-        if enough or (figures.rounds > 1 and len(mfns) > SHRINKS * before):
+        figures.rounds.append(Round(began - start, ended - start, before, len(mfns)))
+        rate = (len(mfns) * PAGE_SIZE * NS / max(ended - began, 1) + RATE_STEP) if limit else 0
+        enough = len(mfns) <= FEW_PAGES or len(figures.rounds) >= MOST_ROUNDS or figures.pages + len(mfns) > most
+        hopeless = rate > limit if limit else len(figures.rounds) > 1 and len(mfns) > SHRINKS * before
+        if enough or hopeless:
             changes.put_back()
             return
 
