@@ -129,8 +129,8 @@ class Mapping:
     mfn: int  # the granter's
     writable: bool
     l1_index: int = 0  # of the page-table entry, in 64-bit words of the mapper's memory; 0: there is none
-    device: bool = False  # it is mapped for a device, too: a pin of its own
     alias: int = 0  # the mapper's MFN, at which the frame appears; 0: dom0 in Python has none
+    device: bool = False  # it is mapped for a device, too: a pin of its own
 
     @property
     def pins(self) -> int:

@@ -243,7 +243,7 @@ def _map_grant(vcpu: Vcpu, host_addr: int, flags: int, ref: int, domid: int) -> 
         handle = status
         if not status:
             device = bool(flags & GNTMAP_device_map)
-            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index, device, alias))
+            handle = domain.grants.add_mapping(Mapping(granter, ref, mfn, writable, index, alias, device))
             if handle < 0 and index:
                 paging.modify_l1(domain, index, 0)
                 tlb.flush_domain(domain)
