@@ -178,6 +178,7 @@ static void return_to_kernel(void)
     u64 flags = below(2) ? 2 : below(2) ? next() & 0x3fffff : next();
     u64 frame[9] = {next(), next(), next(), below(2) << 8, (u64)iret_raw_landed, below(8) ? PICK(some) : selector() & ~3ul,
                     flags, (u64)top, below(4) ? XENS_DATA : selector()};
+    shared_info->vcpu[0].upcall_mask = 1; /* what is below this frame is in use */
     fault_elsewhere = (u64)iret_raw_faulted;
     iret_raw(frame);
     fault_elsewhere = 0;
