@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 from contextlib import suppress
@@ -22,7 +23,7 @@ from xenolith.dom0.migration.protect import Protection, Standby
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
 from xenolith.dom0.migration.series import Series, join
-from xenolith.dom0.migration.stream import DESCRIPTION, ZSTD, Reader, Writer
+from xenolith.dom0.migration.stream import DESCRIPTION, STATE, ZSTD, Reader, Writer
 from xenolith.dom0.services import DomainSpec
 from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainCreateError, RecordError
@@ -113,6 +114,27 @@ def test_mutated_files_are_refused_or_make_a_sound_domain(small: tuple[Machine, 
         assert dom0.xenstore.statistics() == nodes
     print(outcomes)
     assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("tsc_hz", 1 << 20, r"tell time by an invariant TSC of 1\.0 MHz, and this host's has \d+\.\d MHz"),
+        ("7.0.ebx", 1 << 31, r"features that the engine unicorn lacks here: CPUID 7\.0\.ebx, bits 0x80000000"),
+    ],
+)
+def test_what_the_guest_was_told_has_to_be_true_here(
+    small: tuple[Machine, DomainSpec, bytes], name: str, value: int, why: str
+) -> None:
+    machine, spec, data = small
+    _, place, length = next(section for section in sections(data) if section[0] == STATE)
+    state = json.loads(data[place : place + length])
+    state["domain"]["features"] |= {name: value, "80000007.0.edx": 1 << 8}
+    text = json.dumps(state).encode()
+    header = pack("<IIQQQ", STATE, 0, len(text), len(text), 0)
+    file = io.BytesIO(data[: place - SECTION] + header + text + data[place + length :])
+    with pytest.raises(RecordError, match=why):
+        machine.dom0.restore(spec, Receiver(machine.dom0.control, file).receive())
 
 
 def test_mutated_checkpoints_are_refused_or_make_a_sound_domain(small: tuple[Machine, DomainSpec, bytes]) -> None:
