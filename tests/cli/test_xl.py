@@ -564,7 +564,7 @@ WITHOUT_EFFECT = {
     "channel": '["name=a,connection=pty"]',
     "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_version": "1",
     "seclabel": '"a:b:c"', "passthrough": '"enabled"',
-    "driver_domain": "1", "localtime": "1", "rtc_timeoffset": "3600", "e820_host": "1", "vpmu": "1", "period": "10",
+    "driver_domain": "1", "e820_host": "1", "vpmu": "1", "period": "10",
 }  # fmt: skip
 
 

@@ -82,9 +82,12 @@ def test_an_nmi_for_a_vcpu_that_is_none_is_refused(crashed: tuple[EmbeddedToolst
 def test_the_limits_of_a_configuration_are_those_of_the_domain() -> None:
     config = DomainConfig("a", kernel=str(GUESTS / "hello.elf"), memory_mib=16)
     config.max_event_channels, config.max_grant_frames, config.max_maptrack_frames = 100, 5, 2
+    config.rtc_timeoffset = -3600 % 2**32  # as the reader has it
     with power_on(memory_mib=32, engine="unicorn") as machine:
         made = machine.create(config)
         client = machine.client
         assert isinstance(client, EmbeddedToolstack)
-        limits = client.dom0.domains[made.domid].spec.limits
+        spec = client.dom0.domains[made.domid].spec
+    limits = spec.limits
+    assert spec.time_offset == -3600
     assert (limits.event_channel_port, limits.grant_frames, limits.mappings) == (100, 5, 512)

@@ -81,6 +81,7 @@ class DomainSpec:
     nets: tuple[VifSpec, ...] = ()
     shares: tuple[ShareSpec, ...] = ()
     limits: Limits = USUAL
+    time_offset: int = 0  # s, of its wall clock from UTC
     scheduling: Mapping[str, int] = field(default_factory=dict)  # what is other than usual, see sched.policy
     cpupool: str = ""  # empty: the first one
     hard_affinity: Sequence[frozenset[int]] = ()  # of each vCPU, from the first on; for the rest it is any pCPU
@@ -187,6 +188,7 @@ class Dom0:
             domid = self.control.create_domain(spec.uuid.bytes, vcpus, max_pages, spec.limits)
             undo.callback(self.control.destroy, domid)
             self._schedule(domid, spec)
+            self.control.set_time_offset(domid, spec.time_offset)
             built = build(self.control, domid, spec.image, pages, spec.ramdisk, spec.cmdline)
             self.control.grant_to_dom0(domid, GNTTAB_RESERVED_CONSOLE, built.console_mfn)
             self.control.grant_to_dom0(domid, GNTTAB_RESERVED_XENSTORE, built.store_mfn)

@@ -242,6 +242,13 @@ class Control:
         vcpus = domain.vcpus if vcpu_id is None else [domain.vcpus[vcpu_id]]
         self._hypervisor.scheduler.set_affinity(vcpus, hard, soft)
 
+    def set_time_offset(self, domid: int, seconds: int) -> None:
+        """How far the domain's wall clock is ahead of UTC (Xen: XEN_DOMCTL_settimeoffset). Before it runs."""
+        domain = self._domain(domid)
+        with domain.lock:
+            domain.time_offset = seconds
+            time.set_wall_clock(domain)
+
     def set_max_pages(self, domid: int, pages: int) -> None:
         """Let the domain have no more than so many frames (Xen: XEN_DOMCTL_max_mem); those that it has stay.
 

@@ -395,6 +395,7 @@ class Domain(DomainFields):
         self.lock = DomainLock(self)
         self.clock = hypervisor.clock  # its own time since boot, `clock_ahead` ns ahead of the machine's
         self.clock_ahead = 0
+        self.time_offset = 0  # s, of its wall clock from UTC (Xen: time_offset_seconds)
         self.privileged = domid == 0
         self.uuid = bytes(16)
         self.vcpu_count = max_vcpus

@@ -103,14 +103,15 @@ class Kind:
 
 
 class Number(Kind):
-    """0 <= value < limit."""
+    """least <= value < limit."""
 
-    def __init__(self, limit: int = 1 << 64) -> None:
+    def __init__(self, limit: int = 1 << 64, least: int = 0) -> None:
         self.limit = limit
+        self.least = least
 
     def unpack(self, plain: Plain, where: str) -> int:
-        if type(plain) is not int or not 0 <= plain < self.limit:
-            raise RecordError(f"{where} is no number below {self.limit:#x}")
+        if type(plain) is not int or not self.least <= plain < self.limit:
+            raise RecordError(f"{where} is no number from {self.least} and below {self.limit:#x}")
         return plain
 
 
@@ -429,6 +430,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "lock": HOST,
         "clock": BY_HAND,
         "clock_ahead": REBUILT,
+        "time_offset": BY_HAND,
         "privileged": REBUILT,
         "uuid": HOST,  # the toolstack's, who makes the domain anew
         "vcpus": BY_HAND,
@@ -585,6 +587,7 @@ def state(domain: Domain) -> dict[str, Plain]:
         **_pack(domain),
         "now": domain.clock.now(),
         "wall": domain.clock.wall(),
+        "time_offset": domain.time_offset,
         "features": _features(domain),
         "shared_info": domain.shared_info_mfn,
         "memory_map": [list(entry) for entry in domain.memory_map],
@@ -829,6 +832,8 @@ def load(domain: Domain, plain: Plain, frames: FrameRecord, types: FrameTypes | 
     for vcpu, its in zip(domain.vcpus, vcpus, strict=True):
         _load_timers(vcpu, its)
     _load_watchdogs(domain, record)
+    if record.has("time_offset"):
+        domain.time_offset = record.get("time_offset", Number(1 << 32, -(1 << 32)))
     set_wall_clock(domain)
 
 

@@ -340,6 +340,7 @@ def set_wall_clock(domain: Domain) -> None:
     """Write the wall-clock time at the domain's time 0 into shared_info."""
     clock = domain.clock
     seconds, nanoseconds = divmod(clock.wall() - clock.now(), NS_PER_SECOND)
+    seconds = max(seconds + domain.time_offset, 0)
     d, base = domain.memory.d, domain.shared_info
     version = d[base + SHARED_WC_VERSION >> 2]
     d[base + SHARED_WC_VERSION >> 2] = (version | 1) & 0xFFFFFFFF

@@ -1120,8 +1120,15 @@ def _described(config: DomainConfig) -> DomainSpec:
         nets=tuple(networks.virtual_interface(nic) for nic in config.nics),
         shares=tuple(devices.shared_folder(share, number) for number, share in enumerate(config.p9_shares)),
         limits=_limits(config),
+        time_offset=_time_offset(config),
         uuid=config.uuid,
     )
+
+
+def _time_offset(config: DomainConfig) -> int:
+    """Seconds; the key has 32 bits and a sign."""
+    offset = (config.rtc_timeoffset + (1 << 31)) % (1 << 32) - (1 << 31)
+    return offset + (time.localtime().tm_gmtoff if config.localtime else 0)
 
 
 def _limits(config: DomainConfig) -> Limits:

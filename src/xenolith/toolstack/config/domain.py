@@ -232,8 +232,6 @@ class DomainConfig:
             "extratime": (scheduling.extratime is not None, "the scheduler has no such parameter"),
             "max_grant_version": (self.max_grant_version is not None, "all domains may use the same versions"),
             "tsc_mode": (self.tsc_mode not in (TscMode.DEFAULT, TscMode.NATIVE), "guests read the processor's counter"),
-            "localtime": (bool(self.localtime), "guests get UTC"),
-            "rtc_timeoffset": (bool(self.rtc_timeoffset), "guests get UTC"),
             "e820_host": (bool(self.e820_host), "a domain's memory is one range"),
             "cpuid": (bool(self.cpuid.leaves), "all domains see the same processor"),
             "msr_relaxed": (bool(self.msr_relaxed), "MSRs that are not known fault"),
