@@ -16,18 +16,43 @@ static bool goes_on(struct hook *hook)
     return false;
 }
 
+/* Guest-user mode traps, and goes on: how long it has run, but for translation, and how often trapped, in the address
+   space where it was last. */
+static void leave_user_mode(struct hook *hook)
+{
+    if (!hook->wanted || !in_user_mode(hook))
+        return;
+    u64 l4 = *(const u64 *)(hook->env + CR3) >> PAGE_SHIFT;
+    if (l4 != hook->user_l4) {
+        hook->user_l4 = l4;
+        hook->user_ticks = hook->user_traps = 0;
+    }
+    hook->user_ticks += __builtin_ia32_rdtsc() - hook->user_since - (*hook->translating - hook->translated);
+    hook->user_traps++;
+}
+
+static bool enter_user_mode(struct hook *hook)
+{
+    if (hook->wanted && in_user_mode(hook)) {
+        hook->user_since = __builtin_ia32_rdtsc();
+        hook->translated = *hook->translating;
+    }
+    return true;
+}
+
 static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
 {
+    leave_user_mode(hook);
     if (hook->vcpu) {
         if (hook->stays && in_user_mode(hook))
             hook->stays = false;
         int answer = hook->handler(hook->vcpu, vector, error_code, address);
         if (answer == LOOK)
-            return python(TRAP_NOTHING, 0, 0);
+            return python(TRAP_NOTHING, 0, 0) && enter_user_mode(hook);
         if (answer != NOT_HANDLED)
-            return answer && goes_on(hook);
+            return answer && goes_on(hook) && enter_user_mode(hook);
     }
-    return python(vector, error_code, address);
+    return python(vector, error_code, address) && enter_user_mode(hook);
 }
 
 bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hook)

@@ -39,6 +39,12 @@ class Hook(ctypes.Structure):
     get_rflags: int  # functions, as in native_state.EngineCalls
     set_rflags: int
     kernels_far_transfers: int  # see segment_loads.SegmentCpu
+    user_l4: int  # where there are such: the L4 table on which guest-user mode ran here last, ...
+    user_since: int  # ... since when (TSC), ...
+    user_ticks: int  # ... for how long on end, up to then, without translation, ...
+    user_traps: int  # ... and with how many traps
+    translating: int  # of the ticks that translation has taken so far
+    translated: int  # what they were at `user_since`
     cpuid_is_pythons: bool  # whatever answers the native handler knows
     stays: bool  # guest-user mode runs here all the same, until its next trap
     to_user: bool  # Unicorn was stopped because guest-user mode does not run here
@@ -60,6 +66,12 @@ class Hook(ctypes.Structure):
         ("get_rflags", c_uint64),
         ("set_rflags", c_uint64),
         ("kernels_far_transfers", c_uint64),
+        ("user_l4", c_uint64),
+        ("user_since", c_uint64),
+        ("user_ticks", c_uint64),
+        ("user_traps", c_uint64),
+        ("translating", c_uint64),
+        ("translated", c_uint64),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
         ("to_user", c_bool),
@@ -79,6 +91,7 @@ _IN_C = {
     "memory": "const u8 *{}",
     "get_rflags": "u64 (*{})(void)",
     "set_rflags": "void (*{})(u64 value)",
+    "translating": "const u64 *{}",
 }
 READ: Final = x86.PTE_P | x86.PTE_US | x86.PTE_A
 

@@ -18,7 +18,7 @@ the same, having learned of it in a stub, it goes on in one.
 from __future__ import annotations
 
 import logging
-from ctypes import PYFUNCTYPE, c_int, c_uint32, c_uint64
+from ctypes import PYFUNCTYPE, addressof, c_int, c_uint32, c_uint64
 from struct import pack_into, unpack_from
 from typing import Any, Final
 
@@ -82,6 +82,7 @@ from xenolith.machine.engines.protocol import (
 )
 from xenolith.machine.engines.unicorn import features, layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
+from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import Instance
 from xenolith.machine.engines.unicorn.user import code, host, stub
 from xenolith.machine.engines.unicorn.user.extended_state import ExtendedState
@@ -90,6 +91,7 @@ from xenolith.machine.engines.unicorn.user.spaces import UPPER_HALF, Outcome, Sp
 from xenolith.machine.engines.unicorn.user.stub import StubDied
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.operands import GuestFault, effective_address
+from xenolith.machine.tsc import read_tsc
 
 _log = logging.getLogger(__name__)
 _CR0, _CR2, _CR3 = layout.CR // 8, layout.CR // 8 + 2, layout.CR // 8 + 3
@@ -135,6 +137,10 @@ class NativeUserCpu(UnicornCpu):
         self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
         self.placement = Placement(memory.span, force, host.overhead())
         self._hook.wanted = self.placement.wanted_address
+        self._translating = c_uint64(0)
+        if instance.softmmu is not None:
+            self._translating = c_uint64.from_buffer(instance.softmmu, type(instance.softmmu).translating.offset)
+        self._hook.translating = addressof(self._translating)
         self._hook.cpuid_is_pythons = True
         self._calls.entry_changed = native.function_address(self.spaces.entry_changed)
         self._converted = b""  # what Unicorn's x87 and SSE state was when it and the image were last the same
@@ -184,7 +190,6 @@ class NativeUserCpu(UnicornCpu):
         if modes is not None and modes.native_handler:
             prototype = PYFUNCTYPE(c_int, c_uint64, c_uint32, c_uint64, c_uint64)
             self._native_handler = prototype(modes.native_handler)
-        self.placement.attach(modes)
 
     def become_plain(self) -> None:
         """Be a UnicornCpu, with no more components than that has: the domain has several vCPUs, and was not run yet."""
@@ -224,7 +229,22 @@ class NativeUserCpu(UnicornCpu):
             running.kick()
 
     def _look(self) -> None:
-        self.placement.look(self._q[_CR3] >> PAGE_SHIFT, not self._d[_HFLAGS] & layout.HF_KERNEL, self.translation_ns)
+        """Have the policy see what a program has done on Unicorn."""
+        hook = self._hook
+        if self.placement.ran_on_unicorn(hook.user_l4, hook.user_ticks, hook.user_traps):
+            hook.user_ticks = hook.user_traps = 0
+
+    def _enter_user_mode(self) -> None:
+        """As deliver.c: user mode goes on, on Unicorn."""
+        self._hook.user_since, self._hook.translated = read_tsc(), self._translating.value
+
+    def _leave_user_mode(self, traps: int) -> None:
+        """As deliver.c: user mode was left, by so many traps."""
+        hook, l4_mfn = self._hook, self._q[_CR3] >> PAGE_SHIFT
+        if hook.user_l4 != l4_mfn:
+            hook.user_l4, hook.user_ticks, hook.user_traps = l4_mfn, 0, 0
+        hook.user_ticks += read_tsc() - hook.user_since - (self._translating.value - hook.translated)
+        hook.user_traps += traps
 
     def _turn(self, on_trap: TrapHandler) -> bool:
         """Run in a stub or on Unicorn. False: leave."""
@@ -240,7 +260,11 @@ class NativeUserCpu(UnicornCpu):
             self.distrust_code()
             self.flush_tlb()
         self._hook.to_user = False
+        if user:
+            self._enter_user_mode()
         self._execute(self._on_unicorn(on_trap))
+        if self._kicked and not self._d[_HFLAGS] & layout.HF_KERNEL:
+            self._leave_user_mode(0)
         return self._hook.to_user
 
     def _forget_the_dead(self) -> None:
@@ -249,12 +273,14 @@ class NativeUserCpu(UnicornCpu):
             self.placement.forget(self.spaces.dead.pop())
 
     def _on_unicorn(self, on_trap: TrapHandler) -> TrapHandler:
-        hook, d = self._hook, self._d
+        hook, d, measures = self._hook, self._d, deliver_library() is None
 
         def handler(vector: int, error_code: int, address: int) -> bool:
             user = not d[_HFLAGS] & layout.HF_KERNEL
             if user:
                 hook.stays = False
+                if measures:
+                    self._leave_user_mode(1)
             if vector == VECTOR_UD:
                 answer = self._at_undefined(user)
                 if answer is None:
@@ -266,9 +292,8 @@ class NativeUserCpu(UnicornCpu):
             more = on_trap(vector, error_code, address)
             if vector == TRAP_CPUID and user:
                 self._tell_less(question)
-            self.placement.trapped()
-            if self.placement.is_time():
-                self._look()
+            if measures and not d[_HFLAGS] & layout.HF_KERNEL:
+                self._enter_user_mode()
             return more and not self._goes_to_stub()
 
         return handler
@@ -407,18 +432,12 @@ class NativeUserCpu(UnicornCpu):
         """Run guest-user mode until it is left. False: leave `run`."""
         try:
             space = self.spaces.find(l4_mfn)
+            self.spaces.watch(l4_mfn)
         except EngineError as error:
             _log.warning("programs run on Unicorn from now on: %s", error)
             self._give_up()
             return True
         self._stub_ran = True
-        try:
-            return self._run_in(space, on_trap)
-        finally:
-            self.placement.left_stub(self.translation_ns)
-
-    def _run_in(self, space: Space, on_trap: TrapHandler) -> bool:
-        l4_mfn = space.l4_mfn
         missed, self._missed = self._missed, None
         try:
             if missed is not None and missed[0] == l4_mfn:
@@ -469,7 +488,7 @@ class NativeUserCpu(UnicornCpu):
         self.regs[FS_BASE], self.regs[GS_BASE] = fs_base, gs_base
         if trap is not None:
             ticks = stopped - running.words[code.RESUMED // 8]
-            self.placement.ran(space.l4_mfn, ticks, trap[0] != TRAP_SYSCALL)
+            self.placement.ran_in_stub(space.l4_mfn, ticks, trap[0] != TRAP_SYSCALL)
         return trap
 
     def _is_kicked(self) -> bool:

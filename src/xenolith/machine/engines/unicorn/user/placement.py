@@ -1,31 +1,30 @@
 """Which address spaces run in stubs: those whose programs compute, by what both sides measure.
 
-A trap costs Unicorn a microsecond and a stub some twenty, and a stub executes code several times as fast.  On Unicorn
-what is known is CPU time and the number of traps in it: where traps at a stub's price would have cost much less than
-that, twice in the same address space, it goes to a stub.  In a stub the handler reads the time stamp counter before
-and after the program's own instructions, so its pure time is known: where that is so short from trap to trap that
-Unicorn would have been quicker, it goes back, and has to show twice as much patience the next time.
+A trap costs Unicorn a microsecond and a stub some thirty, and a stub executes code several times as fast.  Both sides
+measure a program's own time from trap to trap: on Unicorn (deliver.c) without translation, in a stub by the time
+stamp counter, which its handler reads before and after.  So it is known what a stay costs in relation to the other
+side.  That adds up as *regret*, for each address space, and when it reaches the *patience* with this side, the
+address space moves.
+
+A stay in a stub that ends so was a mistake, and patience with Unicorn doubles for it: a move costs a fault for each
+page.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 import numpy as np
 
-from xenolith.machine.engines.native_state import UNLIMITED
-from xenolith.machine.engines.protocol import ModeSwitchState
 from xenolith.machine.tsc import scale
 
-STUB_TRAP_NS: Final = 20_000  # what a trap costs more in a stub
-SHARE: Final = 0.7  # of CPU time, that traps may cost there
-LOOK_NS: Final = 500_000  # CPU time after which there is something to see
-NATIVE_TRAPS: Final = 256  # that native code may handle until Python looks
-WINDOW: Final = 64  # traps in a stub, likewise
-LEAST_NS: Final = 3_500  # of pure time, on average from trap to trap, to stay in a stub
-PATIENCE: Final = 2  # looks in a row
-MOST_PATIENCE: Final = 64
+SPEED: Final = 6  # of code in a stub, in relation to Unicorn
+TRAP_NS: Final = 30_000  # what a trap costs more in a stub
+EXCEPTION: Final = 3  # a page fault costs as much as so many system calls: somebody has to map the page
+SEEN_NS: Final = 100_000  # of a program's time on Unicorn, for which it is worth to look
+LEAST_PATIENCE: Final = 16_000_000  # with Unicorn, ns of regret
+MOST_PATIENCE: Final = 1_000_000_000
+PATIENCE: Final = 8_000_000  # with a stub; and as much may have been won before
 
 
 class Placement:
@@ -33,21 +32,12 @@ class Placement:
 
     def __init__(self, frames: int, force: bool, overhead: tuple[int, int]) -> None:
         """`force`: all of them run in stubs. `overhead`: see host.overhead."""
-        self._overhead = overhead
         self._force = force
+        self._overhead = overhead
         self._wanted = np.full(frames, force, dtype=np.uint8)
         self.wanted_address: int = self._wanted.ctypes.data
-        self._modes: ModeSwitchState | None = None
-        self._suspicion: dict[int, int] = {}  # looks in a row that spoke for a stub
+        self._regret: dict[int, int] = {}
         self._patience: dict[int, int] = {}
-        self._pure: dict[int, tuple[int, int]] = {}  # traps of this window, and ticks between them
-        self._traps = 0
-        self._start(0)
-
-    def attach(self, modes: ModeSwitchState | None) -> None:
-        """This vCPU is the one loaded."""
-        self._modes = modes
-        self._grant()
 
     def wants_stub(self, l4_mfn: int) -> bool:
         return bool(self._wanted[l4_mfn])
@@ -55,68 +45,33 @@ class Placement:
     def want(self, l4_mfn: int) -> None:
         """It needs a stub."""
         self._wanted[l4_mfn] = 1
-        self._suspicion.pop(l4_mfn, None)
+        self._regret.pop(l4_mfn, None)
 
     def forget(self, l4_mfn: int) -> None:
         """This L4 table is no more; the next one in its frame is another program's."""
         self._wanted[l4_mfn] = self._force
-        for known in (self._suspicion, self._patience, self._pure):
-            known.pop(l4_mfn, None)
+        self._regret.pop(l4_mfn, None)
+        self._patience.pop(l4_mfn, None)
 
-    # --- on Unicorn -----------------------------------------------------------------------------------------
+    def ran_on_unicorn(self, l4_mfn: int, ticks: int, traps: int) -> bool:
+        """A program has run for so many ticks of the TSC, with so many traps. False: it is too early to say."""
+        time = scale().nanoseconds(ticks)
+        if self._force or time < SEEN_NS:
+            return False
+        regret = self._regret.get(l4_mfn, 0) + time - time // SPEED - traps * TRAP_NS
+        self._regret[l4_mfn] = max(regret, 0)
+        if regret >= self._patience.get(l4_mfn, LEAST_PATIENCE):
+            self.want(l4_mfn)
+        return True
 
-    def trapped(self) -> None:
-        """Python has handled a trap."""
-        self._traps += 1
-
-    def is_time(self) -> bool:
-        """Whether to look."""
-        return (self._modes is not None and not self._modes.native_budget) or self._traps >= NATIVE_TRAPS
-
-    def look(self, l4_mfn: int, user: bool, translation_ns: int) -> None:
-        """The vCPU is in this address space, on Unicorn, which has needed so long for translation so far."""
-        if self._force:
-            return
-        elapsed = time.thread_time_ns() - self._began - (translation_ns - self._translation)
-        if not user or elapsed < LOOK_NS:
-            if self.is_time():
-                self._start(translation_ns)
-            return
-        native = NATIVE_TRAPS - self._modes.native_budget if self._modes is not None else 0
-        if (self._traps + native) * STUB_TRAP_NS < SHARE * elapsed:
-            seen = self._suspicion[l4_mfn] = self._suspicion.get(l4_mfn, 0) + 1
-            if seen >= self._patience.get(l4_mfn, PATIENCE):
-                self.want(l4_mfn)
-        else:
-            self._suspicion.pop(l4_mfn, None)
-        self._start(translation_ns)
-
-    def _start(self, translation_ns: int) -> None:
-        self._began, self._translation = time.thread_time_ns(), translation_ns
-        self._traps = 0
-        self._grant()
-
-    def _grant(self) -> None:
-        if self._modes is not None:
-            self._modes.native_budget = UNLIMITED if self._force else NATIVE_TRAPS
-
-    # --- in a stub ------------------------------------------------------------------------------------------
-
-    def ran(self, l4_mfn: int, ticks: int, exception: bool) -> None:
+    def ran_in_stub(self, l4_mfn: int, ticks: int, exception: bool) -> None:
         """A program has run in its stub for so many ticks of the TSC, until a system call or an exception."""
         if self._force:
             return
-        traps, total = self._pure.get(l4_mfn, (0, 0))
-        traps, total = traps + 1, total + max(ticks - self._overhead[exception], 0)
-        if traps >= WINDOW:
-            if scale().nanoseconds(total) < LEAST_NS * traps:
-                self._wanted[l4_mfn] = 0
-                patience = self._patience.get(l4_mfn, PATIENCE)
-                self._patience[l4_mfn] = min(2 * patience, MOST_PATIENCE)
-            traps = total = 0
-        self._pure[l4_mfn] = traps, total
-
-    def left_stub(self, translation_ns: int) -> None:
-        """What is measured on Unicorn begins anew."""
-        if not self._force:
-            self._start(translation_ns)
+        time = scale().nanoseconds(max(ticks - self._overhead[exception], 0))
+        regret = self._regret.get(l4_mfn, 0) + (EXCEPTION if exception else 1) * TRAP_NS - (SPEED - 1) * time
+        self._regret[l4_mfn] = max(regret, -PATIENCE)
+        if regret >= PATIENCE:
+            self._wanted[l4_mfn] = 0
+            self._regret[l4_mfn] = 0
+            self._patience[l4_mfn] = min(2 * self._patience.get(l4_mfn, LEAST_PATIENCE), MOST_PATIENCE)

@@ -121,8 +121,9 @@ class Spaces:
         self._users: dict[int, set[Space]] = {}  # by table
         self._marks = np.zeros(memory.span, dtype=np.uint8)
         self._reports = (ctypes.c_uint64 * (1 + MOST_REPORTS))()
+        self._watched: set[int] = set()  # L4 tables whose end is to be known
         self.dead: set[int] = set()
-        """L4 tables of spaces that are no more, or whose entry 0 has changed; for whoever takes them out."""
+        """Those that are no more, or whose entry 0 has changed; for whoever takes them out."""
         self._clock = 0
         self._page = CodePage()
         listing = encode(ENTRY_CHANGED, marks=self._marks.ctypes.data, reports=ctypes.addressof(self._reports))
@@ -179,7 +180,7 @@ class Spaces:
             users.discard(space)
             if not users:
                 del self._users[table]
-                self._marks[table] = 0
+                self._marks[table] = table in self._watched
         space.tables.clear()
 
     def _use_table(self, space: Space, table: int) -> None:
@@ -198,13 +199,22 @@ class Spaces:
         if count >= MOST_REPORTS:
             for space in self._by_l4.values():
                 space.is_stale = True
+            self.dead |= self._watched
         else:
             for index in self._reports[1 : 1 + count]:
                 for space in self._users.get(index >> 9, ()):
                     space.forget(index)
-                    if index == space.l4_mfn << 9:
-                        self.dead.add(space.l4_mfn)
+                if not index % _PER_TABLE and index >> 9 in self._watched:
+                    self.dead.add(index >> 9)
         self._reports[0] = 0
+        for table in self.dead & self._watched:
+            self._watched.remove(table)
+            self._marks[table] = table in self._users
+
+    def watch(self, l4_mfn: int) -> None:
+        """Tell in `dead` when this L4 table is no more."""
+        self._watched.add(l4_mfn)
+        self._marks[l4_mfn] = 1
 
     def prepare(self, space: Space) -> None:
         """It is about to run: it maps nothing that the tables do not say. Raises StubDied."""
