@@ -99,7 +99,7 @@ def debian(
     """
     from xenolith.toolstack import guests
 
-    guest = guests.debian(kernel or guests.DEFAULT_KERNEL, devices=devices, vcpus=vcpus)
+    guest = guests.debian(kernel or guests.DEFAULT_KERNEL, devices=devices)
     return DomainConfig(
         name,
         kernel=str(guest.elf),

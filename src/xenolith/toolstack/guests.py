@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xenolith.abi.layout import XEN_LEGACY_MAX_VCPUS
 from xenolith.debian import packages
 from xenolith.debian.initramfs import InitramfsError, build_initramfs, kernel_arguments, needed_arguments
 from xenolith.debian.modules import DEVICE_MODULES, kernel_modules
@@ -47,18 +48,16 @@ class PreparedGuest:
         )
 
 
-def debian(
-    kernel: str = DEFAULT_KERNEL, *, devices: bool = False, update: bool = False, vcpus: int = 1
-) -> PreparedGuest:
+def debian(kernel: str = DEFAULT_KERNEL, *, devices: bool = False, update: bool = False) -> PreparedGuest:
     """Debian's stock kernel (see `packages.obtain`), with an initramfs that starts a shell on the console.
 
     With `devices` that holds the drivers of disks, networks and shared directories, as far as the kernel has them; with
-    `update` apt is asked what is newest now. Raises NoGuest.
+    `update` apt is asked what is newest now. Its kernel takes as many vCPUs as its domain has. Raises NoGuest.
     """
     try:
         found = packages.refresh(kernel) if update else packages.obtain(kernel)
         initramfs = _initramfs(found, devices)
-        arguments = f"{kernel_arguments(vcpus)} {needed_arguments(load_image(found.elf))}".strip()
+        arguments = f"{kernel_arguments(XEN_LEGACY_MAX_VCPUS)} {needed_arguments(load_image(found.elf))}".strip()
     except (GuestUnavailable, InitramfsError, ImageError, OSError) as error:
         raise NoGuest(str(error)) from error
     return PreparedGuest(
