@@ -202,7 +202,7 @@ def run(
 
 def _log_to_standard_error(verbose: bool) -> None:
     """What the choice of an engine and the building of native code have to say, for -v; without, only failures."""
-    tell_of_downloads()
+    tell_of_downloads("xenolith.debian.roots.store")
     for name in ("xenolith.machine", "xenolith.hypervisor", "xenolith.debian"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 

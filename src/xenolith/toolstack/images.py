@@ -12,8 +12,7 @@ from typing import Final
 
 from xenolith.debian.modules import DEVICE_MODULES, kernel_modules
 from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
-from xenolith.debian.roots import RootError, bootstrap, store
-from xenolith.debian.roots.ext4 import image_of_tree
+from xenolith.debian.roots import RootError, bootstrap, ext4, store
 from xenolith.debian.roots.tree import FileTree
 from xenolith.toolstack import guests
 from xenolith.toolstack.disk_images import size_in_bytes
@@ -82,11 +81,13 @@ def make_debian(
             tree.add(file)
         archive.unlink()
         bootstrap.make_ready(tree, name, keys)
-        image_of_tree(tree, image, size_bytes)
+        ext4.image_of_tree(tree, image, size_bytes)
 
     try:
-        keys = "" if ssh_key is None else _public_keys(ssh_key)
         store.check_name(name)
+        ext4.program("mke2fs")  # to be told now, and not in two minutes
+        bootstrap.mmdebstrap()
+        keys = "" if ssh_key is None else _public_keys(ssh_key)
         origin = " ".join(["Debian", release, *packages])
         return _image(store.keep(name, origin, kernel, make))
     except (RootError, GuestUnavailable, OSError) as error:

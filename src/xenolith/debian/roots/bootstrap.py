@@ -34,6 +34,14 @@ _DNS: Final = "10.213.0.1"  # dom0.network's router
 _log = logging.getLogger(__name__)
 
 
+def mmdebstrap() -> str:
+    """Raises RootError where there is none."""
+    program = shutil.which("mmdebstrap")
+    if program is None:
+        raise RootError("mmdebstrap is needed, which is not installed (Debian: apt install mmdebstrap uidmap)")
+    return program
+
+
 def install(
     release: str,
     packages: Iterable[str],
@@ -53,9 +61,7 @@ def install(
             raise RootError(f"{package!r} is not the name of a Debian package")
     if not RELEASE.fullmatch(release):
         raise RootError(f"{release!r} is not a release of Debian's, such as bookworm")
-    program = shutil.which("mmdebstrap")
-    if program is None:
-        raise RootError("mmdebstrap is needed, which is not installed (Debian: apt install mmdebstrap uidmap)")
+    program = mmdebstrap()
     include = ",".join([*PACKAGES, *named])
     command = [program, "--variant=minbase", "--format=tar", "--architectures=amd64", f"--include={include}"]
     with tempfile.TemporaryDirectory(prefix="xenolith-bootstrap-") as folder:

@@ -179,12 +179,17 @@ def _put_right(image: Path, script: Sequence[str]) -> None:
         raise RootError(f"debugfs: {failed[0]}")
 
 
+def program(name: str) -> str:
+    """One of e2fsprogs. Raises RootError where it is not there."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        raise RootError(f"{name} is needed, which is not installed (Debian: apt install e2fsprogs)")
+    return found
+
+
 def _run(command: Sequence[str]) -> str:
-    program = shutil.which(command[0]) or shutil.which(command[0], path="/usr/sbin:/sbin")
-    if program is None:
-        raise RootError(f"{command[0]} is needed, which is not installed (Debian: apt install e2fsprogs)")
     done = subprocess.run(
-        [program, *command[1:]],
+        [program(command[0]), *command[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -27,6 +28,7 @@ from xenolith.debian.roots.oci import ContainerImage, ImageConfig
 from xenolith.debian.roots.tree import FileTree, decompressed
 
 KEPT_ROOTS: Final = 8
+_log: Final = logging.getLogger(__name__)  # what takes seconds is told at the level INFO
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FORMAT: Final = "1"  # of what is kept in roots/; another one is made anew
 
@@ -81,7 +83,7 @@ def keep(name: str, origin: str, kernel: str, make: Callable[[Path, Path], None]
         return _made(_images(), KeptImage(name, _images() / f"{name}.img", origin, kernel), _without_config(make))
 
 
-def root_of(path: Path, report: Callable[[str], None] = lambda _: None) -> KeptImage:
+def root_of(path: Path) -> KeptImage:
     """The image of a folder, an archive of a root file system, or a container image; kept for the next time.
 
     Raises RootError.
@@ -91,7 +93,7 @@ def root_of(path: Path, report: Callable[[str], None] = lambda _: None) -> KeptI
     with locked(_roots()):
         found = _read(_roots(), key)
         if found is None:
-            report(f"making a root file system of {path}")
+            _log.info("making a root file system of %s", path)
             found = _made(
                 _roots(), KeptImage(key, _roots() / f"{key}.img", str(path.absolute())), _maker(path, container)
             )
