@@ -7,7 +7,7 @@ import random
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,13 @@ from xenolith.abi import p9
 from xenolith.abi.xenbus import XenbusState as S
 from xenolith.dom0.backends.p9 import MAX_RING_ORDER, P9Backend
 from xenolith.dom0.shares import ShareError, ShareSpec
-from xenolith.dom0.shares.relay import MAX_IN_FLIGHT
+from xenolith.dom0.shares.relay import MAX_IN_FLIGHT, Relay
 from xenolith.dom0.xenbus import Device, Xenbus
 from xenolith.dom0.xenstore import XenstoreService
 
 from .frontends import DEADLINE_SECONDS, PAGE, FakeDom0, Follower, running_store, state
 from .ninep import attach, message, needs_diod, text, u32, version, walk
+from .test_shares import FUZZED, any_message
 
 pytestmark = needs_diod
 DOMID = 7
@@ -46,10 +47,16 @@ class Ring:
 
     def write(self, data: bytes) -> None:
         at = self.words[p9.OUT_PROD]
-        for index, byte in enumerate(data):
-            place = (at + index) % self.size
-            self.frames[self.half + place // PAGE][place % PAGE] = byte
+        done = 0
+        while done < len(data):
+            place = (at + done) % self.size
+            piece = data[done : done + PAGE - place % PAGE]
+            self.frames[self.half + place // PAGE][place % PAGE : place % PAGE + len(piece)] = piece
+            done += len(piece)
         self.words[p9.OUT_PROD] = at + len(data) & _MASK
+
+    def room(self) -> int:
+        return self.size - (self.words[p9.OUT_PROD] - self.words[p9.OUT_CONS] & _MASK)
 
     def has(self, count: int) -> bool:
         return (self.words[p9.IN_PROD] - self.words[p9.IN_CONS] & _MASK) >= count
@@ -325,6 +332,71 @@ def test_noise_in_the_ring_hurts_nobody_else(store: XenstoreService, folder: Pat
         front._state.close()
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
     assert (folder / "file").read_bytes() == random.Random(1).randbytes(40000)
+
+
+class Imagined:
+    """In place of a server: answers each request at once, with success or an error and bytes of no meaning."""
+
+    pid = 0
+    requests = 0
+
+    def __init__(self, folder: Path, writable: bool) -> None:
+        self._dice = random.Random(5)
+
+    def start(self, answered: Callable[[bytes | None], None]) -> None:
+        self._answered = answered
+
+    def send(self, request: bytes) -> None:
+        size, kind, tag = p9.HEADER.unpack_from(request)
+        assert size == len(request) and kind in p9.FIELDS
+        Imagined.requests += 1
+        failed = self._dice.random() < 0.3
+        names = request[15:17] if kind == p9.TWALK else b"\0\0"  # all found
+        body = names + bytes(self._dice.randrange(40, 400))
+        self._answered(message(p9.RLERROR, tag, u32(5)) if failed else message(kind + 1, tag, body))
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_hundred_thousand_messages_of_no_sense_are_answered_or_end_the_device(
+    store: XenstoreService, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xenolith.dom0.backends.p9.Server", Imagined)
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    dice = random.Random(2026)
+    sent = answers = endings = 0
+    while sent < FUZZED:
+        front = Frontend(store, folder, order=MAX_RING_ORDER)
+        front.sees(S.CONNECTED)
+        made = Relay(b"/share", writable=True, owner=None)  # for its list of fids, to hit some
+        made.fids.update(range(8))
+        ring = front.rings[dice.randrange(2)]
+        ring.write(b"".join([version(), *(message(p9.TATTACH, 60000 + fid, attach(fid)) for fid in range(8))]))
+        closed = False
+        while not closed and sent < FUZZED:
+            noise = any_message(dice, made, broken=0.0002)
+            if noise[4] == p9.TVERSION and dice.random() < 0.98:
+                continue
+            if noise[4] != p9.TVERSION and dice.random() < 0.9998:
+                noise = noise[:5] + struct.pack("<H", sent % 60000) + noise[7:]
+            while not closed and (sent % 50 == 0 or ring.room() < len(noise)):
+                front.dom0.event()
+                with front.dom0.notified:
+                    front.dom0.notified.wait(0.01)
+                answers += ring.has(1)
+                ring.words[p9.IN_CONS] = ring.words[p9.IN_PROD]
+                closed = front.device.state is not S.CONNECTED
+                if ring.room() > ring.size // 2:
+                    break
+            ring.write(noise)
+            sent += 1
+        endings += closed
+        front.gone()
+        front.xenbus.remove(front.device)
+        front._state.close()
+    assert answers > 100 and endings > 10 and Imagined.requests > FUZZED // 20
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
 def test_a_folder_that_is_none_is_no_device(store: XenstoreService, tmp_path: Path) -> None:

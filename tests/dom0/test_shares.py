@@ -247,7 +247,7 @@ def test_flags_for_open_are_those_of_files() -> None:
     assert not flags & (p9.P9_DOTL_CREATE | p9.P9_DOTL_EXCL) and not flags & 0o20000000, "O_TMPFILE"
 
 
-def any_message(dice: random.Random, made: Relay) -> bytes:
+def any_message(dice: random.Random, made: Relay, broken: float = 0.002) -> bytes:
     """Often almost a request, with a few bytes that are not."""
     kind = dice.choice([*p9.FIELDS, dice.randrange(256)])
     tag = p9.NOTAG if kind == p9.TVERSION and dice.random() < 0.9 else dice.randrange(40)
@@ -271,7 +271,7 @@ def any_message(dice: random.Random, made: Relay) -> bytes:
         at = dice.randrange(len(body))
         body = body[:at] + dice.randbytes(dice.randrange(4)) + body[at + dice.randrange(3) :]
     whole = message(kind, tag, body)
-    if dice.random() < 0.002:
+    if dice.random() < broken:
         whole = whole[:4] + whole[5:]
     return whole
 
