@@ -240,6 +240,31 @@ def test_an_iret_in_c_leaves_what_one_in_python_does(
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize(
+    ("count", "between", "serializes"),
+    [(deliver.SERIALIZES + 1, "90 90", True), (deliver.SERIALIZES, "90 90", False), (1000, SYSCALL, False)],
+)
+def test_a_kernel_that_serializes_by_iret_is_known(
+    unicorn: BareMachine, in_c: bool, count: int, between: str, serializes: bool
+) -> None:
+    cpu, frame = cpu_of(unicorn), STACK_TOP - 40
+    unicorn.write_code(f"48 cf {between} ff cb 75 f8 0f 0b")  # again: iretq to what follows; dec ebx; jne again; ud2
+    stack = page_walk.machine_address(unicorn.memory, unicorn.kernel_l4, frame)
+    assert stack is not None
+    unicorn.memory.b[stack : stack + 40] = pack("<5Q", CODE + 2, FLAT_RING3_CS64, 0x202, frame, FLAT_RING3_SS64)
+    state = unicorn.state()
+    state.regs[RSP], state.regs[RBX] = frame, count
+    cpu.load(state)
+    if not in_c:
+        cpu._hook.memory_size = 0
+    cpu.run(lambda vector, *_: vector != VECTOR_UD)
+    assert cpu.regs[RBX] == 0
+    if in_c and deliver.library() is not None:
+        assert cpu.kernels_far_transfers >= count - 1  # the first has Python set accessed bits
+    assert cpu.serializes == serializes
+
+
 def test_a_guest_kernel_is_entered_in_64_bit_code_even_if_the_program_jumped_to_32_bit_code(
     unicorn: BareMachine,
 ) -> None:

@@ -42,11 +42,13 @@ class Needs:
     def _knows_xens_selectors(self) -> bool:
         """Whether it is a kernel that loads CS by itself: one that may look at it, too.
 
-        Not one that has programs or uses what only KVM executes, as Linux does: that reads CS at most to load it again
-        (sync_core), and would never leave Unicorn.
+        Not one that does so to serialize, has programs or uses what only KVM executes, as Linux does: that reads CS at
+        most to load it again (sync_core), and would never leave Unicorn.
         """
-        far = self._kvm.kernels_far_transfers or self._unicorn.kernels_far_transfers
-        return bool(far) and not self.uses_wide_vectors and (self.modes is None or not self.modes.user_l4)
+        if not self._kvm.kernels_far_transfers and not self._unicorn.kernels_far_transfers:
+            return False
+        has_programs = self.modes is not None and self.modes.user_l4
+        return not (self._unicorn.serializes or self.uses_wide_vectors or has_programs)
 
     def selectors_would_be_lost(self) -> bool:
         """Whether FS or GS holds a selector, if only for a moment, that guest code could not read back on KVM."""

@@ -53,7 +53,7 @@ from xenolith.machine.engines.protocol import (
     TrapHandler,
 )
 from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
-from xenolith.machine.engines.unicorn.deliver import Hook
+from xenolith.machine.engines.unicorn.deliver import SERIALIZES, Hook
 from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
@@ -328,6 +328,11 @@ class UnicornCpu:
     def kernels_far_transfers(self, count: int) -> None:
         self._hook.kernels_far_transfers = count
 
+    @property
+    def serializes(self) -> bool:
+        """Whether it has executed so many far transfers in a row that they are to serialize, and nothing else."""
+        return self._hook.serializes
+
     def leave_cpuid_to_python(self) -> None:
         """Every CPUID is a TRAP_CPUID of Python's handler, also one that the native handler has an answer for."""
         self._hook.cpuid_is_pythons = True
@@ -371,6 +376,7 @@ class UnicornCpu:
         regs = self.regs
 
         def deliver(vector: int, error_code: int, address: int) -> bool:
+            self._hook.far_transfers = 0
             try:
                 return self._handler(vector, error_code, address)
             except BaseException as failure:
@@ -407,6 +413,8 @@ class UnicornCpu:
                         return deliver(fault.vector, fault.error_code, fault.address)
                     if done is not None:
                         segment_loads.note_far_transfer(self)
+                        self._hook.far_transfers += 1
+                        self._hook.serializes |= self._hook.far_transfers > SERIALIZES
                         return not done.steps or deliver(*segment_loads.STEPPED)
                 if code == OPCODE_RDPMC:  # this and the next Unicorn takes for invalid
                     return deliver(VECTOR_GP, 0, 0)

@@ -43,6 +43,7 @@ static bool enter_user_mode(struct hook *hook)
 static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
 {
     leave_user_mode(hook);
+    hook->far_transfers = 0;
     if (hook->vcpu) {
         if (hook->stays && in_user_mode(hook))
             hook->stays = false;
@@ -92,6 +93,8 @@ static bool iret(struct hook *hook)
     regs[RSP] = words[3];
     hook->set_rflags((flags & KEPT_FLAGS) | (words[2] & EFLAGS_DEFINED & ~(u64)KEPT_FLAGS));
     hook->kernels_far_transfers += !in_user_mode(hook);
+    hook->far_transfers++;
+    hook->serializes |= hook->far_transfers > SERIALIZES;
     return true;
 }
 

@@ -45,6 +45,8 @@ class Hook(ctypes.Structure):
     user_traps: int  # ... and with how many traps
     translating: int  # of the ticks that translation has taken so far
     translated: int  # what they were at `user_since`
+    far_transfers: int  # since the last trap
+    serializes: bool  # there were many in a row
     cpuid_is_pythons: bool  # whatever answers the native handler knows
     stays: bool  # guest-user mode runs here all the same, until its next trap
     to_user: bool  # Unicorn was stopped because guest-user mode does not run here
@@ -72,9 +74,11 @@ class Hook(ctypes.Structure):
         ("user_traps", c_uint64),
         ("translating", c_uint64),
         ("translated", c_uint64),
+        ("far_transfers", c_uint64),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
         ("to_user", c_bool),
+        ("serializes", c_bool),
     )
 
 
@@ -93,6 +97,7 @@ _IN_C = {
     "set_rflags": "void (*{})(u64 value)",
     "translating": "const u64 *{}",
 }
+SERIALIZES: Final = 256  # far transfers without a trap in between: a kernel that uses IRET to serialize, as Linux does
 READ: Final = x86.PTE_P | x86.PTE_US | x86.PTE_A
 
 
@@ -109,7 +114,7 @@ def declarations() -> str:
         + native.define(abi_layout, "FLAT_RING3_CS64 FLAT_RING3_SS64")
         + native.define(segment_loads, "KEPT_FLAGS")
         + native.define(layout, "HFLAGS HF_KERNEL HF_CS64 CR3")
-        + f"#define READ {READ}\n"
+        + f"#define READ {READ}\n#define SERIALIZES {SERIALIZES}\n"
         + native.declare("hook", Hook, _IN_C)
     )
 
