@@ -94,6 +94,9 @@ def router_costs() -> None:
 
 
 ROWS = (("TCP out", "send"), ("TCP in", "receive"), ("round trip", "echo"))
+# Then a third domain sends the server datagrams as fast as it can, for as long as it exists.
+BESIDE_A_FLOOD = "TCP out beside a flood"
+FLOOD_PORT = 6000
 MEMORY_MIB = 128
 
 
@@ -105,7 +108,7 @@ def print_row(system: str, name: str, words: str, backend_us: float | None) -> N
     else:
         cost = "" if backend_us is None else f"  back-ends {backend_us / max(amount, 1) * 2**20:6.0f} us of CPU a MiB"
         what = f"{amount * 8 / seconds / 1e6:8.0f} Mbit/s"
-    print(f"{system:24} {name:11} {what}{cost}", flush=True)
+    print(f"{system:24} {name:22} {what}{cost}", flush=True)
 
 
 def script(address: str, port: int, seconds: float) -> str:
@@ -143,19 +146,28 @@ def measure_domains(engine: str, program: Path, seconds: float) -> None:
             nets=(VifSpec(number=0, mac=b"\0\x16\x3e\0\0" + bytes([number])),),
         )
 
-    with power_on([2 * MEMORY_MIB + 32], engine) as dom0:
+    with power_on([3 * MEMORY_MIB + 32], engine) as dom0:
         server = dom0.create(spec("server", 2, "/tcp serve 5000"))
         dom0.start(server)
         next(follow(server, "serving"))
         address = str(IPv4Address(server.nets[0].backend.vif.address))
-        client = dom0.create(spec("client", 1, script(address, 5000, seconds)))
+        beside = f"nc -l -p {FLOOD_PORT} -e true; sleep 1; /tcp send {address} 5000 {seconds}"
+        client = dom0.create(spec("client", 1, f"{script(address, 5000, seconds)}\n{beside}"))
+        own = str(IPv4Address(client.nets[0].backend.vif.address))
+        flood = f"until nc {own} {FLOOD_PORT} </dev/null; do sleep 0.2; done; /tcp flood {address} 9 1000"
+        flooder = dom0.create(spec("flooder", 3, flood))
         devices = (client.nets[0], server.nets[0])
         dom0.start(client)
         before = sum(device.cpu_time_ns() for device in devices)
-        for (name, _), result in zip(ROWS, follow(client, "RESULT"), strict=False):
+        names = [*(name for name, _ in ROWS), BESIDE_A_FLOOD]
+        for name, result in zip(names, follow(client, "RESULT"), strict=False):
             now = sum(device.cpu_time_ns() for device in devices)
             print_row(f"{engine}, two domains", name, result, (now - before) / 1000)
             before = now
+            if name == ROWS[-1][0]:
+                dom0.start(flooder)
+        port = flooder.nets[0].backend.vif.statistics
+        print(f"{engine}: the flooder sent {port.tx_packets} packets, {port.tx_dropped} of them dropped")
 
 
 def measure_qemu(program: Path, directory: Path, seconds: float, uplink: str) -> None:
@@ -178,23 +190,32 @@ def measure_qemu(program: Path, directory: Path, seconds: float, uplink: str) ->
         )
     )
     with ExitStack() as undo:
-        path = directory / "passt.socket"
+        ours, theirs = (undo.enter_context(end) for end in socket.socketpair())
         if uplink == "passt":
-            words = ["passt", "-f", "-s", path, "-a", mine, "-n", "24", "-g", address, "-1"]
-            passt = undo.enter_context(subprocess.Popen(words, stderr=subprocess.DEVNULL))
+            words = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno()), "--ipv4-only"]
+            words += ["--address", mine, "--netmask", "24", "--gateway", address]
+            passt = subprocess.Popen(words, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            undo.callback(passt.wait)
             undo.callback(passt.terminate)
-            while not path.exists():
-                time.sleep(0.1)
-        netdev = "user,id=n" if uplink == "user" else f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
+        netdev = "user,id=n" if uplink == "user" else f"stream,id=n,addr.type=fd,addr.str={ours.fileno()}"
         serving = undo.enter_context(subprocess.Popen([program, "serve", str(port)], stdout=subprocess.DEVNULL))
         undo.callback(serving.terminate)
         command = [
             *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-m", str(MEMORY_MIB)),
             *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
-            *("-kernel", str(guest.kernel), "-initrd", str(archive), "-append", "console=ttyS0 panic=-1 quiet"),
+            *(
+                "-kernel",
+                str(guest.kernel),
+                "-initrd",
+                str(archive),
+                "-append",
+                "console=ttyS0 panic=-1 quiet no_timer_check",
+            ),
             *("-netdev", netdev, "-device", "virtio-net-pci,netdev=n"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180 + 10 * seconds, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=180 + 10 * seconds, check=False, pass_fds=[ours.fileno()]
+        )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if len(results) != len(ROWS):
         raise SystemExit(f"QEMU, {uplink}: not all rows were measured: {done.stdout[-500:]!r} {done.stderr[-300:]!r}")

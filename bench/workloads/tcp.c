@@ -3,8 +3,9 @@
  *
  *     tcp serve PORT                      takes connections, one after the other; each begins with a byte that says what for
  *     tcp send|receive|echo HOST PORT SECONDS
+ *     tcp flood HOST PORT SECONDS         datagrams of 1,400 bytes, as many as go out, to nobody
  *
- * The second prints "RESULT amount seconds least median": bytes moved, or round trips of one byte; microseconds of one.
+ * send, receive and echo print "RESULT amount seconds least median": bytes moved, or round trips of one byte; microseconds of one.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -82,6 +83,17 @@ static void serve(unsigned short port)
     }
 }
 
+static int flood(const struct sockaddr_in *there, double limit)
+{
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    unsigned long long sent = 0;
+    for (double start = now(); now() - start < limit;)
+        for (int i = 0; i < 100; i++)
+            sent += sendto(fd, data, 1400, 0, (const struct sockaddr *)there, sizeof *there) == 1400;
+    printf("FLOODED %llu\n", sent * 1400);
+    return 0;
+}
+
 int main(int count, char **words)
 {
     if (count == 3)
@@ -90,6 +102,8 @@ int main(int count, char **words)
         return 2;
     struct sockaddr_in there = {.sin_family = AF_INET, .sin_port = htons((unsigned short)atoi(words[3]))};
     inet_pton(AF_INET, words[2], &there.sin_addr);
+    if (words[1][0] == 'f')
+        return flood(&there, atof(words[4]));
     int fd = -1, on = 1;
     for (int attempt = 0; attempt < 100; attempt++) {
         fd = socket(AF_INET, SOCK_STREAM, 0);
