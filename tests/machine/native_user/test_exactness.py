@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from bare import CODE, CODE32, DATA, DATA32, UNMAPPED, BareMachine, Trap, run_to_trap, run_traps
+from bare import ACCESS, CODE, CODE32, DATA, DATA32, UNMAPPED, BareMachine, Trap, run_to_trap, run_traps
 
 from xenolith.abi.x86 import (
     CS,
@@ -280,6 +280,49 @@ def test_self_modifying_code_is_seen_on_both_sides(forced: BareMachine) -> None:
     cpu.set_rflags(0x202 | EFLAGS_TF)
     assert run_to_trap(cpu)[0] == VECTOR_DB
     assert cpu.regs[RAX] & 0xFF == 7
+
+
+def test_another_program_on_unicorn_sees_code_that_a_stub_has_changed(forced: BareMachine) -> None:
+    """Without leaving Unicorn between the kernel, which it comes back to, and the other program."""
+    shared = forced.map_new(CODE + 0x2000, forced.user_l4)
+    other = forced.new_l4()
+    forced.set_entry(CODE + 0x2000, shared << PAGE_SHIFT | ACCESS, other)
+    forced.memory.page(shared)[:4] = bytes.fromhex("b0 01 0f 05")  # mov al, 1; syscall
+    cpu = forced.start("c6 07 07" + SYSCALL, user=True)  # mov byte [rdi], 7; syscall
+    assert isinstance(cpu, NativeUserCpu)
+    cpu.placement.forget(other)
+    cpu.placement._wanted[other] = 0
+    forced.write_code("90" + SYSCALL)
+
+    def turns(trap: Trap) -> None:
+        """User, in the stub: kernel; kernel: the other program, on Unicorn; that: the end."""
+        if turn == "program":
+            cpu.switch_mode(forced.kernel_l4, False)
+            cpu.regs[RIP] = CODE
+        else:
+            cpu.switch_mode(other, True)
+            cpu.regs[RIP] = CODE + 0x2000
+
+    cpu.switch_mode(other, True)
+    cpu.regs[RIP] = CODE + 0x2000
+    assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)  # translated
+    assert cpu.regs[RAX] & 0xFF == 1
+    assert not cpu.traps
+    cpu.switch_mode(forced.user_l4, True)
+    cpu.regs[RIP], cpu.regs[RDI] = CODE, CODE + 0x2001
+    turn = "program"
+    seen: list[int] = []
+
+    def on_trap(trap: Trap) -> None:
+        nonlocal turn
+        seen.append(cpu.regs[RAX] & 0xFF)
+        if len(seen) < 3:
+            turns(trap)
+            turn = "kernel"
+
+    run_traps(cpu, 3, on_trap)
+    assert seen[2] == 7
+    assert cpu.traps
 
 
 def test_a_program_whose_stub_dies_gets_a_fault_and_the_next_one_lives(forced: BareMachine) -> None:

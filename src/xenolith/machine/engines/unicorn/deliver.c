@@ -6,11 +6,14 @@ static bool in_user_mode(const struct hook *hook)
     return !(*(const u32 *)(hook->env + HFLAGS) & HF_KERNEL);
 }
 
-/* Whether guest code goes on here: not in guest-user mode of an address space that runs elsewhere (user/cpu.py). */
+/* Whether guest code goes on here: not in guest-user mode of an address space that runs elsewhere, nor before code that
+   was changed there is known (user/cpu.py). */
 static bool goes_on(struct hook *hook)
 {
-    if (!hook->wanted || hook->stays || !in_user_mode(hook)
-        || !hook->wanted[*(const u64 *)(hook->env + CR3) >> PAGE_SHIFT])
+    if (!hook->wanted || !in_user_mode(hook))
+        return true;
+    bool elsewhere = !hook->stays && hook->wanted[*(const u64 *)(hook->env + CR3) >> PAGE_SHIFT];
+    if (!elsewhere && !hook->distrusts)
         return true;
     hook->to_user = true;
     return false;

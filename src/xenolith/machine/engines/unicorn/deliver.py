@@ -49,7 +49,8 @@ class Hook(ctypes.Structure):
     serializes: bool  # there were many in a row
     cpuid_is_pythons: bool  # whatever answers the native handler knows
     stays: bool  # guest-user mode runs here all the same, until its next trap
-    to_user: bool  # Unicorn was stopped because guest-user mode does not run here
+    distrusts: bool  # guest-user mode has run elsewhere: translated code of its may have changed
+    to_user: bool  # Unicorn was stopped because guest-user mode does not run here, or because of that
 
     _fields_: ClassVar[Fields] = (
         ("handler", c_uint64),
@@ -77,6 +78,7 @@ class Hook(ctypes.Structure):
         ("far_transfers", c_uint64),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
+        ("distrusts", c_bool),
         ("to_user", c_bool),
         ("serializes", c_bool),
     )

@@ -147,7 +147,6 @@ class NativeUserCpu(UnicornCpu):
         self._shown_by: stub.Stub | None = None  # whose frame holds the image
         self._running: stub.Stub | None = None
         self._missed: tuple[int, int, bool, bool] | None = None  # the page fault that the guest's kernel is to resolve
-        self._stub_ran = False  # since Unicorn's translations were last known to be good
         self._native_handler: Any = None
         self._enabled, self._plain = True, False
         self._loaded: CpuState | None = None
@@ -255,8 +254,8 @@ class NativeUserCpu(UnicornCpu):
             if not self._hook.stays and self._may_run_in_stub(l4_mfn):
                 return self._run_in_stub(l4_mfn, on_trap)
             self._hook.stays = True
-        if user and self._stub_ran:
-            self._stub_ran = False
+        if user and self._hook.distrusts:
+            self._hook.distrusts = False
             self.distrust_code()
             self.flush_tlb()
         self._hook.to_user = False
@@ -294,21 +293,20 @@ class NativeUserCpu(UnicornCpu):
                 self._tell_less(question)
             if measures and not d[_HFLAGS] & layout.HF_KERNEL:
                 self._enter_user_mode()
-            return more and not self._goes_to_stub()
+            return more and self._goes_on()
 
         return handler
 
-    def _goes_to_stub(self) -> bool:
+    def _goes_on(self) -> bool:
+        """As deliver.c: whether guest code goes on here."""
         hook = self._hook
-        if (
-            hook.stays
-            or not self._enabled
-            or self._d[_HFLAGS] & layout.HF_KERNEL
-            or not self.placement.wants_stub(self._q[_CR3] >> PAGE_SHIFT)
-        ):
-            return False
+        if not hook.wanted or self._d[_HFLAGS] & layout.HF_KERNEL:
+            return True
+        elsewhere = not hook.stays and self.placement.wants_stub(self._q[_CR3] >> PAGE_SHIFT)
+        if not elsewhere and not hook.distrusts:
+            return True
         hook.to_user = True
-        return True
+        return False
 
     def _tell_less(self, leaf: int) -> None:
         """A program on Unicorn is told of nothing that would have it use wide vectors."""
@@ -437,7 +435,7 @@ class NativeUserCpu(UnicornCpu):
             _log.warning("programs run on Unicorn from now on: %s", error)
             self._give_up()
             return True
-        self._stub_ran = True
+        self._hook.distrusts = True
         missed, self._missed = self._missed, None
         try:
             if missed is not None and missed[0] == l4_mfn:
