@@ -166,7 +166,7 @@ def test_debian_is_a_function_and_a_package(monkeypatch: pytest.MonkeyPatch) -> 
     from xenolith.toolstack import guests
 
     files = guests.PreparedGuest("linux", "6", "", Path("k"), Path("/elf"), Path("b"), Path("/cpio"), "quiet")
-    monkeypatch.setattr(guests, "debian", lambda kernel, *, devices, vcpus: files)
+    monkeypatch.setattr(guests, "debian", lambda kernel, *, devices: files)
     config = xenolith.debian("web", memory_mib=64, vcpus=2, arguments="a=b")
     assert (config.name, config.kernel, config.ramdisk, config.cmdline) == ("web", "/elf", "/cpio", "quiet a=b")
     assert (config.memory_kib, config.vcpus) == (64 << 10, 2)

@@ -44,7 +44,12 @@ def xenolith() -> NoReturn:
     if os.path.basename(sys.argv[0]) == "xl":
         xl()
 
-    def load() -> click.Command:
+    def load() -> click.Command | int:
+        if sys.argv[1:2] == ["run"] and "--template" in "\0".join(sys.argv):
+            from xenolith.cli import warm
+
+            if (wanted := warm.parsed(sys.argv[2:])) is not None:
+                return warm.run(*wanted)
         from xenolith.cli.main import xenolith
 
         return xenolith
@@ -52,8 +57,8 @@ def xenolith() -> NoReturn:
     run("xenolith", load)
 
 
-def run(name: str, load: Callable[[], click.Command], arguments: list[str] | None = None) -> NoReturn:
-    """Run a command as this process and end it."""
+def run(name: str, load: Callable[[], click.Command | int], arguments: list[str] | None = None) -> NoReturn:
+    """Run a command as this process and end it; or one that was run while it was loaded, and had this status."""
     _complete_standard_descriptors()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -74,9 +79,11 @@ def _end(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _run(name: str, load: Callable[[], click.Command], arguments: list[str] | None) -> int:
+def _run(name: str, load: Callable[[], click.Command | int], arguments: list[str] | None) -> int:
     try:
         command = load()
+        if isinstance(command, int):
+            return command
         if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return _status(command, name, arguments)

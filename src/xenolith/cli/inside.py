@@ -140,6 +140,29 @@ def execute(
     sys.exit(accompany(process, reads=interactive, terminal=tty))
 
 
+def run_in_clone(
+    template: str, command: Sequence[str], environment: dict[str, str], directory: str, user: str, timeout: float | None
+) -> int:
+    """`xenolith run --template`, where that is not `warm`'s: with a terminal if ours is one. The exit status."""
+    if not command:
+        raise click.UsageError("--template runs a COMMAND, of which there is none")
+    on_terminal = os.isatty(0) and os.isatty(1)
+    kind = {"TERM": os.environ["TERM"]} if on_terminal and os.environ.get("TERM") else {}
+    wanted = Execution(
+        command=tuple(command),
+        environment=kind | environment,
+        directory=directory,
+        user=user,
+        terminal=(terminal_size(1) or (24, 80)) if on_terminal else None,
+        timeout=timeout,
+    )
+    try:
+        process = connect_to_daemon().client.run_template(template, wanted)
+    except ToolstackError as error:
+        raise CannotRun(str(error)) from error
+    return accompany(process, reads=True, terminal=on_terminal)
+
+
 def accompany(process: ProcessStream, *, reads: bool, terminal: bool) -> int:
     """Connect a process to our streams, our terminal and our signals until its end; the exit status."""
     woken, wake = os.pipe()

@@ -25,6 +25,7 @@ SUBCOMMANDS: Final = {
     "checkpoints": ("xenolith.cli.checkpoint", "checkpoints", "List the checkpoints of a domain."),
     "rollback": ("xenolith.cli.checkpoint", "rollback", "Let a domain be what it was at a checkpoint."),
     "image": ("xenolith.cli.image", "image", "Make a root file system with a Debian in it; list and remove those."),
+    "template": ("xenolith.cli.template", "template", "Guests booted once, of which clones stand ready for run."),
     "exec": ("xenolith.cli.inside", "execute", "Run a command inside the guest of a domain."),
     "cp": ("xenolith.cli.inside", "cp", "Copy files into a guest or out of it."),
     "logs": ("xenolith.cli.inside", "logs", "Print what a domain has printed on its console."),

@@ -22,7 +22,9 @@ from queue import SimpleQueue
 from typing import Final
 
 import click
+from click.core import ParameterSource
 
+from xenolith.cli.inside import run_in_clone
 from xenolith.cli.progress import tell_of_downloads
 from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
 from xenolith.toolstack import run_disks, run_network, run_root, run_volumes
@@ -138,6 +140,12 @@ class CannotRun(click.ClickException):
 )
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End the guest then.")
 @click.option(
+    "--template",
+    metavar="NAME",
+    help="Run COMMAND in a clone of this template of the daemon's (see `xenolith template`); only --env, --workdir, "
+    "--user and --timeout go with it. Its standard error is ours, apart.",
+)
+@click.option(
     "-v",
     "--verbose",
     is_flag=True,
@@ -163,6 +171,7 @@ def run(
     directory: str,
     user: str,
     timeout: float | None,
+    template: str | None,
     verbose: bool,
     stats: bool,
     command: Sequence[str],
@@ -173,6 +182,9 @@ def run(
     is printed alone, and its exit status is ours. COMMAND reads our standard input; where that and our output are a
     terminal, it has a terminal, too. Its standard error comes out with its output.
     """
+    if template is not None:
+        _only_with_template()
+        sys.exit(run_in_clone(template, command, dict(map(_variable, environment)), directory, user, timeout))
     _log_to_standard_error(verbose)
     on_terminal = os.isatty(0) and (not command or os.isatty(1))
     spec = RunSpec(
@@ -198,6 +210,18 @@ def run(
         verbose=verbose,
     )
     sys.exit(_run(spec, timeout, stats))
+
+
+_GO_WITH_TEMPLATE: Final = frozenset(("template", "environment", "directory", "user", "timeout", "command"))
+
+
+def _only_with_template() -> None:
+    """Raises UsageError for an option that says how to make a guest, which a template is already."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in _GO_WITH_TEMPLATE:
+            raise click.UsageError(f"{parameter.opts[0]} does not go with --template, which is a guest already")
 
 
 def _log_to_standard_error(verbose: bool) -> None:

@@ -41,6 +41,7 @@ from xenolith.toolstack.client import (
     ProcessStream,
     ShutdownRequest,
     Supervision,
+    TemplateInfo,
     ToolstackError,
     find_by_name,
     find_domain,
@@ -437,6 +438,25 @@ class Machine:
         """All guests, by domid."""
         return [Domain(self, info.domid) for info in self.client.domains() if info.domid]
 
+    def create_template(
+        self,
+        name: str,
+        config: DomainConfig | str | Path,
+        warm_up: str | Sequence[str] | None = None,
+        ready: int = 4,
+        progress: OnProgress = no_progress,
+    ) -> Template:
+        """Boot a domain of a configuration, run a command in its guest, and freeze it; keep so many clones ready."""
+        if not isinstance(config, DomainConfig):
+            config = load_config(config)
+        wanted = execution(warm_up) if warm_up is not None else None
+        self.client.create_template(name, absolute_paths(config, Path.cwd()), wanted, ready, progress)
+        return Template(self, name)
+
+    def templates(self) -> list[Template]:
+        """All templates."""
+        return [Template(self, info.name) for info in self.client.templates()]
+
     def events(self) -> Events:
         """What happens to all domains from now on."""
         return Events(self.client.subscribe())
@@ -459,6 +479,56 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Template:
+    """A guest that was booted once. Each command runs in a clone of its own, which is gone afterwards."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        self._machine = machine
+        self.name = name
+
+    @property
+    def info(self) -> TemplateInfo:
+        """Raises ToolstackError when it is gone."""
+        for info in self._machine.client.templates():
+            if info.name == self.name:
+                return info
+        raise ToolstackError(f'There is no template "{self.name}".')
+
+    def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+        terminal: tuple[int, int] | None = None,
+    ) -> ProcessStream:
+        """Start a command in a new clone, as `Domain.start`; closing the process is the clone's end."""
+        wanted = execution(command, env, workdir, user, timeout, limits, terminal)
+        return self._machine.client.run_template(self.name, wanted)
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Finished:
+        """Run a command in a new clone to its end, as `Domain.run`."""
+        process = self.start(command, env=env, workdir=workdir, user=user, timeout=timeout, limits=limits)
+        return finished(process, input, timeout)
+
+    def remove(self) -> None:
+        """Forget it, and the clones that stand ready."""
+        self._machine.client.remove_template(self.name)
 
 
 def power_on(

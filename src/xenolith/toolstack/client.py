@@ -338,6 +338,21 @@ class Execution:
     limits: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplateInfo:
+    """A domain that was booted and frozen, and clones of it that stand ready."""
+
+    name: str
+    memory_kib: int
+    vcpus: int
+    kernel: str
+    made: float  # seconds since the epoch
+    ready: int  # clones, of `wanted`
+    wanted: int
+    runs: int  # commands that were run in clones of it
+    problem: str = ""  # why no more clones can be made now
+
+
 LIMITS: Final = {"cpu": 0, "fsize": 1, "data": 2, "stack": 3, "core": 4, "nproc": 6, "nofile": 7, "as": 9}
 """The resource limits that a command can be given, with Linux's numbers (asm-generic/resource.h)."""
 
@@ -714,6 +729,29 @@ class Client(ABC):
     @abstractmethod
     def execute(self, domid: int, execution: Execution) -> ProcessStream:
         """Run a command inside a guest that has our agent; waits for it while the guest boots."""
+
+    @abstractmethod
+    def create_template(
+        self,
+        name: str,
+        config: DomainConfig,
+        warm_up: Execution | None = None,
+        ready: int = 4,
+        progress: OnProgress = no_progress,
+    ) -> None:
+        """Boot a domain, run a command in its guest, and freeze it; keep so many clones of it ready."""
+
+    @abstractmethod
+    def templates(self) -> list[TemplateInfo]:
+        """The templates of this machine."""
+
+    @abstractmethod
+    def remove_template(self, name: str) -> None:
+        """Forget a template and the clones that stand ready; those that run go on."""
+
+    @abstractmethod
+    def run_template(self, name: str, execution: Execution) -> ProcessStream:
+        """Run a command in a clone of a template, which is destroyed when the command has ended."""
 
     @abstractmethod
     def dmesg(self) -> str:

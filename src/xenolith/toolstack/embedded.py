@@ -71,6 +71,7 @@ from xenolith.toolstack.client import (
     RelocationInfo,
     RelocationRound,
     ShutdownRequest,
+    TemplateInfo,
     ToolstackError,
     Trigger,
     Undetermined,
@@ -86,6 +87,7 @@ from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, Connection, Listene
 from xenolith.toolstack.protection import ProtectedDomain, patiently, stand_by, standby_directory
 from xenolith.toolstack.relocation import Arrivals, ask_whether_arrived, send_domain
 from xenolith.toolstack.saving import Arriving, open_saved, save_domain
+from xenolith.toolstack.templates import Templates
 
 ACKNOWLEDGE_SECONDS: Final = 60.0  # as libxl
 DEPARTED_SECONDS: Final = 30.0  # how long the console of a domain that went can still be read
@@ -156,6 +158,7 @@ class EmbeddedToolstack(Client):
         self._departed: list[_Departed] = []
         self._closed = False
         self._hub = EventHub()
+        self._templates = Templates(self)
         self._arrivals = Arrivals()
         self._listeners: list[Listener] = []
         self.on_arrival: Callable[[int], None] = lambda domid: None  # of a domain that another daemon sent
@@ -181,6 +184,7 @@ class EmbeddedToolstack(Client):
         """End all domains and listeners."""
         if self._closed:
             return
+        self._templates.close()
         self._closed = True
         while self._listeners:
             self._listeners.pop().close()
@@ -890,18 +894,13 @@ class EmbeddedToolstack(Client):
             return [record.protected.info() for record in self._records.values() if record.protected is not None]
 
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
-        with self._of_domain(domid) as domain:
-            config = self.config(domid)
-            _check_clonable(config)
-            answers = self._records[domid].agent_answers
-            try:
-                frozen = freeze(self.dom0, domain)
-            except RecordError as error:
-                raise ToolstackError(f"Domain {domid} cannot be cloned: {error}.") from error
+        self._guest(domid)
+        config, answers = self.config(domid), self._records[domid].agent_answers
+        frozen = self.freeze(domid)
         made: list[int] = []
         try:
             for number, name in enumerate(names, 1):
-                made.append(self._clone(config, frozen, name, number, answers))
+                made.append(self.make_clone(config, frozen, name, number, answers))
                 progress(Progress("cloning the domain", number, len(names)))
         except BaseException:
             for each in made:
@@ -912,7 +911,19 @@ class EmbeddedToolstack(Client):
             frozen.close()
         return made
 
-    def _clone(self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int, agent_answers: bool) -> int:
+    def freeze(self, domid: int) -> FrozenDomain:
+        """What a domain is at this moment, which goes on. Raises ToolstackError."""
+        with self._of_domain(domid) as domain:
+            _check_clonable(self.config(domid))
+            try:
+                return freeze(self.dom0, domain)
+            except RecordError as error:
+                raise ToolstackError(f"Domain {domid} cannot be cloned: {error}.") from error
+
+    def make_clone(
+        self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int, agent_answers: bool
+    ) -> int:
+        """Make a clone, paused; whether its guest's agent is known to answer. Raises ToolstackError."""
         config = copy.deepcopy(config)
         config.name, config.uuid = name, uuids.uuid4()
         self._claim_name(name)
@@ -959,6 +970,27 @@ class EmbeddedToolstack(Client):
 
     def execute(self, domid: int, execution: Execution) -> ProcessStream:
         return self._agent(domid).execute(execution)
+
+    def create_template(
+        self,
+        name: str,
+        config: DomainConfig,
+        warm_up: Execution | None = None,
+        ready: int = 4,
+        progress: OnProgress = no_progress,
+    ) -> None:
+        self._check_open()
+        self._templates.create(name, config, warm_up, ready, progress)
+
+    def templates(self) -> list[TemplateInfo]:
+        return self._templates.infos()
+
+    def remove_template(self, name: str) -> None:
+        self._templates.remove(name)
+
+    def run_template(self, name: str, execution: Execution) -> ProcessStream:
+        self._check_open()
+        return self._templates.run(name, execution)
 
     def _bring_to_life(self, domain: GuestDomain, record: _Record) -> None:
         """Let a clone run for the first time. The first that it hears is who it is, if it has an agent."""

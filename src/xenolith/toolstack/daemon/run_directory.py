@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,27 +27,15 @@ from typing import Final
 
 from xenolith.dom0 import unix_socket
 from xenolith.toolstack.client import ToolstackError
+from xenolith.toolstack.daemon.socket_path import SOCKET_VARIABLE as SOCKET_VARIABLE
+from xenolith.toolstack.daemon.socket_path import default_socket_path
 
-SOCKET_VARIABLE: Final = "XENOLITH_SOCKET"
 _ELSEWHERE: Final = f"choose another socket with --socket or {SOCKET_VARIABLE}"
 
 
 def default_socket() -> Path:
-    """XENOLITH_SOCKET, or control.sock in this user's runtime directory.
-
-    Root has one place whoever asks, since services have no XDG_RUNTIME_DIR and login shells do; other users have the
-    directory that their sessions share, if there is one.
-    """
-    if chosen := os.environ.get(SOCKET_VARIABLE):
-        return Path(chosen).absolute()
-    user = os.getuid()
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    if given and user:
-        return Path(given) / "xenolith" / "control.sock"
-    usual = Path(f"/run/user/{user}" if user else "/run")
-    if os.access(usual, os.W_OK | os.X_OK):
-        return usual / "xenolith" / "control.sock"
-    return Path(tempfile.gettempdir()) / f"xenolith-{user}" / "control.sock"
+    """See `socket_path`."""
+    return Path(default_socket_path())
 
 
 class AlreadyRunning(ToolstackError):

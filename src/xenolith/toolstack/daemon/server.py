@@ -204,9 +204,9 @@ class Daemon:
 
 
 def shut_guests_down(client: Client, seconds: float = GUEST_SHUTDOWN_S) -> None:
-    """Ask all guests to power off, wait for them, and destroy those that have not done so in time."""
+    """Ask all guests to power off, wait for them, and destroy those that have not done so in time, or are paused."""
     events = client.subscribe()
-    domids = {domain.domid for domain in client.domains() if domain.domid and not domain.shutdown}
+    domids = {domain.domid for domain in client.domains() if domain.domid and not domain.shutdown and not domain.paused}
     deadline = time.monotonic() + seconds
     askers = [threading.Thread(target=_ask_to_power_off, args=(client, domid), daemon=True) for domid in domids]
     for asker in askers:
