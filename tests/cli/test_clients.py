@@ -13,6 +13,8 @@ import pytest
 
 from people import XL, Person, person_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def people(tmp_path: Path) -> Iterator[tuple[Person, Person]]:

@@ -13,6 +13,8 @@ import pytest
 
 from people import XL, Person, person_in
 
+pytestmark = pytest.mark.slow
+
 # Passes bytes on between its caller and `xl migrate-receive`. When a step of the conversation is reached it does
 # something instead of, or before, passing that on: cuts the connection, or kills a daemon. The sections of the stream
 # have a header of 32 bytes; kinds: 1 description, 2 pages, 3 frames, 4 state, 5 end, 6 go.
@@ -125,7 +127,6 @@ def test_a_domain_goes_there_and_back(two: Two) -> None:
 STEPS = ("before 1", "after 2", "after 3", "after 5", "before ready", "after ready", "before 6", "after 6")
 
 
-@pytest.mark.slow
 def test_a_connection_that_is_cut_at_any_step_leaves_one_running_domain(two: Two) -> None:
     for step in (*STEPS, "before started", "after started"):
         print(step)
@@ -141,7 +142,6 @@ def test_a_connection_that_is_cut_at_any_step_leaves_one_running_domain(two: Two
         check_it_goes_on(two.here)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["after 2", "after 5", "after ready", "after 6"])
 def test_a_receiver_that_is_killed_leaves_the_domain_here_unless_it_ran_there(two: Two, step: str) -> None:
     done = two.migrate(step, str(two.there.daemon_pid()))
@@ -153,7 +153,6 @@ def test_a_receiver_that_is_killed_leaves_the_domain_here_unless_it_ran_there(tw
     check_it_goes_on(two.here)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["after 2", "after ready", "before 6", "after 6"])
 def test_a_sender_that_is_killed_takes_the_domain_along_unless_it_was_given_away(two: Two, step: str) -> None:
     two.migrate(step, str(two.here.daemon_pid()))

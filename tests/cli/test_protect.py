@@ -13,6 +13,8 @@ import pytest
 
 from people import Person, person_in
 
+pytestmark = pytest.mark.slow
+
 SAID = re.compile(rb"^flushed (\d+)\r?\n", re.MULTILINE)
 
 
