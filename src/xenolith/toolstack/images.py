@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +38,7 @@ class Image:
     def config(self, name: str) -> str:
         """The text of an xl.cfg for a domain that has this image as its disk, and a network. Raises NoGuest."""
         guest = guests.debian(self.kernel or DEFAULT_KERNEL, devices=True)
-        lines = guest.config(name).replace(guest.arguments, f"{guest.arguments} root=/dev/xvda rw")
+        lines = replace(guest, arguments=f"{guest.arguments} root=/dev/xvda rw").config(name)
         return f'{lines}disk    = [ "{self.path},raw,xvda,rw" ]\nvif     = [ "" ]\n'
 
 
