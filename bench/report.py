@@ -197,8 +197,10 @@ def _figures_5_and_6() -> str:
     return "\n".join(
         [
             "## Figures 5 and 6\n",
-            f"- Published, {FIGURE_5}. Not measured yet: it needs domains with block and network devices.",
-            f"- Published, {FIGURE_6}. Not measured yet: it needs many domains under one scheduler.",
+            f"- Published, {FIGURE_5}. `python -m bench.isolation` measures the like; see docs/resources.md. "
+            "Not measured on a quiet machine yet.",
+            f"- Published, {FIGURE_6}. `python -m bench.many` measures the like; see docs/resources.md. "
+            "Not measured on a quiet machine yet.",
             "",
         ]
     )

@@ -55,8 +55,8 @@ def kernel_arguments(vcpus: int, *, verbose: bool = False) -> str:
     The kernel's messages are seen if `verbose`, while it boots; the last words of a crash always are. Two arguments
     spare Linux hypercalls at boot: `nr_cpus` asking after 8,192 possible vCPUs, one each, and `noreplace-smp` rewriting
     8,500 LOCK prefixes of its code for a single processor, each in an address space that it switches to and back, with
-    four. `tsc=reliable` spares an idle guest two wakings a second, to compare the counter with Xen's time, which is read
-    from that counter.
+    four. `tsc=reliable` spares an idle guest two wakings a second, to compare the counter with Xen's time, which is
+    read from that counter.
     """
     loglevel = "" if verbose else " quiet loglevel=1"
     return f"console=hvc0 panic=-1 nr_cpus={vcpus} noreplace-smp tsc=reliable{loglevel}"
