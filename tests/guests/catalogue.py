@@ -120,8 +120,13 @@ CATALOGUE: tuple[Guest, ...] = (
     ending("reset", 7),
 )
 
-# These need devices; see test_blkfront.py.
-WITH_DEVICES: tuple[Guest, ...] = (checks("blkfront"), checks("blkfront-abuse"), checks("blkfront-records"))
+# These need devices; see test_blkfront.py and test_netfront.py.
+WITH_DEVICES: tuple[Guest, ...] = (
+    checks("blkfront"),
+    checks("blkfront-abuse"),
+    checks("blkfront-records"),
+    checks("netfront"),
+)
 
 # In no run of their own; see test_isolation.py and test_endless.py.
 PARTS_OF_TESTS: tuple[str, ...] = ("reach.elf", "endless.elf", "load.elf")  # the last is of bench
