@@ -934,7 +934,7 @@ class EmbeddedToolstack(Client):
                 self._records[domain.domid] = record
             self._hub.publish(DomainEvent(EventKind.CREATED, domain.domid))
             return domain.domid
-        except (DomainCreateError, RecordError) as error:
+        except (DomainCreateError, RecordError, OSError, MemoryError) as error:
             raise ToolstackError(f"{name} cannot be made: {error}.") from error
         finally:
             with self._lock:
