@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import pytest
 from bare import CODE, BareMachine, Trap, run_to_trap
 
@@ -33,6 +34,7 @@ from xenolith.machine import page_walk
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu
 from xenolith.machine.engines.unicorn.user import spaces
 from xenolith.machine.engines.unicorn.user.cpu import NativeUserCpu
+from xenolith.machine.write_tracking import NotTracked, WriteTracking
 
 READ = "48 8b 07 0f 05"  # mov rax, [rdi]; syscall
 WRITE = "48 89 07 0f 05"  # mov [rdi], rax; syscall
@@ -202,3 +204,31 @@ def test_more_address_spaces_than_stubs(forced: BareMachine, monkeypatch: pytest
             assert cpu.regs[RAX] == 1000 + number
     assert isinstance(cpu, NativeUserCpu)
     assert cpu.spaces.made == 3
+
+
+def test_such_a_memory_is_neither_followed_nor_made_an_image(forced: BareMachine) -> None:
+    """What stubs write, nobody would see."""
+    with pytest.raises(NotTracked, match="programs in processes of their own write to its memory"):
+        WriteTracking(forced.memory)
+    with pytest.raises(OSError, match="programs in processes of their own map it"):
+        forced.memory.image(np.array([1], dtype=np.uint64))
+
+
+def test_an_l4_table_that_ends_is_noticed_though_its_stub_is_anothers(
+    forced: BareMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spaces, "MOST_STUBS", 1)
+    cpu = forced.start(READ, user=True)
+    assert isinstance(cpu, NativeUserCpu)
+    other = forced.new_l4()
+    forced.set_entry(CODE, forced.code[1] << PAGE_SHIFT | PTE_P | PTE_US, other)
+    forced.map_new(BASES[0], other)
+    for l4 in (other, forced.user_l4):
+        cpu.switch_mode(l4, True)
+        cpu.regs[RIP], cpu.regs[RDI] = CODE, CODE
+        assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
+    assert cpu.spaces.made == 1
+    assert forced.engine.entry_changed is not None
+    forced.engine.entry_changed(other << 9, PTE_P, 0)
+    cpu.spaces.take_reports()
+    assert cpu.spaces.dead == {other}
