@@ -20,7 +20,7 @@ def placement(force: bool = False) -> Placement:
 def compute(where: Placement, ns: int) -> None:
     for _ in range(ns // MS):
         if not where.wants_stub(L4):
-            where.ran_on_unicorn(L4, ticks(MS), 0)
+            where.ran_on_unicorn(L4, ticks(MS), 0, MS)
 
 
 def test_a_program_that_computes_goes_to_a_stub() -> None:
@@ -35,7 +35,7 @@ def test_a_program_that_computes_goes_to_a_stub() -> None:
 def test_a_program_that_traps_stays_on_unicorn() -> None:
     where = placement()
     for _ in range(1000):
-        where.ran_on_unicorn(L4, ticks(MS), MS // TRAP_NS)
+        where.ran_on_unicorn(L4, ticks(MS), MS // TRAP_NS, MS)
     assert not where.wants_stub(L4)
 
 
@@ -73,3 +73,15 @@ def test_by_force_all_do() -> None:
         where.ran_in_stub(L4, 0, True)
     where.forget(L4)
     assert where.wants_stub(L4)
+
+
+def test_time_in_which_others_had_the_processor_does_not_count() -> None:
+    where = placement()
+    for _ in range(100):
+        where.ran_on_unicorn(L4, ticks(20 * MS), 5, MS // 10)
+    assert not where.wants_stub(L4)
+    compute(where, 2 * LEAST_PATIENCE)
+    for number in range(2000):
+        if where.wants_stub(L4):
+            where.ran_in_stub(L4, ticks(2_000 if number % 50 else 20 * MS), False)
+    assert not where.wants_stub(L4)

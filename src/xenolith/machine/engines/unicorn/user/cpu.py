@@ -18,6 +18,7 @@ the same, having learned of it in a stub, it goes on in one.
 from __future__ import annotations
 
 import logging
+import time
 from ctypes import PYFUNCTYPE, addressof, c_int, c_uint32, c_uint64
 from struct import pack_into, unpack_from
 from typing import Any, Final
@@ -150,6 +151,7 @@ class NativeUserCpu(UnicornCpu):
         self._native_handler: Any = None
         self._enabled, self._plain = True, False
         self._loaded: CpuState | None = None
+        self._looked = 0  # CPU time of this thread when the policy last saw what a program had done
         self.traps = 0
 
     # --- state ----------------------------------------------------------------------------------------------
@@ -229,9 +231,10 @@ class NativeUserCpu(UnicornCpu):
 
     def _look(self) -> None:
         """Have the policy see what a program has done on Unicorn."""
-        hook = self._hook
-        if self.placement.ran_on_unicorn(hook.user_l4, hook.user_ticks, hook.user_traps):
+        hook, now = self._hook, time.thread_time_ns()
+        if self.placement.ran_on_unicorn(hook.user_l4, hook.user_ticks, hook.user_traps, now - self._looked):
             hook.user_ticks = hook.user_traps = 0
+            self._looked = now
 
     def _enter_user_mode(self) -> None:
         """As deliver.c: user mode goes on, on Unicorn."""

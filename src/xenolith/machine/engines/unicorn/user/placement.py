@@ -21,6 +21,7 @@ from xenolith.machine.tsc import scale
 SPEED: Final = 6  # of code in a stub, in relation to Unicorn
 TRAP_NS: Final = 30_000  # what a trap costs more in a stub
 EXCEPTION: Final = 3  # a page fault costs as much as so many system calls: somebody has to map the page
+MOST_NS: Final = 200_000  # that count between two traps in a stub: for longer somebody else may have run
 SEEN_NS: Final = 100_000  # of a program's time on Unicorn, for which it is worth to look
 LEAST_PATIENCE: Final = 16_000_000  # with Unicorn, ns of regret
 MOST_PATIENCE: Final = 1_000_000_000
@@ -53,9 +54,12 @@ class Placement:
         self._regret.pop(l4_mfn, None)
         self._patience.pop(l4_mfn, None)
 
-    def ran_on_unicorn(self, l4_mfn: int, ticks: int, traps: int) -> bool:
-        """A program has run for so many ticks of the TSC, with so many traps. False: it is too early to say."""
-        time = scale().nanoseconds(ticks)
+    def ran_on_unicorn(self, l4_mfn: int, ticks: int, traps: int, cpu_ns: int) -> bool:
+        """A program has run for so many ticks of the TSC, with so many traps. False: it is too early to say.
+
+        `cpu_ns`: all of the CPU time meanwhile; on a busy host ticks go by while somebody else runs.
+        """
+        time = min(scale().nanoseconds(ticks), cpu_ns)
         if self._force or time < SEEN_NS:
             return False
         regret = self._regret.get(l4_mfn, 0) + time - time // SPEED - traps * TRAP_NS
@@ -68,7 +72,7 @@ class Placement:
         """A program has run in its stub for so many ticks of the TSC, until a system call or an exception."""
         if self._force:
             return
-        time = scale().nanoseconds(max(ticks - self._overhead[exception], 0))
+        time = min(scale().nanoseconds(max(ticks - self._overhead[exception], 0)), MOST_NS)
         regret = self._regret.get(l4_mfn, 0) + (EXCEPTION if exception else 1) * TRAP_NS - (SPEED - 1) * time
         self._regret[l4_mfn] = max(regret, -PATIENCE)
         if regret >= PATIENCE:
