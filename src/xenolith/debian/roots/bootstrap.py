@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -63,16 +64,18 @@ def install(
         raise RootError(f"{release!r} is not a release of Debian's, such as bookworm")
     program = mmdebstrap()
     include = ",".join([*PACKAGES, *named])
-    command = [program, "--variant=minbase", "--format=tar", "--architectures=amd64", f"--include={include}"]
-    with tempfile.TemporaryDirectory(prefix="xenolith-bootstrap-") as folder:
+    # As root it mounts into its chroot; in a namespace of their own these mounts end with it, however it ends.
+    alone = ["unshare", "--mount", "--propagation", "private"] if os.getuid() == 0 else []
+    command = [*alone, program, "--variant=minbase", "--format=tar", "--architectures=amd64", f"--include={include}"]
+    with tempfile.TemporaryDirectory(prefix="xenolith-bootstrap-", ignore_cleanup_errors=True) as folder:
         for node in modules:
             path = Path(folder, node.path)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(node.data)
-        os.chmod(folder, 0o755)  # it is read as another user
+        os.chmod(folder, 0o1777)  # of a user namespace's and apt's users, too
         command += _hooks_for_modules(Path(folder) / "lib/modules")
         command += [release, str(into), *([mirror] if mirror else [])]
-        _carry_out(command, os.environ | {"LC_ALL": "C.UTF-8"}, report)
+        _carry_out(command, os.environ | {"LC_ALL": "C.UTF-8", "TMPDIR": folder}, report)
 
 
 def _hooks_for_modules(home: Path) -> Iterator[str]:
@@ -93,6 +96,7 @@ def _carry_out(command: Sequence[str], environment: dict[str, str], report: Call
             env=environment,
             text=True,
             errors="replace",
+            process_group=0,
         )
     except OSError as error:
         raise RootError(f"mmdebstrap cannot be run: {error.strerror}") from error
@@ -105,7 +109,7 @@ def _carry_out(command: Sequence[str], environment: dict[str, str], report: Call
                 if line.startswith("I: "):
                     report(line[3:].strip().rstrip("."))
         except BaseException:
-            process.terminate()  # it removes what it made
+            os.killpg(process.pid, signal.SIGTERM)  # all of it, as a terminal does
             raise
     if process.returncode:
         told = "; ".join([line for line in last if line.startswith("E:")] or last[-2:])
