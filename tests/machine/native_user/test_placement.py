@@ -39,16 +39,16 @@ def test_a_program_that_traps_stays_on_unicorn() -> None:
     assert not where.wants_stub(L4)
 
 
-def test_a_program_that_begins_to_trap_goes_back_and_needs_twice_the_patience_then() -> None:
+def test_a_program_that_begins_to_trap_goes_back_and_needs_more_patience_then() -> None:
     where = placement()
     compute(where, 2 * LEAST_PATIENCE)
-    for _ in range(PATIENCE // TRAP_NS + 1):
+    for _ in range(2 * PATIENCE // TRAP_NS + 1):
         assert where.wants_stub(L4)
         where.ran_in_stub(L4, ticks(2_000), False)  # of which nothing is its own
     assert not where.wants_stub(L4)
     compute(where, LEAST_PATIENCE * SPEED // (SPEED - 1) + MS)
     assert not where.wants_stub(L4)
-    compute(where, LEAST_PATIENCE * 2)
+    compute(where, LEAST_PATIENCE * 5)
     assert where.wants_stub(L4)
 
 

@@ -119,6 +119,8 @@ _MXCSR_MASK: Final = 0xFFFF
 _UD2, _XSETBV = b"\x0f\x0b", b"\x0f\x01\xd1"
 _FRAME_ORDER: Final = (RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP, RIP)  # in the signal frame, after R8 to R15
 
+XEN_LEAVES: Final = 0x4000_0000
+CPUID_ANSWERS: Final = 256  # kept; a static program asks for forty when it starts
 _FLAT: Final = (Register.DS, Register.SS, Register.ES)
 
 Trap = tuple[int, int, int]
@@ -151,6 +153,7 @@ class NativeUserCpu(UnicornCpu):
         self._native_handler: Any = None
         self._enabled, self._plain = True, False
         self._loaded: CpuState | None = None
+        self._cpuid_answers: dict[tuple[int, int], tuple[int, ...]] = {}  # by leaf and subleaf
         self._looked = 0  # CPU time of this thread when the policy last saw what a program had done
         self.traps = 0
 
@@ -290,10 +293,10 @@ class NativeUserCpu(UnicornCpu):
                 vector, error_code, address = answer
                 if vector == TRAP_NOTHING:
                     return False
-            question = self.regs[RAX] & MASK32
-            more = on_trap(vector, error_code, address)
             if vector == TRAP_CPUID and user:
-                self._tell_less(question)
+                more = self._answer_cpuid(on_trap)
+            else:
+                more = on_trap(vector, error_code, address)
             if measures and not d[_HFLAGS] & layout.HF_KERNEL:
                 self._enter_user_mode()
             return more and self._goes_on()
@@ -311,10 +314,21 @@ class NativeUserCpu(UnicornCpu):
         hook.to_user = True
         return False
 
-    def _tell_less(self, leaf: int) -> None:
-        """A program on Unicorn is told of nothing that would have it use wide vectors."""
-        for register, place in enumerate((RAX, RBX, RCX, RDX)):
-            self.regs[place] &= ~features.UNTOLD.get((leaf, register), 0)
+    def _answer_cpuid(self, on_trap: TrapHandler) -> bool:
+        """A program on Unicorn is told of nothing that would have it use wide vectors. False: leave."""
+        regs = self.regs
+        leaf, subleaf = question = regs[RAX] & MASK32, regs[RCX] & MASK32
+        answer, more = self._cpuid_answers.get(question), True
+        if answer is None:
+            more = on_trap(TRAP_CPUID, 0, 0)
+            places = enumerate((RAX, RBX, RCX, RDX))
+            answer = tuple(regs[place] & ~features.UNTOLD.get((leaf, n), 0) for n, place in places)
+            if not XEN_LEAVES <= leaf < XEN_LEAVES + 0x100 and leaf != features.XSAVE_LEAF:  # which never change
+                if len(self._cpuid_answers) >= CPUID_ANSWERS:
+                    self._cpuid_answers.clear()
+                self._cpuid_answers[leaf, subleaf] = answer
+        regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answer
+        return more
 
     def _at_undefined(self, user: bool) -> Trap | None:
         """An opcode that Unicorn does not know: None: it was carried out; TRAP_NOTHING: a stub is to; else its trap."""

@@ -6,7 +6,7 @@ stamp counter, which its handler reads before and after.  So it is known what a 
 side.  That adds up as *regret*, for each address space, and when it reaches the *patience* with this side, the
 address space moves.
 
-A stay in a stub that ends so was a mistake, and patience with Unicorn doubles for it: a move costs a fault for each
+A stay in a stub that ends so was a mistake, and patience with Unicorn grows by that: a move costs a fault for each
 page.
 """
 
@@ -23,9 +23,10 @@ TRAP_NS: Final = 30_000  # what a trap costs more in a stub
 EXCEPTION: Final = 3  # a page fault costs as much as so many system calls: somebody has to map the page
 MOST_NS: Final = 200_000  # that count between two traps in a stub: for longer somebody else may have run
 SEEN_NS: Final = 100_000  # of a program's time on Unicorn, for which it is worth to look
-LEAST_PATIENCE: Final = 16_000_000  # with Unicorn, ns of regret
+LEAST_PATIENCE: Final = 32_000_000  # with Unicorn, ns of regret
 MOST_PATIENCE: Final = 1_000_000_000
-PATIENCE: Final = 8_000_000  # with a stub; and as much may have been won before
+PATIENCE: Final = 4_000_000  # with a stub; and as much may have been won before, or is lent at the beginning
+LESSON: Final = 4  # times as patient with Unicorn, after a stay in a stub that was a mistake
 
 
 class Placement:
@@ -46,7 +47,7 @@ class Placement:
     def want(self, l4_mfn: int) -> None:
         """It needs a stub."""
         self._wanted[l4_mfn] = 1
-        self._regret.pop(l4_mfn, None)
+        self._regret[l4_mfn] = -PATIENCE
 
     def forget(self, l4_mfn: int) -> None:
         """This L4 table is no more; the next one in its frame is another program's."""
@@ -78,4 +79,4 @@ class Placement:
         if regret >= PATIENCE:
             self._wanted[l4_mfn] = 0
             self._regret[l4_mfn] = 0
-            self._patience[l4_mfn] = min(2 * self._patience.get(l4_mfn, LEAST_PATIENCE), MOST_PATIENCE)
+            self._patience[l4_mfn] = min(LESSON * self._patience.get(l4_mfn, LEAST_PATIENCE), MOST_PATIENCE)
