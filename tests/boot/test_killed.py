@@ -39,7 +39,7 @@ def test_a_killed_run_leaves_no_process_and_no_file(engine_name: str, tmp_path: 
     for place in places.values():
         place.mkdir()
     environment = os.environ | {name: str(place) for name, place in places.items()}
-    line = [sys.executable, "-m", "xenolith", "run", "--engine", engine_name]
+    line = [sys.executable, "-m", "xenolith", "run", "--engine", engine_name, "--verbose"]
     moments = random.Random(7)
     for _ in range(KILLS):
         wanted = moments.randrange(1, MOST_OUTPUT)
