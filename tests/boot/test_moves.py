@@ -71,12 +71,14 @@ import sys
 from xenolith.machine.engines.adaptive import engine as adaptive
 
 class CountedCpu(adaptive.AdaptiveCpu):
-    to_kvm = 0
+    on_kvm = 0
 
-    def _transfer(self, target):
-        if self._modes is not None and self._modes.user_l4:
-            CountedCpu.to_kvm += target is self._kvm
-        super()._transfer(target)
+    def run(self, on_trap):
+        def counting(vector, error_code, address):
+            if self._modes is not None and not self._modes.kernel_mode:
+                CountedCpu.on_kvm += self.running_on == "kvm"
+            return on_trap(vector, error_code, address)
+        super().run(counting)
 
 adaptive.AdaptiveCpu = CountedCpu
 sys.argv = ["xenolith", "run", *sys.argv[1:]]
@@ -84,7 +86,7 @@ from xenolith.cli.main import main
 try:
     main()
 finally:
-    print(CountedCpu.to_kvm, file=sys.stderr)
+    print(CountedCpu.on_kvm, file=sys.stderr)
 """
 
 

@@ -161,14 +161,14 @@ read uptime rest </proc/uptime
 read line cpu ticks rest <<END
 $(head -2 /proc/interrupts | tail -1) -
 END
-before=$cpu start=${uptime%.*}${uptime#*.}
+before=$cpu start=$((${uptime%.*} * 100 + 1${uptime#*.} - 100))
 i=0
 while [ $((i % 20000)) -ne 0 ] || [ ! -e /woke ] || [ $i -lt 200000 ]; do i=$((i+1)); done
 read uptime rest </proc/uptime
 read line cpu rest <<END
 $(head -2 /proc/interrupts | tail -1) -
 END
-echo $((cpu - before)) ticks in $((${uptime%.*}${uptime#*.} - start))
+echo $((cpu - before)) ticks in $(($((${uptime%.*} * 100 + 1${uptime#*.} - 100)) - start))
 """
 
 

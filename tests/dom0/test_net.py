@@ -341,8 +341,9 @@ def test_requests_and_grants_that_change_while_they_are_served(plug: Plug) -> No
     two.offer_buffers(two.received())
     two.rx_consumed = two.rx.words[RSP_PROD]
     three.send(three.datagram(two, b"alive"))
-    while not two.receive()[0].endswith(b"alive"):
+    while not two.receive()[0].endswith(b"alive"):  # the others' packets come first, and fill the queue
         two.offer_buffers(1)
+        three.send(three.datagram(two, b"alive"))
 
 
 def test_a_rate_is_kept() -> None:

@@ -542,7 +542,7 @@ def test_roots_commands_find_one_daemon_from_a_login_shell_and_from_a_service(mo
 def test_guests_that_do_not_power_off_in_time_are_destroyed() -> None:
     machine = FakeClient()
     for name in ("willing", "deaf"):
-        machine.create(DomainConfig(name))
+        machine.unpause(machine.create(DomainConfig(name)))
     machine.guests[2].acknowledges = False
     shut_guests_down(machine, seconds=0.2)
     assert machine.guests == {}
@@ -632,7 +632,9 @@ def test_sigterm_powers_the_guests_off_and_leaves_nothing_behind(
 ) -> None:
     process, _ = start()
     client = RemoteClient.at(tmp_path / "control.sock")
-    client.supervise(client.create(DomainConfig("web", on_poweroff=Action.RESTART)))
+    domid = client.create(DomainConfig("web", on_poweroff=Action.RESTART))
+    client.supervise(domid)
+    client.unpause(domid)
     process.send_signal(signal.SIGTERM)
     assert process.stdout is not None
     assert process.stdout.readline() == "[('request_shutdown', 1, 'poweroff')]\n"

@@ -11,7 +11,7 @@ static bool set_link(u32 *word, u32 port)
     for (unsigned attempts = 0; word && attempts < LINK_ATTEMPTS; attempts++) {
         u32 seen = __atomic_load_n(word, __ATOMIC_RELAXED);
         if (!(seen & L))
-            return false;
+            break;
         u32 linked = (seen & ~(u32)(BUSY | LINK_MASK)) | port;
         if (__atomic_compare_exchange_n(word, &seen, linked, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             return true;

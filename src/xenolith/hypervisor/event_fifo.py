@@ -241,9 +241,9 @@ def _set_link(domain: Domain, tail: int, port: int) -> bool:
     for _ in range(LINK_ATTEMPTS):
         seen = memory.d[word >> 2]
         if not seen & L:
-            return False
+            break
         if compare_exchange_32(address, seen, seen & ~(BUSY | LINK_MASK) & 0xFFFFFFFF | port) == seen:
             return True
-        _set(domain, word, EVTCHN_FIFO_BUSY)  # the guest waits before it clears LINKED
-    _clear(domain, word, EVTCHN_FIFO_BUSY)
+        _set(domain, word, EVTCHN_FIFO_BUSY)  # the guest waits before it clears LINKED, or MASKED
+    _clear(domain, word, EVTCHN_FIFO_BUSY)  # it may not be left: Linux would wait for ever
     return False

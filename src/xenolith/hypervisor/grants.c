@@ -9,7 +9,7 @@ static u32 *grant_entry(struct domain *d, u32 ref)
 /* Note in the entry that it is used, if it permits that. */
 static bool mark(u32 *entry, u32 domid, u32 marks)
 {
-    for (int i = 0; i < ATTEMPTS; i++) {
+    for (unsigned i = 0; i < ATTEMPTS; i++) {
         u32 seen = __atomic_load_n(entry, __ATOMIC_RELAXED);
         if ((seen & GTF_type_mask) != GTF_permit_access || seen >> 16 != domid)
             return false;
@@ -23,7 +23,7 @@ static bool mark(u32 *entry, u32 domid, u32 marks)
 
 static void unmark(u32 *entry, u32 marks)
 {
-    for (int i = 0; i < ATTEMPTS; i++) {
+    for (unsigned i = 0; i < ATTEMPTS; i++) {
         u32 seen = __atomic_load_n(entry, __ATOMIC_RELAXED);
         if (__atomic_compare_exchange_n(entry, &seen, seen & ~marks, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
             return;

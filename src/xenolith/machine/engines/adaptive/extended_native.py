@@ -18,6 +18,7 @@ from xenolith.machine.native import Fields
 
 MOST_COMPONENTS: Final = 16
 SOURCE: Final = Path(__file__).with_name("extended.c")
+HALVES: Final = (page_walk.SOURCE,)
 
 
 class Extended(ctypes.Structure):
@@ -80,7 +81,7 @@ class NativeExtended:
     def __init__(
         self, cpu: UnicornCpu, memory: MachineMemory, components: list[extended.Component], wide: bool = False
     ) -> None:
-        library = native.load(SOURCE, declarations(), (page_walk.SOURCE,))
+        library = native.load(SOURCE, declarations(), HALVES)
         self._carry_out = native.function_address(library.carry_out)
         self._cpu = cpu
         self._image: object = None

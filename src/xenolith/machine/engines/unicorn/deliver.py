@@ -16,6 +16,7 @@ from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.native import Fields
 
 SOURCE: Final = Path(__file__).with_name("deliver.c")
+HALVES: Final = (page_walk.SOURCE,)
 
 
 class Hook(ctypes.Structure):
@@ -125,6 +126,6 @@ def declarations() -> str:
 def library() -> ctypes.PyDLL | None:
     """deliver.c; None where there is no native code."""
     try:
-        return native.load(SOURCE, declarations(), (page_walk.SOURCE,))
+        return native.load(SOURCE, declarations(), HALVES)
     except native.Missing:
         return None
