@@ -95,7 +95,7 @@ def test_bvts_parameters(machine: xenolith.Machine, xl: Xl) -> None:
 def test_sfs_has_weights_and_no_caps(machine: xenolith.Machine, xl: Xl, caplog: pytest.LogCaptureFixture) -> None:
     guest(machine, scheduler=SchedulerParameters(weight=300, cap=50))
     assert xl("sched-sfs").out.startswith("Cpupool Pool-0: sched=sfs\n")
-    assert caplog.messages == ["web: cap has no effect: the scheduler in use has no caps"]
+    assert "web: cap has no effect: the scheduler in use has no caps" in caplog.messages
     assert xl("sched-sfs", "-d", "web").out.splitlines()[1] == f"{'web':<33} {1:4} {300:6}"
 
 
