@@ -351,3 +351,15 @@ def test_who_slept_goes_first_but_brings_no_more_than_its_credit_along() -> None
     machine.run(2 * SECOND)
     assert sleeper.waits == [0], "at once"
     assert sleeper.cpu_time - (computes.cpu_time - SECOND) <= WAKE_CREDIT + 2 * QUANTUM
+
+
+def test_vcpus_of_one_domain_that_have_no_credit_left_take_turns() -> None:
+    """With one context for all of them (Unicorn) nobody picks, and so nobody fills up their credit."""
+    policy = Credit2(1)
+    units = [Unit(1, number, {"weight": 256, "cap": 0}) for number in range(3)]
+    for unit in units:
+        policy.add(unit, 0)
+        policy.wake(unit, 0)
+        policy.charge(unit, 10**12, 0)
+    chosen = [policy.first(units, 0) for _ in range(9)]
+    assert [chosen.count(unit) for unit in units] == [3, 3, 3]

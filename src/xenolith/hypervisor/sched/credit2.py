@@ -51,6 +51,8 @@ class Credit2(Simple):
         self._active: set[Unit] = set()  # those that want to run
         self._woken: set[Unit] = set()  # those that wait for a pCPU since they were woken
         self._budgets: dict[int, _Budget] = {}  # by domid
+        self._choices = 0
+        self._chosen: dict[Unit, int] = {}  # when each was first among its domain's, by number of choice
 
     def add(self, unit: Unit, now: int) -> None:
         unit.account = CREDIT_INIT
@@ -59,6 +61,7 @@ class Credit2(Simple):
     def remove(self, unit: Unit, now: int) -> None:
         for each in (self._units, self._active, self._woken):
             each.discard(unit)
+        self._chosen.pop(unit, None)
         if not any(other.domid == unit.domid for other in self._units):
             self._budgets.pop(unit.domid, None)
 
@@ -92,8 +95,11 @@ class Credit2(Simple):
         return best
 
     def first(self, units: Sequence[Unit], now: int) -> Unit:
-        """Nobody gets credit for that: it is not its turn yet."""
-        return max(units, key=_credit)
+        """Nobody gets credit for that: it is not its turn yet. So those that are as poor as can be take turns."""
+        unit = max(units, key=lambda unit: (_credit(unit), -self._chosen.get(unit, 0)))
+        self._choices += 1
+        self._chosen[unit] = self._choices
+        return unit
 
     def _reset(self, best: int, now: int) -> None:
         """Everybody gets as much as lifts the one whose turn it is above 0 (Xen: reset_credit)."""
