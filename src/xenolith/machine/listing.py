@@ -8,6 +8,7 @@ No listing needs a compiler, and a test decodes each and compares the instructio
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -33,32 +34,44 @@ def assemble(listing: str, constants: Mapping[str, int], places: Mapping[str, in
 
     Raises KeyError for a name that has no value, ValueError for a distance that does not fit.
     """
+    labels, parts = _parse(listing)
+    code = bytearray()
+    for part in parts:
+        if isinstance(part, bytes):
+            code += part
+            continue
+        kind, name, size, end = part
+        if kind:
+            value = (labels if kind == "." else places or {})[name] - end
+            try:
+                code += value.to_bytes(size, "little", signed=True)
+            except OverflowError:
+                raise ValueError(f"{name} is too far away for {size} byte") from None
+        else:
+            code += (constants[name] & (1 << 8 * size) - 1).to_bytes(size, "little")
+    return Code(bytes(code), dict(labels))
+
+
+class _Name(NamedTuple):
+    kind: str
+    name: str
+    size: int  # bytes
+    end: int  # offset behind its instruction
+
+
+@functools.cache
+def _parse(listing: str) -> tuple[dict[str, int], list[bytes | _Name]]:
+    """The labels, and what the code consists of. Engines are made often, of the same listings."""
     labels: dict[str, int] = {}
-    instructions: list[tuple[int, list[re.Match[str]]]] = []
+    parts: list[bytes | _Name] = []
     offset = 0
     for encoding, _ in encodings(listing):
         if encoding.endswith(":"):
             labels[encoding[:-1]] = offset
-        else:
-            tokens = list(_TOKEN.finditer(encoding))
-            offset += sum(_size(token) for token in tokens)
-            instructions.append((offset, tokens))
-    code = bytearray()
-    for end, tokens in instructions:
-        for token in tokens:
-            kind, name, _, byte = token.groups()
-            if byte:
-                code += bytes.fromhex(byte)
-            elif kind:
-                value = (labels if kind == "." else places or {})[name] - end
-                try:
-                    code += value.to_bytes(_size(token), "little", signed=True)
-                except OverflowError:
-                    raise ValueError(f"{name} is too far away for {_size(token)} byte") from None
-            else:
-                code += (constants[name] & (1 << 8 * _size(token)) - 1).to_bytes(_size(token), "little")
-    return Code(bytes(code), labels)
-
-
-def _size(token: re.Match[str]) -> int:
-    return 1 if token[4] else int(token[3] or 4)
+            continue
+        tokens = [token.groups() for token in _TOKEN.finditer(encoding)]
+        sizes = [1 if byte else int(size or 4) for *_, size, byte in tokens]
+        offset += sum(sizes)
+        for (kind, name, _, byte), size in zip(tokens, sizes, strict=True):
+            parts.append(bytes.fromhex(byte) if byte else _Name(kind, name, size, offset))
+    return labels, parts
