@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from iced_x86 import Mnemonic
 
-from xenolith.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, RAX, RCX, RDI, RDX, RIP
+from xenolith.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US, RAX, RCX, RDI, RDX, RIP, XSAVE_HEADER
 from xenolith.machine import native
 from xenolith.machine.engines.adaptive import extended
 from xenolith.machine.engines.adaptive.extended_native import NativeExtended
@@ -81,11 +81,11 @@ class Subject:
         state[24:32] = b"\x80\x1f\0\0\xff\xff\0\0"
         for i in range(8):
             state[32 + 16 * i + 10 : 48 + 16 * i] = bytes(6)
-        state[extended.HEADER] = 3
+        state[XSAVE_HEADER] = 3
         self.cpu.load_extended(state)
         self.image[:] = random.randbytes(SIZE)
         used = random.choice((3, 7, 0xE7, 0x227)) | 3
-        self.image[extended.HEADER : extended.HEADER + 64] = used.to_bytes(8, "little") + bytes(56)
+        self.image[XSAVE_HEADER : XSAVE_HEADER + 64] = used.to_bytes(8, "little") + bytes(56)
         flags = WHOLE & ~(PTE_D if random.random() < 0.1 else 0) & ~(PTE_RW if random.random() < 0.1 else 0)
         self.memory.q[(self.l1 << 9) + 2] = self.pages[2] << 12 | flags
         code = bytes.fromhex(INSTRUCTIONS[mnemonic][which])
@@ -109,7 +109,7 @@ class Subject:
                 return False
         except extended.OperandFault:  # which native code leaves to this
             return False
-        image[extended.HEADER] |= 3
+        image[XSAVE_HEADER] |= 3
         self.cpu.load_extended(image)
         return True
 
@@ -118,7 +118,7 @@ class Subject:
         legacy = bytearray(576)
         self.cpu.store_extended(legacy)
         pages = b"".join(bytes(self.memory.page(mfn)) for mfn in self.pages[1:])
-        return pages, bytes(legacy), bytes(self.image[extended.HEADER :])
+        return pages, bytes(legacy), bytes(self.image[XSAVE_HEADER:])
 
     def close(self) -> None:
         if self.native is not None:

@@ -11,9 +11,10 @@ from typing import Final
 
 from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, RegisterExt
 
-from xenolith.abi.x86 import CS, MASK32, MASK64, PAGE_SHIFT, RAX, RBX, RCX, RDX, RIP, SEGMENT_BASE
+from xenolith.abi.x86 import CS, MASK32, MASK64, PAGE_SHIFT, RAX, RBX, RCX, RDX, RIP, SEGMENT_BASE, XSAVE_HEADER
 from xenolith.machine import native, page_walk
 from xenolith.machine.engines.adaptive import extended
+from xenolith.machine.engines.adaptive.extended import BOTH_HAVE
 from xenolith.machine.engines.adaptive.extended_native import NativeExtended
 from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.protocol import CpuState
@@ -22,7 +23,6 @@ from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.operands import effective_address
 
-BOTH_HAVE: Final = extended.X87 | extended.SSE
 DECODED: Final = 256  # instructions kept decoded
 CPUID_ANSWERS: Final = 256  # kept; a static program asks for forty when it starts
 _CR3: Final = layout.CR // 8 + 3
@@ -134,18 +134,14 @@ class Borrowed:
         else:
             if not extended.restore(image, xcr0, requested, self.components, area):
                 return False
-            image[extended.HEADER] |= BOTH_HAVE  # what is in its initial state has been written too
+            image[XSAVE_HEADER] |= BOTH_HAVE  # what is in its initial state has been written too
             self._unicorn.load_extended(image)
         regs[RIP] = instruction.next_ip
         return True
 
     def image(self) -> bytearray:
         """The extended state: the image of all, with what Unicorn has brought up to date."""
-        image = self._state.xsave
-        wide = int.from_bytes(image[extended.HEADER : extended.HEADER + 8], "little") & ~BOTH_HAVE
-        self._unicorn.store_extended(image)
-        image[extended.HEADER : extended.HEADER + 8] = (wide | BOTH_HAVE).to_bytes(8, "little")
-        return image
+        return extended.bring_up_to_date(self._state.xsave, self._unicorn.store_extended)
 
 
 def uses_extended_state(instruction: Instruction) -> bool:

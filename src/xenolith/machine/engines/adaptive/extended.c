@@ -140,7 +140,7 @@ static void load_sse(struct extended *x, const u8 *image)
 
 static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
 {
-    u64 used = (load64(x->image + HEADER) & ~(u64)(X87 | SSE)) | X87 | SSE, stored = compacted ? requested & used : requested;
+    u64 used = (load64(x->image + XSAVE_HEADER) & ~(u64)(XSTATE_X87 | XSTATE_SSE)) | XSTATE_X87 | XSTATE_SSE, stored = compacted ? requested & used : requested;
     unsigned end = EXTENDED;
     struct area area;
     u8 legacy[LEGACY_END];
@@ -148,13 +148,13 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
     if (!find(x, &area, va, end_of(x, requested, compacted), true))
         return false;
     store_legacy(x, legacy);
-    if (stored & X87) {
+    if (stored & XSTATE_X87) {
         put(&area, 0, legacy, 24);
         put(&area, ST, legacy + ST, 128);
     }
-    if (stored & SSE)
+    if (stored & XSTATE_SSE)
         put(&area, XMM_IN_IMAGE, legacy + XMM_IN_IMAGE, 256);
-    if (requested & (compacted ? SSE : SSE | AVX))
+    if (requested & (compacted ? XSTATE_SSE : XSTATE_SSE | XSTATE_AVX))
         put(&area, MXCSR_IN_IMAGE, legacy + MXCSR_IN_IMAGE, 8);
     for (unsigned i = 0; i < x->components; i++) {
         static const u8 zeros[64];
@@ -170,13 +170,13 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
             for (unsigned done = 0; done < x->size[i]; done += 64)
                 put(&area, start + done, zeros, x->size[i] - done < 64 ? x->size[i] - done : 64);
     }
-    get(&area, HEADER, header, 16);
+    get(&area, XSAVE_HEADER, header, 16);
     if (compacted) {
         header[0] = stored;
         header[1] = COMPACTED | requested;
     } else
         header[0] = (header[0] & ~requested) | (requested & used);
-    put(&area, HEADER, header, 16);
+    put(&area, XSAVE_HEADER, header, 16);
     for (unsigned i = 0; i < area.count; i++)
         x->code_written(area.frames[i]);
     return true;
@@ -185,14 +185,14 @@ static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
 static bool restore(struct extended *x, u64 va, u64 requested)
 {
     struct area area;
-    u64 header[8], given, layout, before = load64(x->image + HEADER);
+    u64 header[8], given, layout, before = load64(x->image + XSAVE_HEADER);
     unsigned end = EXTENDED;
     u64 used = 0; /* extended components with anything but zeros */
     u8 legacy[LEGACY_END];
     u32 mxcsr;
     if (!find(x, &area, va, EXTENDED, false))
         return false;
-    get(&area, HEADER, header, 64);
+    get(&area, XSAVE_HEADER, header, 64);
     given = header[0];
     layout = header[1] & ~COMPACTED;
     bool compacted = header[1] & COMPACTED;
@@ -222,16 +222,16 @@ static bool restore(struct extended *x, u64 va, u64 requested)
         return false; /* in the middle of something with wide vectors */
     get(&area, 0, legacy, sizeof legacy);
     __builtin_memcpy(&mxcsr, legacy + MXCSR_IN_IMAGE, 4);
-    bool loads_mxcsr = compacted ? requested & given & SSE : requested & (SSE | AVX);
+    bool loads_mxcsr = compacted ? requested & given & XSTATE_SSE : requested & (XSTATE_SSE | XSTATE_AVX);
     if (loads_mxcsr && mxcsr & ~MXCSR_DEFINED)
         return false;
-    if (requested & X87) {
-        load_x87(x, given & X87 ? legacy : NULL);
+    if (requested & XSTATE_X87) {
+        load_x87(x, given & XSTATE_X87 ? legacy : NULL);
         x->update_fp_status(x->env);
     }
-    if (requested & SSE)
-        load_sse(x, given & SSE ? legacy : NULL);
-    if (loads_mxcsr || requested & SSE) {
+    if (requested & XSTATE_SSE)
+        load_sse(x, given & XSTATE_SSE ? legacy : NULL);
+    if (loads_mxcsr || requested & XSTATE_SSE) {
         mxcsr = loads_mxcsr ? mxcsr : INITIAL_MXCSR;
         __builtin_memcpy(x->env + MXCSR, &mxcsr, 4);
         x->update_mxcsr_status(x->env);
@@ -244,8 +244,8 @@ static bool restore(struct extended *x, u64 va, u64 requested)
         if (used >> x->number[i] & 1)
             get(&area, start, x->image + x->start[i], x->size[i]);
     }
-    before = (before & ~requested) | used | X87 | SSE;
-    __builtin_memcpy(x->image + HEADER, &before, 8);
+    before = (before & ~requested) | used | XSTATE_X87 | XSTATE_SSE;
+    __builtin_memcpy(x->image + XSAVE_HEADER, &before, 8);
     return true;
 }
 

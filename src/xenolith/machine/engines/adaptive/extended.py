@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from iced_x86 import Mnemonic
 
 from xenolith.abi.x86 import (
+    INITIAL_MXCSR,
     PAGE_MASK,
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -27,22 +28,22 @@ from xenolith.abi.x86 import (
     PTE_P,
     PTE_RW,
     PTE_US,
+    XSAVE_HEADER,
+    XSTATE_AVX,
+    XSTATE_SSE,
+    XSTATE_X87,
     is_canonical_range,
 )
 from xenolith.machine import page_walk
 from xenolith.machine.memory import MachineMemory
 
-X87: Final = 1
-SSE: Final = 2
-AVX: Final = 4
 LEGACY: Final = slice(0, 512)
-HEADER: Final = 512  # XSTATE_BV, XCOMP_BV, and 48 bytes that must be 0 in the compacted format
 EXTENDED: Final = 576
 MXCSR: Final = slice(24, 32)  # with its mask
 X87_PARTS: Final = (slice(0, 24), slice(32, 160))
 SSE_PART: Final = slice(160, 416)
+BOTH_HAVE: Final = XSTATE_X87 | XSTATE_SSE  # Unicorn and the processor
 COMPACTED: Final = 1 << 63
-INITIAL_MXCSR: Final = 0x1F80
 MXCSR_DEFINED: Final = 0xFFFF
 INITIAL_X87: Final = (b"\x7f\x03" + bytes(22), bytes(128))
 ALIGNMENT: Final = 64
@@ -87,6 +88,14 @@ def _end(extended: list[Component], present: int, compacted: bool) -> int:
     return max((start + part.size for part, start in _placed(extended, present, compacted)), default=EXTENDED)
 
 
+def bring_up_to_date(image: bytearray, store: Callable[[bytearray], None]) -> bytearray:
+    """The image, with what Unicorn has of the state, which `store` writes; that counts as not in its initial state."""
+    others = int.from_bytes(image[XSAVE_HEADER : XSAVE_HEADER + 8], "little") & ~BOTH_HAVE
+    store(image)
+    image[XSAVE_HEADER : XSAVE_HEADER + 8] = (others | BOTH_HAVE).to_bytes(8, "little")
+    return image
+
+
 def save(mnemonic: int, image: bytearray, xcr0: int, requested: int, extended: list[Component], area: Area) -> bool:
     """Carry out one of SAVES: from `image`, in the standard format, to memory."""
     requested &= xcr0
@@ -95,14 +104,14 @@ def save(mnemonic: int, image: bytearray, xcr0: int, requested: int, extended: l
     data = area.read(size, writable=True)
     if data is None:
         return False
-    (used,) = unpack_from("<Q", image, HEADER)
+    (used,) = unpack_from("<Q", image, XSAVE_HEADER)
     stored = requested & used if compacted else requested
-    if stored & X87:
+    if stored & XSTATE_X87:
         for part in X87_PARTS:
             data[part] = image[part]
-    if stored & SSE:
+    if stored & XSTATE_SSE:
         data[SSE_PART] = image[SSE_PART]
-    if requested & (SSE if compacted else SSE | AVX):
+    if requested & (XSTATE_SSE if compacted else XSTATE_SSE | XSTATE_AVX):
         data[MXCSR] = image[MXCSR]
     for component, start in _placed(extended, requested, compacted):
         bit = 1 << component.number
@@ -110,10 +119,10 @@ def save(mnemonic: int, image: bytearray, xcr0: int, requested: int, extended: l
             kept = image[component.start : component.start + component.size]
             data[start : start + component.size] = kept if used & bit else bytes(component.size)
     if compacted:
-        pack_into("<QQ", data, HEADER, stored, COMPACTED | requested)
+        pack_into("<QQ", data, XSAVE_HEADER, stored, COMPACTED | requested)
     else:
-        (others,) = unpack_from("<Q", data, HEADER)
-        pack_into("<Q", data, HEADER, others & ~requested | requested & used)
+        (others,) = unpack_from("<Q", data, XSAVE_HEADER)
+        pack_into("<Q", data, XSAVE_HEADER, others & ~requested | requested & used)
     area.write(data)
     return True
 
@@ -123,7 +132,7 @@ def in_use(image: bytes | bytearray, extended: list[Component]) -> bool:
 
     Some processors note every such component as in use once it was touched, though VZEROUPPER has emptied it.
     """
-    (components,) = unpack_from("<Q", image, HEADER)
+    (components,) = unpack_from("<Q", image, XSAVE_HEADER)
     return any(components >> part.number & 1 and any(image[part.start : part.start + part.size]) for part in extended)
 
 
@@ -135,7 +144,7 @@ def restore(
     head = area.read(EXTENDED)
     if head is None:
         return False
-    given, layout, *reserved = unpack_from("<8Q", head, HEADER)
+    given, layout, *reserved = unpack_from("<8Q", head, XSAVE_HEADER)
     compacted = bool(layout & COMPACTED)
     layout &= ~COMPACTED
     if any(reserved) or given & ~(layout if compacted else xcr0) or layout & ~xcr0 or (layout and not compacted):
@@ -152,22 +161,22 @@ def restore(
     if used and not wide:  # whoever is in the middle of something with wide vectors had better go on on a processor
         return False
     (mxcsr,) = unpack_from("<I", data, MXCSR.start)
-    loads_mxcsr = requested & given & SSE if compacted else requested & (SSE | AVX)
+    loads_mxcsr = requested & given & XSTATE_SSE if compacted else requested & (XSTATE_SSE | XSTATE_AVX)
     if loads_mxcsr and mxcsr & ~MXCSR_DEFINED:
         return False
-    (before,) = unpack_from("<Q", image, HEADER)
-    if requested & X87:
+    (before,) = unpack_from("<Q", image, XSAVE_HEADER)
+    if requested & XSTATE_X87:
         for part, initial in zip(X87_PARTS, INITIAL_X87, strict=True):
-            image[part] = data[part] if given & X87 else initial
-    if requested & SSE:
-        image[SSE_PART] = data[SSE_PART] if given & SSE else bytes(256)
-    if loads_mxcsr or requested & SSE:
+            image[part] = data[part] if given & XSTATE_X87 else initial
+    if requested & XSTATE_SSE:
+        image[SSE_PART] = data[SSE_PART] if given & XSTATE_SSE else bytes(256)
+    if loads_mxcsr or requested & XSTATE_SSE:
         pack_into("<I", image, MXCSR.start, mxcsr if loads_mxcsr else INITIAL_MXCSR)
-    now = before & ~requested | requested & given & (X87 | SSE)
+    now = before & ~requested | requested & given & (XSTATE_X87 | XSTATE_SSE)
     for component, start in used:
         image[component.start : component.start + component.size] = data[start : start + component.size]
         now |= 1 << component.number
-    pack_into("<Q", image, HEADER, now)
+    pack_into("<Q", image, XSAVE_HEADER, now)
     return True
 
 

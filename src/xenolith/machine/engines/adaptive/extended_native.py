@@ -67,8 +67,12 @@ _PLACES: Final = SimpleNamespace(
 def declarations() -> str:
     """Of everything that extended.c uses."""
     return (
-        native.define(x86, "RAX RDX RIP PTE_P PTE_US PTE_D PTE_PSE PTE_ADDRESS")
-        + native.define(extended, "X87 SSE AVX HEADER EXTENDED COMPACTED MXCSR_DEFINED INITIAL_MXCSR LOADABLE STORABLE")
+        native.define(
+            x86,
+            "RAX RDX RIP PTE_P PTE_US PTE_D PTE_PSE PTE_ADDRESS "
+            "XSTATE_X87 XSTATE_SSE XSTATE_AVX XSAVE_HEADER INITIAL_MXCSR",
+        )
+        + native.define(extended, "EXTENDED COMPACTED MXCSR_DEFINED LOADABLE STORABLE")
         + native.define(_PLACES, " ".join(vars(_PLACES)))
         + native.define(layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE")
         + native.declare("extended", Extended, _IN_C)

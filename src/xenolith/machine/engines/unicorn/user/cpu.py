@@ -66,6 +66,7 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_SS,
     VECTOR_UD,
+    XSAVE_HEADER,
     is_canonical,
 )
 from xenolith.machine import native, page_walk
@@ -137,7 +138,7 @@ class NativeUserCpu(UnicornCpu):
         self.spaces = Spaces(memory)
         memory.written_elsewhere = "programs in processes of their own"
         self._state = ExtendedState(self, memory, components, size)
-        self._all = sum(1 << part.number for part in components) | extended.X87 | extended.SSE
+        self._all = sum(1 << part.number for part in components) | extended.BOTH_HAVE
         self.placement = Placement(memory.span, force, host.overhead())
         self._hook.wanted = self.placement.wanted_address
         self._translating = c_uint64(0)
@@ -585,9 +586,9 @@ class NativeUserCpu(UnicornCpu):
         if now == image:
             return
         image[:] = now
-        (used,) = unpack_from("<Q", image, extended.HEADER)
-        pack_into("<Q", image, extended.HEADER, used & self._all)
-        image[extended.HEADER + 8 : extended.EXTENDED] = bytes(extended.EXTENDED - extended.HEADER - 8)
+        (used,) = unpack_from("<Q", image, XSAVE_HEADER)
+        pack_into("<Q", image, XSAVE_HEADER, used & self._all)
+        image[XSAVE_HEADER + 8 : extended.EXTENDED] = bytes(extended.EXTENDED - XSAVE_HEADER - 8)
         (mxcsr,) = unpack_from("<I", image, extended.MXCSR.start)
         pack_into("<I", image, extended.MXCSR.start, mxcsr & _MXCSR_MASK)
         self.load_extended(image)

@@ -28,18 +28,19 @@ from xenolith.abi.x86 import (
     RIP,
     VECTOR_GP,
     VECTOR_PF,
+    XSAVE_HEADER,
     advanced,
     is_canonical,
 )
 from xenolith.machine import native, page_walk
 from xenolith.machine.engines.adaptive import extended
+from xenolith.machine.engines.adaptive.extended import BOTH_HAVE
 from xenolith.machine.engines.adaptive.extended_native import NativeExtended
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.engines.unicorn.cpu import UnicornCpu
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.operands import GuestFault, effective_address
 
-BOTH_HAVE: Final = extended.X87 | extended.SSE
 _CR3, _CR4 = layout.CR // 8 + 3, layout.CR // 8 + 4
 _WIDE: Final = {  # with 64-bit pointers, which makes no difference to what Unicorn keeps of them
     Mnemonic.XSAVE: Mnemonic.XSAVE64,
@@ -47,7 +48,7 @@ _WIDE: Final = {  # with 64-bit pointers, which makes no difference to what Unic
     Mnemonic.XSAVEC: Mnemonic.XSAVEC64,
     Mnemonic.XRSTOR: Mnemonic.XRSTOR64,
 }
-_HEADER: Final = slice(extended.HEADER, extended.HEADER + 8)
+_HEADER: Final = slice(XSAVE_HEADER, XSAVE_HEADER + 8)
 
 
 class _Operand(extended.Area):
@@ -108,11 +109,7 @@ class ExtendedState:
 
     def current(self) -> bytearray:
         """The image, with what Unicorn has of it brought up to date."""
-        image = self.image
-        others = int.from_bytes(image[_HEADER], "little") & ~BOTH_HAVE
-        self._cpu.store_extended(image)
-        image[_HEADER] = (others | BOTH_HAVE).to_bytes(8, "little")
-        return image
+        return extended.bring_up_to_date(self.image, self._cpu.store_extended)
 
     def carry_out(self, instruction: Instruction) -> bool:
         """Carry out XGETBV or an instruction of the XSAVE family at RIP, if it is one and succeeds.
@@ -140,7 +137,7 @@ class ExtendedState:
         else:
             if not extended.restore(image, self.xcr0, requested, self._components, area, wide=True):
                 raise GuestFault(VECTOR_GP, 0)  # of what stands there
-            image[extended.HEADER] |= BOTH_HAVE
+            image[XSAVE_HEADER] |= BOTH_HAVE
             self._cpu.load_extended(image)
         regs[RIP] = instruction.next_ip
         return True
