@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Final
 
 import click
 
-from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
+from xenolith.cli.terminal import RawTerminal, signals_carried, terminal_size, write_all
 from xenolith.cli.xl_command import connect_to_daemon
 from xenolith.ready import readable
 from xenolith.toolstack.agent.files import Files
@@ -169,7 +169,7 @@ def accompany(process: ProcessStream, *, reads: bool, terminal: bool) -> int:
     feeder = threading.Thread(target=_feed, args=(process, woken, terminal), name="input", daemon=True)
     raw = RawTerminal(0)
     try:
-        with _signals_passed_on(process), raw:
+        with signals_carried(FORWARDED, process.signal, lambda size: process.resize(*size)), raw:
             if not reads:
                 process.end_input()
             elif terminal:
@@ -215,35 +215,6 @@ def _feed(process: ProcessStream, woken: int, terminal: bool) -> None:
     except OSError:
         pass  # it cannot be read, which is its end
     process.end_input()
-
-
-@contextmanager
-def _signals_passed_on(process: ProcessStream) -> Iterator[None]:
-    """While this lasts, signals go to the process. A thread does it: Python's handlers wait for the main thread."""
-    come, note = os.pipe()
-    os.set_blocking(note, False)
-
-    def carry() -> None:
-        while numbers := os.read(come, 64):
-            for number in numbers:
-                if number != signal.SIGWINCH:
-                    process.signal(number)
-                elif size := terminal_size(1):
-                    process.resize(*size)
-
-    before = {number: signal.signal(number, lambda *_: None) for number in (*FORWARDED, signal.SIGWINCH)}
-    signal.set_wakeup_fd(note)
-    thread = threading.Thread(target=carry, name="signals", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(note)
-        thread.join()
-        os.close(come)
 
 
 @click.command()

@@ -9,14 +9,13 @@ Signals that ask us to end, and those that tell of a new size of the terminal, b
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -26,7 +25,7 @@ from click.core import ParameterSource
 
 from xenolith.cli.inside import run_in_clone
 from xenolith.cli.progress import tell_of_downloads
-from xenolith.cli.terminal import RawTerminal, terminal_size, write_all
+from xenolith.cli.terminal import RawTerminal, signals_carried, terminal_size, write_all
 from xenolith.toolstack import run_disks, run_network, run_root, run_volumes
 from xenolith.toolstack.errors import RunError, UsageError
 from xenolith.toolstack.foreground import (
@@ -282,37 +281,10 @@ def _report(done: Completed) -> None:
         print("Its last lines:", *done.console.splitlines(), sep="\n  ", file=sys.stderr)
 
 
-# --- signals -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _signals_noted(notes: Notes) -> Iterator[None]:
-    """While this lasts, signals leave a note instead of what they do.
-
-    Python runs a handler when the main thread next executes Python, and one that has just gone to wait for a note might
-    never.  So a thread reads from the pipe that the interpreter's own, immediate handler writes each number into.
-    """
-    come, note = os.pipe()
-    os.set_blocking(note, False)
-
-    def carry() -> None:
-        while numbers := os.read(come, 64):
-            for number in numbers:
-                if number != signal.SIGWINCH:
-                    notes.put(Ended(Status.SIGNALLED + number))
-                elif size := terminal_size(1):
-                    notes.put(Resized(size))
-
-    before = {number: signal.signal(number, lambda *_: None) for number in (*SIGNALS, signal.SIGWINCH)}
-    signal.set_wakeup_fd(note)
-    thread = threading.Thread(target=carry, name="signals", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(note)
-        thread.join()
-        os.close(come)
+def _signals_noted(notes: Notes) -> AbstractContextManager[None]:
+    """While this lasts, signals leave a note instead of what they do."""
+    return signals_carried(
+        SIGNALS,
+        lambda number: notes.put(Ended(Status.SIGNALLED + number)),
+        lambda size: notes.put(Resized(size)),
+    )

@@ -7,9 +7,12 @@ echoes and edits. One character, Ctrl-] unless told otherwise, is kept back and 
 from __future__ import annotations
 
 import os
+import signal
 import termios
 import threading
 import tty
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 from xenolith.cli.xl_command import Failure
@@ -130,3 +133,38 @@ def write_all(descriptor: int, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
             writable(descriptor)
+
+
+@contextmanager
+def signals_carried(
+    numbers: Iterable[int], signalled: Callable[[int], object], resized: Callable[[tuple[int, int]], object]
+) -> Iterator[None]:
+    """While this lasts, these signals are told to `signalled` and do nothing else, and a new size to `resized`.
+
+    Python runs a handler when the main thread next executes Python, and one that has just gone to wait might never.  So
+    a thread reads from the pipe that the interpreter's own, immediate handler writes each number into.
+    """
+    come, note = os.pipe()
+    os.set_blocking(note, False)
+
+    def carry() -> None:
+        while read := os.read(come, 64):
+            for number in read:
+                if number != signal.SIGWINCH:
+                    signalled(number)
+                elif size := terminal_size(1):
+                    resized(size)
+
+    before = {number: signal.signal(number, lambda *_: None) for number in (*numbers, signal.SIGWINCH)}
+    signal.set_wakeup_fd(note)
+    thread = threading.Thread(target=carry, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(note)
+        thread.join()
+        os.close(come)
