@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,6 +34,7 @@ from xenolith.toolstack.client import (
     EngineUnavailable,
     EventKind,
     EventStream,
+    Execution,
     HostInfo,
     InvalidRequest,
     NetworkInfo,
@@ -126,7 +128,49 @@ def _verb(method: Callable[Concatenate[Client, int, P], R]) -> Callable[Concaten
     return call
 
 
-class Domain:
+class _Commands(ABC):
+    """Where commands can be run."""
+
+    @abstractmethod
+    def _execute(self, wanted: Execution) -> ProcessStream: ...
+
+    def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+        terminal: tuple[int, int] | None = None,
+    ) -> ProcessStream:
+        """Start a command in the guest: words, or a line for its shell; it waits while the guest boots.
+
+        `limits` are of setrlimit(2): `{"as": 64 << 20, "nproc": 50}`. After `timeout` seconds it is killed.
+        """
+        return self._execute(execution(command, env, workdir, user, timeout, limits, terminal))
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        workdir: str = "/root",
+        user: str = "",
+        timeout: float | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Finished:
+        """Run a command in the guest, as `start` does, to its end: what it printed, and its exit status.
+
+        Raises Timeout, and ToolstackError where the guest or its agent ends before the command.
+        """
+        process = self.start(command, env=env, workdir=workdir, user=user, timeout=timeout, limits=limits)
+        return finished(process, input, timeout)
+
+
+class Domain(_Commands):
     """One domain of a machine."""
 
     def __init__(self, machine: Machine, domid: int) -> None:
@@ -251,45 +295,13 @@ class Domain:
         """Attach to its console; what was printed recently comes first."""
         return Console(self.client.open_console(self.domid))
 
-    def start(
-        self,
-        command: str | Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        workdir: str = "/root",
-        user: str = "",
-        timeout: float | None = None,
-        limits: Mapping[str, int] | None = None,
-        terminal: tuple[int, int] | None = None,
-    ) -> ProcessStream:
-        """Start a command in the guest: words, or a line for its shell; it waits while the guest boots.
-
-        `limits` are of setrlimit(2): `{"as": 64 << 20, "nproc": 50}`. After `timeout` seconds it is killed.
-        """
-        return self.client.execute(self.domid, execution(command, env, workdir, user, timeout, limits, terminal))
-
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        input: bytes = b"",
-        env: Mapping[str, str] | None = None,
-        workdir: str = "/root",
-        user: str = "",
-        timeout: float | None = None,
-        limits: Mapping[str, int] | None = None,
-    ) -> Finished:
-        """Run a command in the guest, as `start` does, to its end: what it printed, and its exit status.
-
-        Raises Timeout, and ToolstackError where the guest or its agent ends before the command.
-        """
-        process = self.start(command, env=env, workdir=workdir, user=user, timeout=timeout, limits=limits)
-        return finished(process, input, timeout)
+    def _execute(self, wanted: Execution) -> ProcessStream:
+        return self.client.execute(self.domid, wanted)
 
     @property
     def files(self) -> Files:
         """The guest's files: `read`, `write`, `put` and `get`."""
-        return Files(lambda wanted: self.client.execute(self.domid, wanted))
+        return Files(self._execute)
 
     def events(self) -> Events:
         """What happens to it from now on, up to its end."""
@@ -481,7 +493,7 @@ class Machine:
         self.close()
 
 
-class Template:
+class Template(_Commands):
     """A guest that was booted once. Each command runs in a clone of its own, which is gone afterwards."""
 
     def __init__(self, machine: Machine, name: str) -> None:
@@ -496,35 +508,9 @@ class Template:
                 return info
         raise ToolstackError(f'There is no template "{self.name}".')
 
-    def start(
-        self,
-        command: str | Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        workdir: str = "/root",
-        user: str = "",
-        timeout: float | None = None,
-        limits: Mapping[str, int] | None = None,
-        terminal: tuple[int, int] | None = None,
-    ) -> ProcessStream:
-        """Start a command in a new clone, as `Domain.start`; closing the process is the clone's end."""
-        wanted = execution(command, env, workdir, user, timeout, limits, terminal)
+    def _execute(self, wanted: Execution) -> ProcessStream:
+        """In a new clone; closing the process is its end."""
         return self._machine.client.run_template(self.name, wanted)
-
-    def run(
-        self,
-        command: str | Sequence[str],
-        *,
-        input: bytes = b"",
-        env: Mapping[str, str] | None = None,
-        workdir: str = "/root",
-        user: str = "",
-        timeout: float | None = None,
-        limits: Mapping[str, int] | None = None,
-    ) -> Finished:
-        """Run a command in a new clone to its end, as `Domain.run`."""
-        process = self.start(command, env=env, workdir=workdir, user=user, timeout=timeout, limits=limits)
-        return finished(process, input, timeout)
 
     def remove(self) -> None:
         """Forget it, and the clones that stand ready."""

@@ -44,6 +44,7 @@ from xenolith.dom0.network.frame import (
     decrement_ttl,
     ethernet,
     fill_checksum,
+    ones_sum,
     read_ipv4,
     rewrite,
     segments,
@@ -367,8 +368,6 @@ class Router:
 
     @staticmethod
     def _sum_icmp(frame: Frame) -> None:
-        from xenolith.dom0.network.frame import ones_sum
-
         data = frame.data
         data[L4 + 2 : L4 + 4] = b"\0\0"
         data[L4 + 2 : L4 + 4] = (~ones_sum(memoryview(data)[L4:]) & 0xFFFF).to_bytes(2, "big")
