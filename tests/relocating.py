@@ -32,6 +32,22 @@ count() {
 %s
 """
 
+# Two counters, one of which keeps its number on the disk, past the guest's cache, and finds it there again.
+WITH_A_DISK = """
+keep() {
+    i=0
+    while :; do
+        i=$((i+1))
+        printf '%-512s' "d $i" | dd of=/dev/xvda bs=512 seek=$((i % 64)) count=1 conv=fsync,notrunc 2>/dev/null
+        echo 3 >/proc/sys/vm/drop_caches
+        set -- $(dd if=/dev/xvda bs=512 skip=$((i % 64)) count=1 2>/dev/null)
+        [ "$2" = "$i" ] && echo "d $i" || echo "d BAD $i $2"
+    done
+}
+until [ -b /dev/xvda ]; do :; done
+count a & keep & wait
+"""
+
 
 @cache
 def _guest(script: str) -> tuple[object, bytes]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from machines import Machine, missing
-from relocating import check, counting, follow, said
+from machines import Machine
+from relocating import WITH_A_DISK, check, counting, follow, said
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.disks import DiskFormat, DiskSource
 from xenolith.dom0.disks.overlay import create_overlay
@@ -18,30 +18,6 @@ from xenolith.dom0.migration.series import Series, join, new_ident
 
 pytestmark = pytest.mark.slow
 
-# Two counters, one of which keeps its number on the disk and finds it there again.
-KEEP = """
-keep() {
-    i=0
-    while :; do
-        i=$((i+1))
-        printf '%-512s' "d $i" | dd of=/dev/xvda bs=512 seek=$((i % 64)) count=1 conv=fsync,notrunc 2>/dev/null
-        echo 3 >/proc/sys/vm/drop_caches
-        set -- $(dd if=/dev/xvda bs=512 skip=$((i % 64)) count=1 2>/dev/null)
-        [ "$2" = "$i" ] && echo "d $i" || echo "d BAD $i $2"
-    done
-}
-until [ -b /dev/xvda ]; do :; done
-count a & keep & wait
-"""
-
-
-@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
-def engine(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if reason := missing(name):
-        pytest.skip(f"no {name} engine here: {reason}")
-    return name
-
 
 def overlay_of(kept: str) -> Path:
     """What goes on from a disk as it was."""
@@ -50,11 +26,11 @@ def overlay_of(kept: str) -> Path:
     return path
 
 
-def test_a_guest_goes_on_from_any_checkpoint(engine: str, tmp_path: Path) -> None:
+def test_a_guest_goes_on_from_any_checkpoint(engine_name: str, tmp_path: Path) -> None:
     create_overlay(tmp_path / "disk", None, 2048)
     source = DiskSource(path=tmp_path / "disk", format=DiskFormat.OVERLAY)
-    spec = counting(2, script=KEEP, disks=[VbdSpec(number=51712, name="xvda", source=source)])
-    machine = Machine(300, engine)
+    spec = counting(2, script=WITH_A_DISK, disks=[VbdSpec(number=51712, name="xvda", source=source)])
+    machine = Machine(300, engine_name)
     taken: list[Series] = []
     with machine.dom0 as dom0:
         domain = dom0.create(spec)

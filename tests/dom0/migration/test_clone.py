@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from machines import Machine, missing
+from machines import Machine
 from relocating import check, counting, follow
 from xenolith.dom0 import copies
 from xenolith.dom0.migration.clone import FrozenDomain, freeze
@@ -16,14 +16,6 @@ from xenolith.hypervisor.control import DomainCreateError
 from xenolith.machine.memory import COPY_RESERVE
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
-def engine(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if reason := missing(name):
-        pytest.skip(f"no {name} engine here: {reason}")
-    return name
 
 
 def clone(dom0: Dom0, spec: DomainSpec, frozen: FrozenDomain, number: int) -> GuestDomain:
@@ -36,9 +28,9 @@ def last(printed: str) -> int:
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_parent_and_clones_go_on_each_for_itself(engine: str, vcpus: int) -> None:
+def test_parent_and_clones_go_on_each_for_itself(engine_name: str, vcpus: int) -> None:
     spec, names = counting(vcpus, memory_mib=96), "ab"[:vcpus]
-    machine = Machine(600, engine)
+    machine = Machine(600, engine_name)
     with machine.dom0 as dom0:
         free = dom0.control.machine().free_pages
         parent = dom0.create(spec)
@@ -72,9 +64,9 @@ def test_parent_and_clones_go_on_each_for_itself(engine: str, vcpus: int) -> Non
         assert dom0.control.machine().free_pages == free
 
 
-def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine: str) -> None:
+def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine_name: str) -> None:
     spec = counting(1, memory_mib=96)
-    machine = Machine(400, engine)
+    machine = Machine(400, engine_name)
     with machine.dom0 as dom0:
         parent = dom0.create(spec)
         dom0.start(parent)
@@ -90,10 +82,10 @@ def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine: str) -> N
 
 
 def test_clones_are_charged_for_what_is_their_own_and_what_they_may_write_next(
-    engine: str, monkeypatch: pytest.MonkeyPatch
+    engine_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = counting(1, memory_mib=96)
-    machine = Machine(170, engine)
+    machine = Machine(170, engine_name)
     with machine.dom0 as dom0:
 
         def free() -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from machines import Machine, missing
-from relocating import check, counting, follow, said
+from machines import Machine
+from relocating import WITH_A_DISK, check, counting, follow, said
 from xenolith.dom0.backends.block import VbdSpec
 from xenolith.dom0.disks import DiskSource
 from xenolith.dom0.migration import live
@@ -18,30 +18,6 @@ from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 
 pytestmark = pytest.mark.slow
-
-# Each counter's record goes to its own place on the disk, past the guest's cache, and is read back from there.
-DISK = """
-write_and_check() {
-    i=0
-    while :; do
-        i=$((i+1))
-        printf '%-512s' "d $i" | dd of=/dev/xvda bs=512 seek=$((i % 64)) count=1 conv=fsync,notrunc 2>/dev/null
-        echo 3 >/proc/sys/vm/drop_caches
-        set -- $(dd if=/dev/xvda bs=512 skip=$((i % 64)) count=1 2>/dev/null)
-        [ "$2" = "$i" ] && echo "d $i" || echo "d BAD $i $2"
-    done
-}
-until [ -b /dev/xvda ]; do :; done
-count a & write_and_check & wait
-"""
-
-
-@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
-def engine(request: pytest.FixtureRequest) -> str:
-    name = str(request.param)
-    if reason := missing(name):
-        pytest.skip(f"no {name} engine here: {reason}")
-    return name
 
 
 def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain, live.Figures]:
@@ -67,11 +43,11 @@ def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain,
     return arrived[0], figures
 
 
-def test_a_guest_with_a_disk_is_relocated_again_and_again(engine: str, tmp_path: Path) -> None:
+def test_a_guest_with_a_disk_is_relocated_again_and_again(engine_name: str, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     disk = VbdSpec(number=51712, name="xvda", source=DiskSource(path=tmp_path / "disk"))
-    spec = counting(2, script=DISK, disks=[disk])
-    machines = Machine(200, engine), Machine(200, engine)
+    spec = counting(2, script=WITH_A_DISK, disks=[disk])
+    machines = Machine(200, engine_name), Machine(200, engine_name)
     with machines[0].dom0 as here, machines[1].dom0 as there:
         free = here.control.machine().free_pages, there.control.machine().free_pages
         domain = here.create(spec)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from machines import Machine, missing
+from machines import Machine
 from relocating import check, counting, follow
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
@@ -16,17 +16,9 @@ from xenolith.dom0.migration.stream import Writer
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(params=["unicorn", "kvm", "adaptive"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    name = str(request.param)
-    if reason := missing(name):
-        pytest.skip(f"no {name} engine here: {reason}")
-    yield name
 
 
 def saved(dom0: Dom0, domain: GuestDomain, compress: bool = False) -> io.BytesIO:
@@ -41,10 +33,10 @@ def restored(dom0: Dom0, spec: DomainSpec, stream: io.BytesIO) -> GuestDomain:
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
-def test_a_guest_goes_on_where_it_was_saved(engine: str, vcpus: int) -> None:
+def test_a_guest_goes_on_where_it_was_saved(engine_name: str, vcpus: int) -> None:
     names = "ab"[:vcpus]
     spec = counting(vcpus)
-    machine = Machine(300, engine)
+    machine = Machine(300, engine_name)
     with machine.dom0 as dom0:
         free = dom0.control.machine().free_pages
         domain = dom0.create(spec)
