@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xenolith.abi import xs_wire
 from xenolith.abi.xs_wire import INDEX, RING_SIZE, Op, RingError
-from xenolith.dom0.xenstore.ring import RingConnection
+from xenolith.dom0.xenstore.ring import OWN_EVENTS_MOST, OWN_EVENTS_WAIT, OWN_EVENTS_WAIT_MOST, RingConnection
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
 from .wire import Client, Message, pack, unpack
@@ -25,7 +25,17 @@ class Guest:
         self.notified = 0
         for index in (xs_wire.REQ_CONS, xs_wire.REQ_PROD, xs_wire.RSP_CONS, xs_wire.RSP_PROD):
             self.set(index, start)
-        self.ring: Final = RingConnection(daemon, domid, memoryview(self.page), self._notify, lambda connection: None)
+        self.now = 0.0
+        self.alarms: Final[list[float]] = []
+        self.ring: Final = RingConnection(
+            daemon,
+            domid,
+            memoryview(self.page),
+            self._notify,
+            lambda connection: None,
+            lambda connection, moment: self.alarms.append(moment),
+            lambda: self.now,
+        )
         daemon.introduce(self.ring)
 
     def _notify(self) -> None:
@@ -222,3 +232,76 @@ def test_a_guest_can_write_anything_anywhere_and_another_still_gets_its_answers(
             hostile.set(2048 + 4 * rng.randrange(7), rng.choice([0, 1, 1024, 2**31, 2**32 - 1]))
         hostile.turn()
         assert honest.exchange(pack(Op.WRITE, b"data/x\0ok") + pack(Op.READ, b"data/x\0"))[1][3] == b"ok"
+
+
+# --- what a front-end hears of its own writes
+
+
+@pytest.fixture
+def frontend(daemon: Xenstored) -> Guest:
+    """A domain with a device, of whose directory it hears."""
+    guest = Guest(daemon, 1)
+    dom0 = Client(daemon)
+    dom0.ok(Op.WRITE, b"/local/domain/1/device/console/1/state\x001")
+    dom0.ok(Op.SET_PERMS, b"/local/domain/1/device/console/1\0n1\0")
+    dom0.ok(Op.SET_PERMS, b"/local/domain/1/device/console/1/state\0n1\0")
+    guest.exchange(pack(Op.WATCH, b"device\0t\0"))
+    return guest
+
+
+def heard(messages: list[Message]) -> list[bytes]:
+    """The paths of the events among these."""
+    return [data.split(b"\0")[0] for kind, _, _, data in messages if kind == Op.WATCH_EVENT]
+
+
+def test_a_front_end_hears_of_its_own_writes_later(frontend: Guest) -> None:
+    assert heard(frontend.exchange(pack(Op.WRITE, b"device/console/1/ring-ref\x008"))) == []
+    assert frontend.alarms == [OWN_EVENTS_WAIT]
+    frontend.now = OWN_EVENTS_WAIT
+    assert heard(frontend.exchange(b"")) == [b"device/console/1/ring-ref"]
+    assert heard(frontend.exchange(b"")) == []
+
+
+def test_a_front_end_hears_of_what_others_write_at_once(frontend: Guest, daemon: Xenstored) -> None:
+    Client(daemon).ok(Op.WRITE, b"/local/domain/1/device/console/1/state\x006")
+    assert heard(frontend.exchange(b"")) == [b"device/console/1/state"]
+
+
+def test_a_domain_hears_of_its_other_writes_at_once(daemon: Xenstored) -> None:
+    guest = Guest(daemon, 1)
+    dom0 = Client(daemon)
+    dom0.ok(Op.WRITE, b"/local/domain/1/data\0")
+    dom0.ok(Op.SET_PERMS, b"/local/domain/1/data\0n1\0")
+    guest.exchange(pack(Op.WATCH, b"data\0t\0"))
+    assert heard(guest.exchange(pack(Op.WRITE, b"data/a\x001"))) == [b"data/a"]
+
+
+def test_a_front_end_does_not_hear_of_them_while_it_is_about_to_switch(frontend: Guest) -> None:
+    """Else Linux 7 may see the state before in the store and the one after in its driver, and unplugs the device."""
+    frontend.exchange(pack(Op.WRITE, b"device/console/1/ring-ref\x008"))
+    number = frontend.exchange(pack(Op.TRANSACTION_START, b"\0"))[0][3][:-1]
+    frontend.now = 2 * OWN_EVENTS_WAIT
+    assert heard(frontend.exchange(pack(Op.WRITE, b"device/console/1/state\x003", int(number)))) == []
+    told = heard(frontend.exchange(pack(Op.TRANSACTION_END, b"T\0", int(number))))
+    assert told == [b"device/console/1/ring-ref", b"device/console/1/state"]
+
+
+def test_a_transaction_that_never_ends_does_not_keep_events(frontend: Guest) -> None:
+    frontend.exchange(pack(Op.TRANSACTION_START, b"\0"))
+    frontend.exchange(pack(Op.WRITE, b"device/console/1/ring-ref\x008"))
+    frontend.now = OWN_EVENTS_WAIT_MOST
+    assert heard(frontend.exchange(b"")) == [b"device/console/1/ring-ref"]
+
+
+def test_own_events_that_wait_travel_and_are_bounded(frontend: Guest) -> None:
+    names = [b"device/console/1/%d" % number for number in range(OWN_EVENTS_MOST + 8)]
+    told = heard(frontend.exchange(b"".join(pack(Op.WRITE, name + b"\0") for name in names)))
+    assert told == names[OWN_EVENTS_MOST:]
+    assert len(frontend.ring.state().output) == OWN_EVENTS_MOST
+
+
+def test_a_watch_that_is_gone_says_nothing_more(frontend: Guest) -> None:
+    frontend.exchange(pack(Op.WRITE, b"device/console/1/ring-ref\x008"))
+    frontend.exchange(pack(Op.UNWATCH, b"device\0t\0"))
+    frontend.now = OWN_EVENTS_WAIT
+    assert heard(frontend.exchange(b"")) == []

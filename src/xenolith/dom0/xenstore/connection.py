@@ -215,14 +215,20 @@ class Connection(Caller):
             self._waiting_events.discard(self._output[0])
 
     def deliver_event(self, path: bytes, token: bytes) -> None:
+        self._queue_event(path, token)
+
+    def _event(self, path: bytes, token: bytes) -> bytes:
+        """The message that says so; empty if none can: Xen drops an event too long, too."""
         payload = path + b"\0" + token + b"\0"
         if self.failure or len(payload) > PAYLOAD_MAX:
-            return  # an event too long cannot be said; Xen drops it too
-        message = HEADER.pack(Op.WATCH_EVENT, 0, 0, len(payload)) + payload
-        if message in self._waiting_events:
-            return
-        self._waiting_events.add(message)
-        self._queue(message)
+            return b""
+        return HEADER.pack(Op.WATCH_EVENT, 0, 0, len(payload)) + payload
+
+    def _queue_event(self, path: bytes, token: bytes) -> None:
+        message = self._event(path, token)
+        if message and message not in self._waiting_events:
+            self._waiting_events.add(message)
+            self._queue(message)
 
     def _queue(self, message: bytes) -> None:
         self._output.append(message)
@@ -253,7 +259,7 @@ class Connection(Caller):
         self._queue(HEADER.pack(kind, req_id, tx_id, len(answer)) + answer)
         if kind == Op.WATCH:
             name, token = payload.split(b"\0")[:2]
-            self.deliver_event(name, token)
+            self._queue_event(name, token)
 
     def _absolute(self, name: bytes) -> bytes:
         return paths.renumbered(paths.absolute(name, self.home), self.former_domids, self.domid)

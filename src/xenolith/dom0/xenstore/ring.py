@@ -5,21 +5,35 @@ ring's worth may be between producer and consumer), and only then used; request 
 at them; our own two indices are kept here and only ever written to the page, never believed from it. A guest that
 breaks the indices or the protocol gets the reason in the page's ``error`` field and is not served again until it asks
 for a fresh start (``connection`` = reconnect, which we announce in ``server_features``), and no other domain notices.
+
+*What a front-end hears of itself.* Linux 7 watches its own device directories; when one changes it compares the state
+in the store with the one its driver has, and takes a device whose driver is just about to switch for one that was
+reset: it unplugs it, and frees the ring that the back-end has mapped.  So a domain hears of its own writes there only
+a while later, and not while it has a transaction open: by then its driver has switched.
+
 Sources: public header io/xs_wire.h, docs/misc/xenstore-ring.txt.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable
 from typing import Final
 
 from xenolith.abi import xs_wire
 from xenolith.abi.xs_wire import INDEX, RING_SIZE, RingError
-from xenolith.dom0.xenstore.connection import Connection
+from xenolith.dom0.xenstore.connection import Connection, ConnectionState
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
 _MASK: Final = 0xFFFFFFFF
 _FEATURES: Final = xs_wire.SERVER_FEATURE_RECONNECTION | xs_wire.SERVER_FEATURE_ERROR
+OWN_EVENTS_WAIT: Final = 0.05
+"""How long, in s, a domain does not hear of its own writes to its devices' directories."""
+OWN_EVENTS_WAIT_MOST: Final = 1.0
+"""The same, if it has a transaction open all the time."""
+OWN_EVENTS_MOST: Final = 256
+"""If more wait, it hears of the others at once."""
 
 
 class RingConnection(Connection):
@@ -32,8 +46,13 @@ class RingConnection(Connection):
         page: memoryview,
         notify: Callable[[], None],
         wake: Callable[[Connection], None],
+        wake_at: Callable[[Connection, float], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``page``: the domain's 4096-byte interface page; ``notify()`` sends its event channel."""
+        """``page``: the domain's 4096-byte interface page; ``notify()`` sends its event channel.
+
+        ``wake_at(connection, moment)`` asks for a turn at a moment (in s) of the ``clock``'s.
+        """
         if page.nbytes != xs_wire.INTERFACE_PAGE_SIZE or page.format != "B" or page.readonly:
             raise ValueError(
                 f"domain {domid}: a writable 4096-byte page of bytes is needed, not {page.nbytes} of {page.format!r}"
@@ -50,6 +69,10 @@ class RingConnection(Connection):
         self._put(page, xs_wire.ERROR, RingError.NONE)
         self.held = False
         """Its domain stands still: the page is to be left as it is."""
+        self._wake_at: Final = wake_at
+        self._clock: Final = clock
+        self._own_events: Final[dict[tuple[bytes, bytes], None]] = {}
+        self._own_events_since = 0.0
 
     def detach(self) -> None:
         """Let go of the page: nothing touches it after this."""
@@ -66,7 +89,42 @@ class RingConnection(Connection):
             return False
         moved = self._pull(page)
         self.process(limit)
+        if self._own_events:
+            self._tell_own_events()
         return self._push(page) or moved
+
+    def deliver_event(self, path: bytes, token: bytes) -> None:
+        own = self._processing and self._absolute(path).startswith(self.home + b"/device/")
+        if not own or len(self._own_events) == OWN_EVENTS_MOST:
+            super().deliver_event(path, token)
+            return
+        if not self._own_events:
+            self._own_events_since = self._clock()
+            self._wake_at(self, self._own_events_since + OWN_EVENTS_WAIT)
+        self._own_events[path, token] = None
+
+    def _tell_own_events(self) -> None:
+        """Queue them if it is time, or else come back."""
+        waited = self._clock() - self._own_events_since
+        if waited < OWN_EVENTS_WAIT:
+            return
+        if self.transactions and waited < OWN_EVENTS_WAIT_MOST:
+            self._wake_at(self, self._clock() + OWN_EVENTS_WAIT)
+            return
+        tokens = {token for _, token in self.watches}
+        for path, token in self._own_events:
+            if token in tokens:
+                super().deliver_event(path, token)
+        self._own_events.clear()
+
+    def state(self) -> ConnectionState:
+        state = super().state()
+        own = [self._event(path, token) for path, token in self._own_events]
+        return dataclasses.replace(state, output=(*state.output, *filter(None, own)))
+
+    def forget_stream(self) -> None:
+        super().forget_stream()
+        self._own_events.clear()
 
     @property
     def wants_turn(self) -> bool:

@@ -9,12 +9,15 @@ their own; a slow one delays other callbacks and no domain.
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import selectors
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +56,8 @@ class XenstoreService(HostStore):
         super().__init__(threading.Lock(), daemon, HostCaller(daemon), 0)
         self._ready: Final[deque[Connection]] = deque()
         self._queued: Final[set[Connection]] = set()
+        self._later: Final[list[tuple[float, int, Connection]]] = []  # a heap: when (monotonic, s), a number, who
+        self._alarms: Final = itertools.count()
         self._selector: Final = selectors.DefaultSelector()
         self._bell: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._bell, selectors.EVENT_READ)
@@ -125,7 +130,7 @@ class XenstoreService(HostStore):
     def _introduce(
         self, domid: int, page: memoryview, notify: Callable[[], None], state: ConnectionState | None = None
     ) -> RingConnection:
-        ring = RingConnection(self._daemon, domid, page, notify, self._wake)
+        ring = RingConnection(self._daemon, domid, page, notify, self._wake, self._wake_at)
         if state is not None:
             try:
                 ring.go_on(state)
@@ -208,10 +213,22 @@ class XenstoreService(HostStore):
             if threading.get_ident() != self._serving_thread:
                 os.eventfd_write(self._bell, 1)
 
+    def _wake_at(self, connection: Connection, moment: float) -> None:
+        """Give the connection a turn at that moment (monotonic, s). The serving thread only."""
+        heapq.heappush(self._later, (moment, next(self._alarms), connection))
+
+    def _until_due(self) -> float | None:
+        """How long nobody is to have a turn, in s; None: until something happens."""
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._wake(heapq.heappop(self._later)[2])
+        if self._ready:
+            return 0
+        return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+
     def _serve(self) -> None:
         self._serving_thread = threading.get_ident()
         while not self._stopping:
-            for key, mask in self._selector.select(0 if self._ready else None):
+            for key, mask in self._selector.select(self._until_due()):
                 if key.fileobj == self._bell:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._bell)
