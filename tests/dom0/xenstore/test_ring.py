@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
+import subprocess
+import sys
 from typing import Final
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenolith.abi import xs_wire
-from xenolith.abi.xs_wire import INDEX, RING_SIZE, Op, RingError
+from xenolith.abi.xs_wire import RING_SIZE, Op, RingError
 from xenolith.dom0.xenstore.ring import OWN_EVENTS_MOST, OWN_EVENTS_WAIT, OWN_EVENTS_WAIT_MOST, RingConnection
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
@@ -20,8 +24,10 @@ from .wire import Client, Message, pack, unpack
 class Guest:
     """A guest's half of the ring, written as Linux's xenbus driver does it."""
 
-    def __init__(self, daemon: Xenstored, domid: int, start: int = 0) -> None:
-        self.page: Final = bytearray(4096)
+    def __init__(
+        self, daemon: Xenstored, domid: int, start: int = 0, page: bytearray | memoryview | None = None
+    ) -> None:
+        self.page: Final = bytearray(4096) if page is None else page
         self.notified = 0
         for index in (xs_wire.REQ_CONS, xs_wire.REQ_PROD, xs_wire.RSP_CONS, xs_wire.RSP_PROD):
             self.set(index, start)
@@ -42,10 +48,10 @@ class Guest:
         self.notified += 1
 
     def get(self, offset: int) -> int:
-        return int(INDEX.unpack_from(self.page, offset)[0])
+        return memoryview(self.page).cast("I")[offset >> 2]
 
     def set(self, offset: int, value: int) -> None:
-        INDEX.pack_into(self.page, offset, value & 0xFFFFFFFF)
+        memoryview(self.page).cast("I")[offset >> 2] = value & 0xFFFFFFFF
 
     def put(self, data: bytes) -> int:
         """Write as much as fits into the request ring; returns how much that was."""
@@ -232,6 +238,39 @@ def test_a_guest_can_write_anything_anywhere_and_another_still_gets_its_answers(
             hostile.set(2048 + 4 * rng.randrange(7), rng.choice([0, 1, 1024, 2**31, 2**32 - 1]))
         hostile.turn()
         assert honest.exchange(pack(Op.WRITE, b"data/x\0ok") + pack(Op.READ, b"data/x\0"))[1][3] == b"ok"
+
+
+_READS: Final = """
+import mmap, sys
+words = memoryview(mmap.mmap(int(sys.argv[1]), 4096)).cast("I")
+consumed, produced = int(sys.argv[2]) >> 2, int(sys.argv[3]) >> 2
+before = 0, 0
+print("ready", flush=True)
+while not words[1000]:
+    now = words[consumed], words[produced]
+    assert now[0] >= before[0] and now[1] >= before[1], (before, now)
+    before = now
+"""
+
+
+def test_another_vcpu_sees_each_index_before_or_after_never_between(daemon: Xenstored) -> None:
+    """One that reads while dom0 writes: Linux takes an index that is nonsense for a broken ring, and starts over."""
+    descriptor = os.memfd_create("ring")
+    os.ftruncate(descriptor, 4096)
+    with mmap.mmap(descriptor, 4096) as page:
+        guest = Guest(daemon, 1, page=memoryview(page))
+        arguments = [str(number) for number in (descriptor, xs_wire.REQ_CONS, xs_wire.RSP_PROD)]
+        command = [sys.executable, "-c", _READS, *arguments]
+        with subprocess.Popen(command, pass_fds=[descriptor], stdout=subprocess.PIPE, text=True) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "ready\n"
+            for _ in range(10_000):
+                guest.exchange(pack(Op.DIRECTORY, b"/\0"))
+            guest.set(4000, 1)
+            assert reader.wait(60) == 0
+        guest.ring.detach()
+        guest.page.release()
+    os.close(descriptor)
 
 
 # --- what a front-end hears of its own writes

@@ -2,9 +2,10 @@
 
 The guest may write the whole page at any moment and with anything. So each index is read once, checked (no more than a
 ring's worth may be between producer and consumer), and only then used; request bytes are copied out before anyone looks
-at them; our own two indices are kept here and only ever written to the page, never believed from it. A guest that
-breaks the indices or the protocol gets the reason in the page's ``error`` field and is not served again until it asks
-for a fresh start (``connection`` = reconnect, which we announce in ``server_features``), and no other domain notices.
+at them; our own two indices are kept here and only ever written to the page, never believed from it, each in one piece,
+since the guest may look at any moment, too (``Struct.pack_into`` would clear the place first). A guest that breaks the
+indices or the protocol gets the reason in the page's ``error`` field and is not served again until it asks for a fresh
+start (``connection`` = reconnect, which we announce in ``server_features``), and no other domain notices.
 
 *What a front-end hears of itself.* Linux 7 watches its own device directories; when one changes it compares the state
 in the store with the one its driver has, and takes a device whose driver is just about to switch for one that was
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Final
 
 from xenolith.abi import xs_wire
-from xenolith.abi.xs_wire import INDEX, RING_SIZE, RingError
+from xenolith.abi.xs_wire import RING_SIZE, RingError
 from xenolith.dom0.xenstore.connection import Connection, ConnectionState
 from xenolith.dom0.xenstore.xenstored import Xenstored
 
@@ -188,12 +189,12 @@ class RingConnection(Connection):
 
     @staticmethod
     def _get(page: memoryview, offset: int) -> int:
-        value: int = INDEX.unpack_from(page, offset)[0]
+        value: int = page.cast("I")[offset >> 2]
         return value
 
     @staticmethod
     def _put(page: memoryview, offset: int, value: int) -> None:
-        INDEX.pack_into(page, offset, value)
+        page.cast("I")[offset >> 2] = value
 
 
 def _copy_out(page: memoryview, ring: int, index: int, count: int) -> bytes:
