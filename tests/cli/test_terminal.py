@@ -8,12 +8,16 @@ import pty
 import termios
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from toolstack.fake import FakeConsole
+from xenolith.cli import inside
 from xenolith.cli.terminal import OutputLost, attach, escape_character, write_all
 from xenolith.cli.xl_command import Failure
+from xenolith.toolstack.client import ProcessEnd, ProcessOutput
 
 HIGH = 1024  # descriptors from here on are none for select(): a program with many domains has them
 
@@ -144,3 +148,31 @@ def test_the_escape_character_may_be_chosen() -> None:
     for wrong in ("", "^^^", "ab", "é"):
         with pytest.raises(Failure, match="escape character"):
             escape_character(wrong)
+
+
+def test_a_list_of_a_guests_processes_has_nothing_that_our_terminal_would_obey(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Listing:
+        said: ClassVar[list[ProcessOutput | ProcessEnd]] = [
+            ProcessOutput(b"1 init\x1b]0;owned\x07\n"),
+            ProcessOutput(b"\x1b[2J", errors=True),
+            ProcessEnd(0),
+        ]
+
+        def read(self) -> ProcessOutput | ProcessEnd:
+            return self.said.pop(0)
+
+        def end_input(self) -> None: ...
+        def signal(self, number: int) -> None: ...
+        def close(self) -> None: ...
+
+    toolstack = SimpleNamespace(client=SimpleNamespace(execute=lambda domid, wanted: Listing()))
+    monkeypatch.setattr(inside, "connect_to_daemon", lambda: toolstack)
+    monkeypatch.setattr(inside, "find", lambda client, name: 1)
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    assert inside.ps.callback is not None
+    with pytest.raises(SystemExit):
+        inside.ps.callback("web")
+    out, errors = capfd.readouterr()
+    assert "init" in out and not {"\x1b", "\x07"} & {*out, *errors}

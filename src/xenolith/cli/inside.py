@@ -1,7 +1,7 @@
 """Working inside the guest of a domain: `xenolith exec`, `cp`, `logs`, `ps` and `wait`.
 
-What a command prints goes to standard output as it is, as with ssh; what we say about it, and a console's history on a
-terminal, has nothing in it that a terminal would obey.
+What a command prints goes to standard output as it is, as with ssh; what we say about it, and on a terminal a console's
+history and a list of processes, has nothing in it that a terminal would obey.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
@@ -39,6 +39,7 @@ FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 OUTPUT_FAILED: Final = 118
 CANNOT_RUN: Final = 125
 _CHUNK: Final = 64 << 10
+Show = Callable[[int, bytes], None]  # prints on a descriptor
 _REASONS: Final = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft-reset")
 
 EXIT_STATUS_HELP: Final = """\b
@@ -163,7 +164,7 @@ def run_in_clone(
     return accompany(process, reads=True, terminal=on_terminal)
 
 
-def accompany(process: ProcessStream, *, reads: bool, terminal: bool) -> int:
+def accompany(process: ProcessStream, *, reads: bool, terminal: bool, show: Show = write_all) -> int:
     """Connect a process to our streams, our terminal and our signals until its end; the exit status."""
     woken, wake = os.pipe()
     feeder = threading.Thread(target=_feed, args=(process, woken, terminal), name="input", daemon=True)
@@ -176,7 +177,7 @@ def accompany(process: ProcessStream, *, reads: bool, terminal: bool) -> int:
                 raw.enter()
             if reads:
                 feeder.start()
-            end = _print(process)
+            end = _print(process, show)
             os.write(wake, b"x")
             if feeder.ident:
                 feeder.join()
@@ -193,10 +194,10 @@ def accompany(process: ProcessStream, *, reads: bool, terminal: bool) -> int:
     return end.status
 
 
-def _print(process: ProcessStream) -> ProcessEnd:
+def _print(process: ProcessStream, show: Show) -> ProcessEnd:
     while not isinstance(item := process.read(), ProcessEnd):
         if item is not None:
-            write_all(2 if item.errors else 1, item.data)
+            show(2 if item.errors else 1, item.data)
     return item
 
 
@@ -256,22 +257,23 @@ def logs(follow: bool, domain: str) -> None:
         client = connect_to_daemon().client
         domid = find(client, domain)
         if not follow:
-            _show(client.console_history(domid))
+            _show(1, client.console_history(domid))
             return
         console = client.open_console(domid)
     except ToolstackError as error:
         raise click.ClickException(str(error)) from error
     try:
         while data := console.read():
-            _show(data)
+            _show(1, data)
     finally:
         console.close()
 
 
-def _show(data: bytes) -> None:
-    if os.isatty(1):
+def _show(descriptor: int, data: bytes) -> None:
+    """What a guest says of itself: no terminal is to obey it."""
+    if os.isatty(descriptor):
         data = printable(data.replace(b"\r", b"")).encode()
-    write_all(1, data)
+    write_all(descriptor, data)
 
 
 @click.command()
@@ -284,7 +286,7 @@ def ps(domain: str) -> None:
         process = client.execute(find(client, domain), wanted)
     except ToolstackError as error:
         raise CannotRun(str(error)) from error
-    sys.exit(accompany(process, reads=False, terminal=False))
+    sys.exit(accompany(process, reads=False, terminal=False, show=_show))
 
 
 @click.command()

@@ -16,6 +16,7 @@ impossible, the domain's console stands still until they make sense again, and n
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -143,19 +144,24 @@ class Console:
             return b"".join(self._scrollback)
 
     def write(self, data: bytes, timeout: float | None = None) -> int:
-        """Type `data` on the console; waits while the guest does not read, at most `timeout` seconds each time.
+        """Type `data` on the console; waits while the guest does not read, at most `timeout` seconds in all.
 
         How many bytes the guest was given: all of them unless the time was up.  Raises ConsoleClosed.
         """
         written = 0
+        until = None if timeout is None else time.monotonic() + timeout
         with self._lock:
             while written < len(data):
                 if self.closed:
                     raise ConsoleClosed
                 accepted = self._put(data[written:])
                 written += accepted
-                if not accepted and not self._changed.wait(timeout):
+                if accepted:
+                    continue
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
                     break
+                self._changed.wait(left)  # also ends when the guest has printed something
         return written
 
     def offer(self, data: bytes) -> int:

@@ -1097,7 +1097,8 @@ class _Attachment:
 
     def write(self, data: bytes) -> None:
         with contextlib.suppress(ConsoleClosed):
-            self._console.write(data, TYPING_SECONDS)
+            while data and (taken := self._console.write(data, TYPING_SECONDS)):
+                data = data[taken:]
 
     def close(self) -> None:
         self._reader.close()

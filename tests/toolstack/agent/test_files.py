@@ -86,6 +86,12 @@ def bent(data: bytes, at: int, with_: bytes) -> bytes:
     return bytes(header) + data[512:]
 
 
+def long_link(kind: bytes, target: bytes) -> bytes:
+    """A link in a directory whose target comes before it, as GNU tar sends long ones."""
+    name = bent(archive(("./@LongLink", {}, target)), 156, b"K")[: 512 + 512]
+    return archive(("./f", DIRECTORY, b""))[:512] + name + bent(archive(("./f/l", {}, b"")), 156, kind)
+
+
 FILE = archive(("./f", {}, b"data"))
 HOSTILE = {
     "an absolute name": archive(("/etc/f", {}, b"x")),
@@ -103,6 +109,8 @@ HOSTILE = {
         ("./f/s", {"type": tarfile.SYMTYPE, "linkname": "../secret"}, b""),
         ("./f/l", {"type": tarfile.LNKTYPE, "linkname": "f/s"}, b""),
     ),
+    "a link to a NUL": long_link(b"2", b"\0/x"),
+    "a hard link to a NUL": long_link(b"1", b"f/a\0b"),
     "a device": archive(("./f", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 1}, b"")),
     "a pipe": archive(("./f", {"type": tarfile.FIFOTYPE}, b"")),
     "a name without an end": archive(("./" + "f" * 5000, {}, b"x")),

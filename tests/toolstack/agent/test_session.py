@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 
 from xenolith.abi import console_ring as ring
 from xenolith.dom0.console import Console
 from xenolith.toolstack.agent import frames
+from xenolith.toolstack.agent import session as agent_session
 from xenolith.toolstack.agent.frames import Decoder, Frame, Kind, Stage, encode
+from xenolith.toolstack.agent.running import finish
 from xenolith.toolstack.agent.session import OUTPUT_ROOM, AgentUnavailable, Session
-from xenolith.toolstack.client import Execution, InvalidRequest, Outcome, ProcessEnd, ProcessOutput
+from xenolith.toolstack.client import Execution, InvalidRequest, Outcome, ProcessEnd, ProcessOutput, ProcessStream
 
 DEADLINE = 60
 WELCOME = bytes((frames.VERSION, 0))
@@ -28,9 +33,12 @@ class Guest:
         self.answer: Callable[[Frame], list[Frame]] = lambda frame: []
         self.console = Console(memoryview(self._page), self._look)
         self._pending = b""
+        self.deaf = False
 
     def _look(self) -> None:
         """Called with the console's lock held, as an event is."""
+        if self.deaf:
+            return
         start, end = self._index[ring.IN_CONS], self._index[ring.IN_PROD]
         data = bytes(self._page[ring.IN + at % ring.IN_SIZE] for at in range(start, end))
         self._index[ring.IN_CONS] = end
@@ -153,6 +161,7 @@ BREACHES: dict[str, Callable[[int], list[Frame | bytes]]] = {
     "empty output": lambda number: [Frame(Kind.STDOUT, number)],
     "no frame": lambda number: [b"\5\5\5\0"],
     "an identity that it cannot take": lambda number: [Frame(Kind.IDENTIFIED, 0, b"\1\0\0\0")],
+    "an errno that is none": lambda number: [Frame(Kind.IDENTIFIED, 0, b"\xff" * 4)],
     "a new beginning": lambda number: [Frame(Kind.READY, 0, WELCOME)],
 }
 
@@ -196,6 +205,53 @@ def test_a_time_limit_kills_what_does_not_end(guest: Guest, session: Session) ->
     end = process.read(DEADLINE)
     assert isinstance(end, ProcessEnd)
     assert (end.status, end.outcome) == (119, Outcome.TIMED_OUT)
+
+
+def test_an_agent_that_talks_and_does_not_listen_holds_nobody_up(
+    guest: Guest, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_session, "STUCK_SECONDS", 0.1)
+    process = session.execute(Execution(command=("x",), timeout=0.001))
+    guest.deaf = True
+    talks, over = threading.Event(), threading.Event()
+
+    def talk() -> None:
+        while not over.wait(0.001):  # each event wakes whoever waits for room in the ring
+            guest.console.service()
+            talks.set()
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    assert talks.wait(DEADLINE)
+    writer = threading.Thread(target=process.write, args=(b"x" * (16 << 10),))
+    writer.start()
+    end = process.read(DEADLINE)
+    writer.join()
+    over.set()
+    talker.join()
+    assert isinstance(end, ProcessEnd)
+    assert "takes nothing" in session.ended
+
+
+def test_output_of_a_byte_each_takes_the_room_of_its_bytes() -> None:
+    class Drips:
+        left = 1 << 17
+
+        def read(self, timeout: float | None = None) -> ProcessOutput | ProcessEnd:
+            self.left -= 1
+            return ProcessOutput(bytes([self.left & 127]), errors=bool(self.left & 1)) if self.left else ProcessEnd(0)
+
+        def end_input(self) -> None: ...
+        def close(self) -> None: ...
+
+    drips = cast(ProcessStream, Drips())
+    tracemalloc.start()
+    try:
+        done, _ = finish(drips)
+        assert tracemalloc.get_traced_memory()[1] < 8 * Drips.left
+    finally:
+        tracemalloc.stop()
+    assert (len(done.output), len(done.stdout)) == (Drips.left - 1, Drips.left // 2 - 1)
 
 
 def test_the_end_of_the_domain_is_the_end_of_its_commands(guest: Guest, session: Session) -> None:

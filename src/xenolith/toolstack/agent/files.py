@@ -206,7 +206,7 @@ def entries(read: Reading) -> Iterator[Entry]:
         if kind in (b"L", b"K"):
             if size > MOST_NAME:
                 raise _bad("a name is too long")
-            text = _exactly(read, -(-size // BLOCK) * BLOCK)[:size].rstrip(b"\0")
+            text = _text(_exactly(read, -(-size // BLOCK) * BLOCK)[:size])
             long_name, long_link = (text, long_link) if kind == b"L" else (long_name, text)
             continue
         if kind not in (b"0", b"\0"):

@@ -63,8 +63,7 @@ def execution(
 
 def finish(process: ProcessStream, input: bytes = b"") -> tuple[Finished, Outcome]:
     """Give a command its input and wait for its end; the process is closed then."""
-    pieces: list[tuple[bool, bytes]] = []
-    size = 0
+    output, streams = bytearray(), (bytearray(), bytearray())  # pieces may be of a byte each
     feeder = threading.Thread(target=_feed, args=(process, input), name="input", daemon=True)
     try:
         if input:
@@ -73,16 +72,14 @@ def finish(process: ProcessStream, input: bytes = b"") -> tuple[Finished, Outcom
             process.end_input()
         while not isinstance(item := process.read(), ProcessEnd):
             if item is not None:
-                pieces.append((item.errors, item.data))
-                size += len(item.data)
-            if size > MOST_OUTPUT:
+                output += item.data
+                streams[item.errors].extend(item.data)
+            if len(output) > MOST_OUTPUT:
                 raise ToolstackError(f"The command has printed more than {MOST_OUTPUT >> 20} MiB.")
     finally:
         process.close()
-    stdout = b"".join(data for errors, data in pieces if not errors)
-    stderr = b"".join(data for errors, data in pieces if errors)
-    output = b"".join(data for _, data in pieces)
-    return Finished(item.status, stdout, stderr, output, item.message), item.outcome
+    stdout, stderr = map(bytes, streams)
+    return Finished(item.status, stdout, stderr, bytes(output), item.message), item.outcome
 
 
 def _feed(process: ProcessStream, data: bytes) -> None:

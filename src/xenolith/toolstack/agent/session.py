@@ -31,7 +31,7 @@ from xenolith.toolstack.client import (
 
 OUTPUT_ROOM: Final = 256 << 10  # bytes of each of a command's streams that nobody has read yet
 GREETING_SECONDS: Final = 1.0  # between two tries
-STUCK_SECONDS: Final = 30.0  # without taking a byte: then the agent is not there any more
+STUCK_SECONDS: Final = 30.0  # without taking a frame: then the agent is not there any more
 KILL_SECONDS: Final = 5.0  # from SIGKILL to the end
 _SIGKILL: Final = 9
 END_OF_FILE: Final = b"\x04"  # what a terminal takes for it
@@ -118,19 +118,21 @@ class Session:
         self._break("the connection to the guest's agent was closed")
 
     def _send(self, what: Iterable[Frame], prefix: bytes = b"") -> None:
-        """Raises AgentUnavailable."""
-        data = prefix + b"".join(map(encode, what))
-        with self._sending:
-            try:
-                while data:
-                    taken = self._console.write(data, STUCK_SECONDS)
-                    data = data[taken:]
-                    if data:
-                        self._break("the guest's agent takes nothing any more")
-                        raise AgentUnavailable(self.ended)
-            except ConsoleClosed:
-                self._break("the domain has ended")
-                raise AgentUnavailable(self.ended) from None
+        """Raises AgentUnavailable, also where the agent takes what others send as slowly as it can."""
+        its_turn = self._sending.acquire(timeout=STUCK_SECONDS)
+        try:
+            if not (its_turn and all(self._taken(frame) for frame in (prefix, *map(encode, what)))):
+                self._break("the guest's agent takes nothing any more")
+        except ConsoleClosed:
+            self._break("the domain has ended")
+        finally:
+            if its_turn:
+                self._sending.release()
+        if self.ended:
+            raise AgentUnavailable(self.ended)
+
+    def _taken(self, data: bytes) -> bool:
+        return not self.ended and self._console.write(data, STUCK_SECONDS) == len(data)
 
     def send_for(self, process: Process, kind: Kind, body: bytes = b"") -> None:
         """Tell the agent something about a command; nothing where that has ended."""
@@ -166,7 +168,7 @@ class Session:
         elif frame.kind == Kind.IDENTIFIED:
             (error,) = _unpacked(frames.U32, frame)
             if error:
-                raise _Breach(f"it could not take the identity that it was given: {os.strerror(error)}")
+                raise _Breach(f"it could not take the identity that it was given: {_error(error)}")
         else:
             self._take_of_process(frame)
 
@@ -366,8 +368,13 @@ def _exited(status: int) -> ProcessEnd:
     return ProcessEnd(128 + (status & 0x7F) if status & 0x7F else status >> 8 & 0xFF)
 
 
+def _error(number: int) -> str:
+    """What an errno of the guest's means, which may be any number."""
+    return os.strerror(number) if number in errno.errorcode else f"error {number}"
+
+
 def _failed(stage: int, number: int) -> ProcessEnd:
-    why = os.strerror(number) if number in errno.errorcode else f"error {number}"
+    why = _error(number)
     what = {
         Stage.USER: "it cannot run as this user",
         Stage.DIRECTORY: "it cannot be in this directory",
