@@ -94,7 +94,7 @@ def test_a_domain_that_is_destroyed_during_a_dump_goes_and_the_dump_says_so(
 
     def destroy(progress: Progress) -> None:
         if not destroyers:
-            leaving = toolstack._records[domid].leaving
+            leaving = toolstack._table.record(domid).leaving
             destroyers.append(threading.Thread(target=toolstack.destroy, args=(domid,)))
             destroyers[0].start()
             assert leaving.wait(60)

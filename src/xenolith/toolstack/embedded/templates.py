@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.toolstack.agent.running import finish, printable
 from xenolith.toolstack.client import (
+    Client,
     Execution,
     InvalidRequest,
     OnProgress,
@@ -38,7 +39,7 @@ from xenolith.toolstack.client import (
 if TYPE_CHECKING:
     from xenolith.dom0.migration.clone import FrozenDomain
     from xenolith.toolstack.config.domain import DomainConfig
-    from xenolith.toolstack.embedded import EmbeddedToolstack
+    from xenolith.toolstack.embedded.building import Builder
 
 MOST_READY: Final = 1000
 QUIET_S: Final = 0.05  # without a request, before the next clone is made
@@ -60,8 +61,9 @@ class _Template:
 class Templates:
     """The templates of a toolstack. Methods may be called by any thread."""
 
-    def __init__(self, toolstack: EmbeddedToolstack) -> None:
+    def __init__(self, toolstack: Client, builder: Builder) -> None:
         self._toolstack = toolstack
+        self._builder = builder
         self._changed = threading.Condition()  # of all below
         self._templates: dict[str, _Template] = {}
         self._making: set[str] = set()
@@ -99,7 +101,7 @@ class Templates:
             progress(Progress("booting the guest", 0, 1))
             _run(toolstack.execute(domid, warm_up or Execution(command=("true",))))
             progress(Progress("booting the guest", 1, 1))
-            return toolstack.freeze(domid)
+            return self._builder.frozen(domid)
         finally:
             with suppress(ToolstackError):
                 toolstack.destroy(domid)
@@ -160,7 +162,7 @@ class Templates:
             template.number += 1
             number = template.number
         name = f"{template.name}-{number}"
-        return self._toolstack.make_clone(template.config, template.frozen, name, number, agent_answers=True)
+        return self._builder.cloned(template.config, template.frozen, name, number, agent_answers=True)
 
     def _give_back(self, domid: int) -> None:
         with self._changed:
