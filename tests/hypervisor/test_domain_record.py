@@ -19,6 +19,7 @@ from xenolith.hypervisor.control import Arrival, RecordError
 from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.domain_record import FrameRecord, fates, fields_of
 from xenolith.hypervisor.hypercalls.memory_op import allocate_extent
+from xenolith.hypervisor.lifecycle import USUAL, Limits
 
 from .bare import DATA, DEADLINE, BareMachine, Program
 
@@ -60,12 +61,14 @@ def taken(machine: BareMachine, domain: Domain) -> tuple[Any, FrameRecord, bytes
         return json.loads(json.dumps(still.record)), still.frames, memory
 
 
-def put_back(machine: BareMachine, domain: Domain, plain: Any, frames: FrameRecord, memory: bytes) -> Domain:
+def put_back(
+    machine: BareMachine, domain: Domain, plain: Any, frames: FrameRecord, memory: bytes, limits: Limits = USUAL
+) -> Domain:
     there = machine.control.memory_for_arrival(domain.max_pages)
     for mfn in frames.mfns.tolist():
         there.page(mfn)[:] = memory[mfn * PAGE_SIZE : (mfn + 1) * PAGE_SIZE]
     arrival = Arrival(there, plain, frames)
-    domid = machine.control.restore_domain(bytes(16), len(domain.vcpus), domain.max_pages, arrival)
+    domid = machine.control.restore_domain(bytes(16), len(domain.vcpus), domain.max_pages, arrival, limits)
     return machine.hypervisor.domains[domid]
 
 
@@ -161,6 +164,14 @@ def test_what_was_posted_is_delivered_before_it_leaves(machine: BareMachine) -> 
     plain, frames, memory = taken(machine, domain)
     other = put_back(machine, domain, plain, frames, memory)
     assert other.events.pending(port)
+
+
+def test_a_port_beyond_the_bitmaps_is_refused_without_the_fifo_abi(machine: BareMachine) -> None:
+    domain = domain_that_ran(machine)
+    plain, frames, memory = taken(machine, domain)
+    plain["ports"].append({"port": 4096, "vcpu": 0, "ipi": True})
+    with pytest.raises(RecordError, match="beyond its bitmaps"):
+        put_back(machine, domain, plain, frames, memory, Limits(event_channel_port=8191))
 
 
 Change = Callable[[Any], None]

@@ -28,7 +28,7 @@ import numpy as np
 from xenolith.abi import layout
 from xenolith.abi.event_fifo import EVENT_ARRAY_PAGES, EVTCHN_FIFO_MAX_QUEUES
 from xenolith.abi.grant_table import GRANT_ENTRY_SIZES, GTF_reading, GTF_transitive, GTF_type_mask, GTF_writing
-from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_SELF, NR_VIRQS
+from xenolith.abi.hypercalls import DOMID_INVALID, DOMID_SELF, EVTCHN_2L_NR_CHANNELS, NR_VIRQS
 from xenolith.abi.layout import VCPU_INFO_SIZE
 from xenolith.abi.x86 import (
     CS,
@@ -1043,6 +1043,8 @@ def _load_port(channels: EventChannels, port: int, entry: Record) -> None:
 
 def _load_fifo(domain: Domain, record: Record) -> None:
     if not record.has("fifo") or record.any("fifo") is None:
+        if domain.events.valid_ports > EVTCHN_2L_NR_CHANNELS:
+            raise RecordError(f"it has an event channel beyond its bitmaps of {EVTCHN_2L_NR_CHANNELS}")
         return
     fifo = record.record("fifo")
     ports = len(domain.port_queues) // event_fifo.QUEUE_BYTES

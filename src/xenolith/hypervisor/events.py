@@ -230,6 +230,14 @@ class EventChannels:
                 self.close(port)
         return True
 
+    def reset(self) -> bool:
+        """EVTCHNOP_reset: free every port, and go back to the bitmaps. False: as `close_all`."""
+        if not self.close_all():
+            return False
+        event_fifo.give_up(self.domain)
+        self.valid_ports = min(self.valid_ports, EVTCHN_2L_NR_CHANNELS)
+        return True
+
     def references(self) -> Iterator[tuple[int, int | None]]:
         """References to frames, as Domain.references."""
         return event_fifo.references(self.domain)

@@ -32,7 +32,6 @@ from xenolith.abi.hypercalls import (
     HYPERVISOR_event_channel_op,
 )
 from xenolith.abi.layout import U16, U32, U64
-from xenolith.hypervisor import event_fifo
 from xenolith.hypervisor.events import FREE, INTERDOMAIN, IPI, RESERVED, UNBOUND, VIRQ, binding_lock
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
 
@@ -181,8 +180,7 @@ def _op_reset(vcpu: Vcpu, data: bytes, va: int) -> int:
         return -EINVAL
     if domain is not vcpu.domain:
         domain.work_left = vcpu.domain.work_left
-    if domain.events.close_all():
-        event_fifo.give_up(domain)
+    if domain.events.reset():
         return 0
     return vcpu.restart_hypercall(HYPERVISOR_event_channel_op, EVTCHNOP_reset, va)
 
