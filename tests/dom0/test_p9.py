@@ -202,6 +202,14 @@ def test_more_requests_than_may_be_under_way_wait_in_the_ring(front: Frontend) -
     assert tags == set(range(count)) and not front.dom0.lines
 
 
+def test_one_event_is_enough_for_any_number_of_requests_that_no_server_sees(front: Frontend) -> None:
+    ring = front.begin()
+    count = MAX_IN_FLIGHT * 3 + 1
+    ring.write(b"".join(message(p9.TCLUNK, tag, u32(77)) for tag in range(count)))
+    front.dom0.event()
+    assert sorted(struct.unpack_from("<H", ring.answer(), 5)[0] for _ in range(count)) == list(range(count))
+
+
 def test_answers_wait_until_there_is_room_and_nobody_needs_to_tell(front: Frontend) -> None:
     ring = front.begin()
     ring.ask(message(p9.TWALK, 1, walk(0, 1, "file")))

@@ -195,15 +195,16 @@ class P9Backend(Backend):
 
     def serve(self) -> bool:
         self._take_answers()
+        full = False
         for ring in self._rings:
             taken = False
-            while self._under_way() < MAX_IN_FLIGHT and (message := ring.take()) is not None:
+            while not (full := self._under_way() >= MAX_IN_FLIGHT) and (message := ring.take()) is not None:
                 taken = True
                 self._request(ring, message)
             if taken:
                 ring.notify()  # there is room
         self._deliver()
-        return False
+        return full and self._under_way() < MAX_IN_FLIGHT  # no event will tell of what is left in the rings
 
     def _under_way(self) -> int:
         return self._relay.in_flight + len(self._waiting)
