@@ -14,10 +14,11 @@ import pytest
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import VIRQ_TIMER, HYPERVISOR_sched_op, SCHEDOP_block
 from xenolith.abi.x86 import PAGE_SIZE
-from xenolith.hypervisor import audit, domain_record
+from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import Arrival, RecordError
 from xenolith.hypervisor.domain import Domain
-from xenolith.hypervisor.domain_record import FrameRecord, fates, fields_of
+from xenolith.hypervisor.domain_record.fields import fates, fields_of
+from xenolith.hypervisor.domain_record.frames import FrameRecord, frame_record
 from xenolith.hypervisor.hypercalls.memory_op import allocate_extent
 from xenolith.hypervisor.lifecycle import USUAL, Limits
 
@@ -286,7 +287,7 @@ def test_page_tables_are_validated_anew(machine: BareMachine) -> None:
 
 def test_grants_are_for_dom0_alone_where_it_arrives(machine: BareMachine) -> None:
     domain = domain_that_ran(machine)
-    mfn = int(domain_record.frame_record(domain).mfns[5])
+    mfn = int(frame_record(domain).mfns[5])
     domain.grants.permit_access(8, 0, mfn)
     domain.grants.permit_access(9, 7, mfn)
     with machine.dom0.map_grant(domain.domid, 8):

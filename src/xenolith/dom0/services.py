@@ -47,7 +47,7 @@ from xenolith.dom0.xenstore import HostRequests, XenstoreService
 from xenolith.dom0.xenstore.connection import ConnectionState
 from xenolith.dom0.xenstore.errors import XsError
 from xenolith.hypervisor.control import USUAL, Control, DomainCreateError, DomainInfo, Limits
-from xenolith.hypervisor.domain_record import RecordError
+from xenolith.hypervisor.domain_record.kinds import RecordError
 from xenolith.hypervisor.hypervisor import Hypervisor
 from xenolith.hypervisor.python_domain import HypercallError, boot_dom0
 

@@ -32,9 +32,11 @@ from xenolith.abi.x86 import (
     RSP,
     SS,
 )
-from xenolith.hypervisor import domain_record, inspection, lifecycle, paging, time, view
+from xenolith.hypervisor import inspection, lifecycle, paging, time, view
 from xenolith.hypervisor.domain import UNLIMITED_WORK, Domain
-from xenolith.hypervisor.domain_record import FrameRecord, FrameTypes, Plain, RecordError
+from xenolith.hypervisor.domain_record.domain import domain_state
+from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, frame_record, frame_types
+from xenolith.hypervisor.domain_record.kinds import Plain, RecordError
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import vcpu_op, version
 from xenolith.hypervisor.inspection import LinearRun, OwnMemory
@@ -482,10 +484,10 @@ class Control:
         domain = self._domain(domid)
         self._hypervisor.scheduler.store_states(domain)
         with domain.lock:
-            record = domain_record.state(domain)
+            record = domain_state(domain)
             if domain.grants.used_by_others:  # who may go on writing
                 raise RecordError("another domain has frames of it mapped")
-            frames = domain_record.frame_record(domain)
+            frames = frame_record(domain)
             yield StillDomain(record, frames, domain.memory.populated(), domain.memory.b.toreadonly())
 
     def track_writes(self, domid: int) -> WriteTracking:
@@ -510,7 +512,7 @@ class Control:
         domain = self._domain(domid)
         self._hypervisor.scheduler.store_states(domain)
         with domain.lock:
-            record, frames = domain_record.state(domain), domain_record.frame_record(domain)
+            record, frames = domain_state(domain), frame_record(domain)
             if domain.grants.used_by_others:
                 raise RecordError("another domain has frames of it mapped")
             try:
@@ -519,7 +521,7 @@ class Control:
                 raise RecordError(f"its memory cannot be sealed: {error.strerror}") from error
             except OutOfMemory as error:
                 raise RecordError(f"there is no memory for a copy of what is its own: {error}") from error
-            types = domain_record.frame_types(domain, frames.mfns)
+            types = frame_types(domain, frames.mfns)
             return Frozen(domain.view.max_pages, len(domain.vcpus), record, frames, types, image)
 
     def copy(self, frozen: Frozen, uuid: bytes, limits: Limits = USUAL) -> int:

@@ -125,7 +125,7 @@ def references(domain: Domain) -> Iterator[tuple[int, int | None]]:
 
 
 def state(domain: Domain) -> dict[str, object] | None:
-    """As plain data, for domain_record."""
+    """As plain data, for domain_record.ports."""
     if not domain.fifo:
         return None
     blocks = [vcpu.control_block for vcpu in domain.vcpus]

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
-from xenolith.hypervisor import audit, descriptors, domain_record, event_fifo, paging, ring0
+from xenolith.hypervisor import audit, descriptors, event_fifo, paging, ring0
 from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
-from xenolith.hypervisor.domain_record import FrameRecord, FrameTypes, Plain, Record, RecordError
+from xenolith.hypervisor.domain_record.domain import clock_ahead, load_domain
+from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, check_frames
+from xenolith.hypervisor.domain_record.kinds import Plain, Record, RecordError
 from xenolith.hypervisor.events import DEFAULT_MAX_PORT, EventChannels
 from xenolith.hypervisor.grants import DEFAULT_MAX_FRAMES, DEFAULT_MAX_MAPPINGS, GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
@@ -88,7 +90,7 @@ def restore_domain(
     Raises RecordError where it cannot be what it is said to be, and DomainCreateError.
     """
     try:
-        domain_record.check_frames(arrival.frames, arrival.memory.frames)
+        check_frames(arrival.frames, arrival.memory.frames)
         arrival.memory.adopt(arrival.frames.mfns)
         return _create(hypervisor, uuid, max_vcpus, max_pages, arrival, limits)
     except BaseException as error:
@@ -119,12 +121,12 @@ def _create(
             domain.paused_by_control = 1
             if arrival is not None:
                 record = Record(arrival.record, "the domain")
-                domain.clock_ahead = domain_record.clock_ahead(record, hypervisor.clock)
+                domain.clock_ahead = clock_ahead(record, hypervisor.clock)
                 domain.clock = hypervisor.clock.ahead(domain.clock_ahead)
             _set_up(domain, arrival is None, limits)
             if arrival is not None:
                 undo.callback(_stop_timers, domain)
-                domain_record.load(domain, arrival.record, arrival.frames, arrival.types)
+                load_domain(domain, arrival.record, arrival.frames, arrival.types)
                 problems = audit.check_domain(domain) if arrival.types is None else []
                 if problems:
                     raise RecordError(f"its frames do not add up: {problems[0]}")

@@ -12,7 +12,7 @@ from xenolith.dom0.migration.services import Node, ServicesRecord, gather, put
 from xenolith.dom0.xenstore import XenstoreService
 from xenolith.dom0.xenstore.connection import ConnectionState
 from xenolith.dom0.xenstore.errors import XsError
-from xenolith.hypervisor.domain_record import Record, RecordError
+from xenolith.hypervisor.domain_record.kinds import Record, RecordError
 
 PAGE = 4096
 

@@ -24,7 +24,7 @@ from xenolith.dom0.migration.save import held
 from xenolith.dom0.migration.stream import Writer
 from xenolith.dom0.xenbus import DeviceGone
 from xenolith.hypervisor.control import NotTracked
-from xenolith.hypervisor.domain_record import Plain, RecordError
+from xenolith.hypervisor.domain_record.kinds import Plain, RecordError
 
 if TYPE_CHECKING:
     from xenolith.dom0.migration.series import Series

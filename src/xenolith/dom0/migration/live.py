@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
     from xenolith.dom0.xenbus import Device
     from xenolith.hypervisor.control import StillDomain
-    from xenolith.hypervisor.domain_record import Plain
+    from xenolith.hypervisor.domain_record.kinds import Plain
 
 FEW_PAGES: Final = 64  # so few are sent at a standstill, in no time
 MOST_ROUNDS: Final = 30

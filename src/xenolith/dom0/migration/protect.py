@@ -31,7 +31,8 @@ from xenolith.dom0.migration.services import ServicesRecord
 from xenolith.dom0.migration.stream import Reader, Section, Writer
 from xenolith.dom0.network.port import Plug
 from xenolith.hypervisor.control import Arrival, Control
-from xenolith.hypervisor.domain_record import U32, FrameRecord, Number, Plain, Record, RecordError
+from xenolith.hypervisor.domain_record.frames import FrameRecord
+from xenolith.hypervisor.domain_record.kinds import U32, Number, Plain, Record, RecordError
 
 if TYPE_CHECKING:
     from xenolith.dom0.backends.block import BlockBackend

@@ -15,7 +15,8 @@ from xenolith.dom0.migration.series import OpenBase, Series, bases
 from xenolith.dom0.migration.services import ServicesRecord
 from xenolith.dom0.migration.stream import Reader
 from xenolith.hypervisor.control import Arrival, Control
-from xenolith.hypervisor.domain_record import U32, FrameRecord, Number, Plain, Record, RecordError
+from xenolith.hypervisor.domain_record.frames import FrameRecord
+from xenolith.hypervisor.domain_record.kinds import U32, Number, Plain, Record, RecordError
 
 if TYPE_CHECKING:
     from xenolith.machine.memory import MachineMemory

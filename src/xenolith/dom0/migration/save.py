@@ -17,12 +17,12 @@ from xenolith.abi.x86 import PAGE_SHIFT
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.services import ServicesRecord, gather
 from xenolith.dom0.migration.stream import MOST_PAGES, Writer
-from xenolith.hypervisor.domain_record import RecordError
+from xenolith.hypervisor.domain_record.kinds import RecordError
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
     from xenolith.hypervisor.control import StillDomain
-    from xenolith.hypervisor.domain_record import Plain
+    from xenolith.hypervisor.domain_record.kinds import Plain
     from xenolith.machine.memory import Frames
 
 WORDS_PER_PAGE: Final = 512

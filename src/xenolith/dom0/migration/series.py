@@ -19,7 +19,7 @@ import numpy as np
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.stream import MOST_PAGES, Reader, Section, Writer
-from xenolith.hypervisor.domain_record import U32, U64, Listing, Plain, Record, RecordError, Text
+from xenolith.hypervisor.domain_record.kinds import U32, U64, Listing, Plain, Record, RecordError, Text
 
 MOST_BASES: Final = 256  # files that are opened together
 MOST_DISKS: Final = 1024

@@ -17,7 +17,7 @@ from xenolith.dom0.domain_tree import home
 from xenolith.dom0.xenstore import HostRequests
 from xenolith.dom0.xenstore.connection import ConnectionState
 from xenolith.dom0.xenstore.errors import XsError
-from xenolith.hypervisor.domain_record import (
+from xenolith.hypervisor.domain_record.kinds import (
     U32,
     U64,
     Array,

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import zstandard
 
 from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE
-from xenolith.hypervisor.domain_record import FrameRecord, Plain, RecordError
+from xenolith.hypervisor.domain_record.frames import FrameRecord
+from xenolith.hypervisor.domain_record.kinds import Plain, RecordError
 
 MAGIC: Final = b"Xen saved domain"  # xendomains restores files that begin so
 VERSION: Final = 1
