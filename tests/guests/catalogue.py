@@ -100,6 +100,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("smp-paging", vcpus=2),
     checks("grants"),
     checks("grants2"),
+    checks("debug"),
     checks("strays", cmdline="seed=3 runs=500"),
     checks("strays-gates", "strays.elf", cmdline="seed=3 runs=500 gates"),
     checks("packets", cmdline="seed=1 packets=1000 last"),

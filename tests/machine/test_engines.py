@@ -570,6 +570,21 @@ def test_a_breakpoint_stops_before_its_instruction(bare: BareMachine) -> None:
     assert run_to_trap(cpu)[0] == TRAP_SYSCALL
 
 
+def test_a_breakpoint_on_data_stops_behind_its_instruction(bare: BareMachine) -> None:
+    traits = getattr(bare.engine, "traits", None)
+    if traits is not None and not traits.has_breakpoints:
+        pytest.skip("on this host's KVM, debug registers have no effect")
+    # mov [DATA], rbx; mov rax, [DATA + 8]; inc rbx
+    cpu = bare.start("48 89 1c 25 00 00 60 00 48 8b 04 25 08 00 60 00 48 ff c3" + SYSCALL)
+    cpu.set_debug(0, DATA)
+    cpu.set_debug(3, DATA + 8)
+    cpu.set_debug(7, 0x482 | 0b1001 << 16 | 0b1011 << 28)  # eight bytes: written, accessed
+    found: list[int] = []
+    traps = run_traps(cpu, 3, lambda trap: found.append(cpu.regs[RIP] - CODE))
+    assert traps == [(VECTOR_DB, 0, 0xFFFF_0FF1), (VECTOR_DB, 0, 0xFFFF_0FF8), (TRAP_SYSCALL, 0, 0)]
+    assert found == [8, 16, 21]
+
+
 # --- kicks and threads ------------------------------------------------------------------------------
 
 

@@ -337,6 +337,28 @@ def test_swapped_vcpus_each_find_all_of_their_state(unicorn: BareMachine) -> Non
         assert state.regs[RFLAGS] & 0x400 == (number == 1) << 10
 
 
+def test_a_breakpoint_on_data_is_that_of_the_vcpu_that_armed_it(unicorn: BareMachine) -> None:
+    code = "ff 05 fa ff 1f 00 48 ff c3" + SYSCALL + "eb f3"  # again: inc dword [DATA]; inc rbx; syscall; jmp again
+    unicorn.write_code(code)
+    states = [unicorn.state() for _ in range(3)]
+    states[1].debug[2], states[1].debug[7] = DATA, 0x410 | 0b1101 << 24  # written: four bytes
+    cpu = cpu_of(unicorn)
+    cpu.load(states[0])
+    current = 0
+    for number in (0, 1, 2, 1, 0, 1, 1):
+        if number != current:
+            cpu.swap(states[current], states[number])
+            current = number
+        cpu.regs[RIP] = CODE
+        if number == 1:
+            assert run_to_trap(cpu) == (VECTOR_DB, 0, 0xFFFF_0FF4)
+            assert cpu.regs[RIP] == CODE + 6
+        assert run_to_trap(cpu)[0] == TRAP_SYSCALL
+    assert unicorn.memory.d[unicorn.data[0] << 10] == 7
+    cpu.set_debug(7, 0x400)
+    assert run_to_trap(cpu)[0] == TRAP_SYSCALL
+
+
 def test_a_state_that_was_swapped_off_can_be_stored_complete_and_moved(unicorn: BareMachine) -> None:
     cpu = cpu_of(unicorn)
     unicorn.start("f2 0f 2a c8" + SYSCALL + "f2 0f 2c d1" + SYSCALL)  # xmm1 = eax; syscall; edx = xmm1

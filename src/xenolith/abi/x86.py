@@ -59,6 +59,8 @@ EFLAGS_VIF: Final = 1 << 19
 EFLAGS_VIP: Final = 1 << 20
 EFLAGS_ID: Final = 1 << 21
 EFLAGS_STATUS: Final = 0x8D5  # CF PF AF ZF SF OF
+DR6_BREAKPOINTS: Final = 0xF  # B0 to B3
+DR6_STEP: Final = 1 << 14  # BS
 EFLAGS_DEFINED: Final = 0x3F7FD7  # every flag that exists
 
 # --- exception vectors -----------------------------------------------------------------------------

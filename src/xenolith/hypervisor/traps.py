@@ -8,12 +8,13 @@ trap a pending, unmasked event bounces to the event callback.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from xenolith.abi import layout
 from xenolith.abi.errno import ENOSYS
 from xenolith.abi.x86 import (
     CS,
+    DR6_STEP,
     EFLAGS_TF,
     MASK64,
     OPCODE_RDPMC,
@@ -55,8 +56,6 @@ from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYS
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
-
-DR6_STEP: Final = 1 << 14  # BS
 
 
 def trap_handler(vcpu: Vcpu, cpu: Cpu) -> TrapHandler:

@@ -18,6 +18,7 @@ from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind, Registe
 
 from xenolith.abi.x86 import (
     CS,
+    DR6_STEP,
     DS,
     EFLAGS_DEFINED,
     EFLAGS_IF,
@@ -78,7 +79,7 @@ FAR_CALLS: Final = {
 _WORDS: Final = {2: Struct("<5H"), 4: Struct("<5I"), 8: Struct("<5Q")}
 # What IRET and POPF leave alone at CPL 3.
 KEPT_FLAGS: Final = EFLAGS_IF | EFLAGS_IOPL | EFLAGS_VM | EFLAGS_VIF | EFLAGS_VIP
-STEPPED: Final = (VECTOR_DB, 0, 1 << 14)  # the trap after it: with DR6.BS
+STEPPED: Final = (VECTOR_DB, 0, DR6_STEP)  # the trap after it
 
 
 class SegmentCpu(Protocol):

@@ -35,6 +35,7 @@ from xenolith.abi.x86 import (
     is_canonical_range,
 )
 from xenolith.machine import page_walk
+from xenolith.machine.engines.unicorn.layout import MXCSR_DEFINED
 from xenolith.machine.memory import MachineMemory
 
 LEGACY: Final = slice(0, 512)
@@ -44,7 +45,6 @@ X87_PARTS: Final = (slice(0, 24), slice(32, 160))
 SSE_PART: Final = slice(160, 416)
 BOTH_HAVE: Final = XSTATE_X87 | XSTATE_SSE  # Unicorn and the processor
 COMPACTED: Final = 1 << 63
-MXCSR_DEFINED: Final = 0xFFFF
 INITIAL_X87: Final = (b"\x7f\x03" + bytes(22), bytes(128))
 ALIGNMENT: Final = 64
 STORABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A

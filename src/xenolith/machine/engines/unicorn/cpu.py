@@ -20,6 +20,7 @@ from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CR0_TS,
     CS,
+    DR6_STEP,
     DS,
     EFLAGS_TF,
     ES,
@@ -52,7 +53,7 @@ from xenolith.machine.engines.protocol import (
     ModeSwitchState,
     TrapHandler,
 )
-from xenolith.machine.engines.unicorn import layout, library, stubs, xsave
+from xenolith.machine.engines.unicorn import layout, library, stubs, watchpoints, xsave
 from xenolith.machine.engines.unicorn.deliver import SERIALIZES, Hook
 from xenolith.machine.engines.unicorn.deliver import library as deliver_library
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
@@ -119,6 +120,7 @@ class UnicornCpu:
         self._spare_block = bytearray(layout.VCPU_BLOCK)
         self._hook = Hook(regs=buffer_address(self.regs), memory=memory.address, memory_size=memory.size)
         self._hook.env = instance.env
+        self._watcher = watchpoints.Watcher(self._lib, instance.cpu, self._hook)
         self._hook.get_rflags, self._hook.set_rflags = map(function_address, (self.get_rflags, self.set_rflags))
         self.modes: ModeSwitchState | None = None
         self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
@@ -247,6 +249,7 @@ class UnicornCpu:
         """Load DR0-3, 6 or 7."""
         if self._q[_DR + number] != value:
             self._lib.set_dr(self._instance.env, number, value)
+            self._watch()
 
     def set_ldt(self, va: int, limit: int) -> None:
         """The LDT's linear address and limit (0: none)."""
@@ -366,6 +369,7 @@ class UnicornCpu:
 
     def close(self) -> None:
         """Give everything back to the host."""
+        self._watcher.close()
         for view in (self._general, self._registers, self.regs, self._debug, self._block):
             view.release()
         self._instance.close()
@@ -396,6 +400,13 @@ class UnicornCpu:
 
         def interrupt(vector: int, error_code: int, address: int) -> bool:
             nonlocal step_from
+            if self._hook.watches:
+                dr6 = self._watcher.trap(vector, self._q[_DR + 6])
+                if vector == VECTOR_DB:
+                    if dr6 is None:
+                        self._q[_DR + 6] &= ~DR6_STEP
+                        return True
+                    address = self._q[_DR + 6] = dr6
             if vector == VECTOR_DB and step_from == regs[RIP]:
                 step_from = -1
                 return True
@@ -431,14 +442,24 @@ class UnicornCpu:
             return deliver(vector, error_code, address)
 
         hook = partial(self._instance.hook, at=ctypes.addressof(self._hook))
-        callback: Any = library.TrapCallback(system_call)
-        interrupt_callback: Any = library.TrapCallback(interrupt)
-        invalid_callback: Any = library.TrapCallback(invalid)
-        cpuid_callback: Any = library.TrapCallback(cpuid)
+
+        def called(handler: TrapHandler) -> Any:
+            """A callback that notes whether the guest single-steps what comes next."""
+
+            def noting(vector: int, error_code: int, address: int) -> bool:
+                more = handler(vector, error_code, address)
+                if self._hook.watches:
+                    self._hook.steps = bool(regs[RFLAGS] & EFLAGS_TF)
+                return more
+
+            return library.TrapCallback(handler if native is not None else noting)
+
+        native = deliver_library()
+        callback, interrupt_callback = called(system_call), called(interrupt)
+        invalid_callback, cpuid_callback = called(invalid), called(cpuid)
         self._python_callbacks = callback, interrupt_callback, invalid_callback, cpuid_callback
         addresses = map(function_address, self._python_callbacks)
         self._hook.system_call, self._hook.interrupt, self._hook.invalid, self._hook.cpuid = addresses
-        native = deliver_library()
         if native is not None:
             callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
             invalid_callback, cpuid_callback = native.deliver_invalid, native.deliver_cpuid
@@ -472,6 +493,18 @@ class UnicornCpu:
         except GuestFault:
             return False
 
+    def _watch(self) -> None:
+        """Have the breakpoints on data that are armed now noticed."""
+        if self._watcher.set(watchpoints.armed(self._debug.tolist())):
+            if self._instance.softmmu is not None:
+                self._instance.softmmu.watched = self._hook.watches
+            self.flush_tlb()
+            self._step_if_watching()
+
+    def _step_if_watching(self) -> None:
+        hflags = self._d[_HFLAGS] & ~layout.HF_TF
+        self._d[_HFLAGS] = hflags | layout.HF_TF if self._hook.watches else hflags
+
     # --- parts of load and store --------------------------------------------------------------------
 
     def _set_tables(self, state: CpuState) -> None:
@@ -488,6 +521,7 @@ class UnicornCpu:
         if self._debug.tolist() != state.debug:
             for number in (0, 1, 2, 3, 6, 7):
                 self.set_debug(number, state.debug[number])
+        self._step_if_watching()
 
     def _store_common(self, state: CpuState) -> None:
         """What is cheap to store."""

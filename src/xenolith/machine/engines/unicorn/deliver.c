@@ -43,6 +43,14 @@ static bool enter_user_mode(struct hook *hook)
     return true;
 }
 
+/* The next instruction begins: does the guest single-step it? */
+static bool note_steps(struct hook *hook, bool more)
+{
+    if (hook->watches)
+        hook->steps = hook->get_rflags() & EFLAGS_TF;
+    return more;
+}
+
 static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
 {
     leave_user_mode(hook);
@@ -61,13 +69,23 @@ static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, 
 
 bool deliver_interrupt(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
-    return deliver(vector, error_code, address, hook, hook->interrupt);
+    if (hook->watches) { /* as watchpoints.Watcher.trap has it, which is the reference */
+        u64 *dr6 = (u64 *)(hook->env + DR6), hits = hook->watch_hits;
+        hook->watch_hits = 0;
+        if (vector == VECTOR_DB && *dr6 & DR6_STEP) {
+            *dr6 = (*dr6 & ~(u64)(hook->steps ? 0 : DR6_STEP)) | hits;
+            if (!hook->steps && !(*dr6 & DR6_BREAKPOINTS))
+                return note_steps(hook, true);
+            address = *dr6;
+        }
+    }
+    return note_steps(hook, deliver(vector, error_code, address, hook, hook->interrupt));
 }
 
 bool deliver_cpuid(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
-    return hook->cpuid_is_pythons ? hook->cpuid(vector, error_code, address)
-                                  : deliver(vector, error_code, address, hook, hook->cpuid);
+    return note_steps(hook, hook->cpuid_is_pythons ? hook->cpuid(vector, error_code, address)
+                                                   : deliver(vector, error_code, address, hook, hook->cpuid));
 }
 
 /* IRETQ from Xen's own flat selectors to the same ones, which a kernel executes by the hundred thousand (Linux's
@@ -104,14 +122,11 @@ static bool iret(struct hook *hook)
 /* An undefined opcode may be one that is carried out here (see extended.c), or an IRET, which vex.py has made one. */
 bool deliver_invalid(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
-    if (hook->extended && vector == VECTOR_UD && hook->carry_out(hook->extended))
-        return true;
-    if (vector == VECTOR_UD && iret(hook))
-        return true;
-    return hook->invalid(vector, error_code, address);
+    bool done = vector == VECTOR_UD && ((hook->extended && hook->carry_out(hook->extended)) || iret(hook));
+    return note_steps(hook, done || hook->invalid(vector, error_code, address));
 }
 
 bool deliver_system_call(u32 vector, u64 error_code, u64 address, struct hook *hook)
 {
-    return deliver(vector, error_code, address, hook, hook->system_call);
+    return note_steps(hook, deliver(vector, error_code, address, hook, hook->system_call));
 }

@@ -47,10 +47,13 @@ class Hook(ctypes.Structure):
     translating: int  # of the ticks that translation has taken so far
     translated: int  # what they were at `user_since`
     far_transfers: int  # since the last trap
+    watch_hits: int  # the bits of DR6 for breakpoints on data that the instruction has met
     serializes: bool  # there were many in a row
     cpuid_is_pythons: bool  # whatever answers the native handler knows
     stays: bool  # guest-user mode runs here all the same, until its next trap
     distrusts: bool  # guest-user mode has run elsewhere: translated code of its may have changed
+    watches: bool  # breakpoints on data are armed, and so each instruction is stepped, see watchpoints.py
+    steps: bool  # then: TF was set when the instruction began
     to_user: bool  # Unicorn was stopped because guest-user mode does not run here, or because of that
 
     _fields_: ClassVar[Fields] = (
@@ -77,9 +80,12 @@ class Hook(ctypes.Structure):
         ("translating", c_uint64),
         ("translated", c_uint64),
         ("far_transfers", c_uint64),
+        ("watch_hits", c_uint64),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
         ("distrusts", c_bool),
+        ("watches", c_bool),
+        ("steps", c_bool),
         ("to_user", c_bool),
         ("serializes", c_bool),
     )
@@ -93,7 +99,7 @@ _IN_C = {
     "cpuid": "bool (*{})(u32 vector, u64 error_code, u64 address)",
     "carry_out": "bool (*{})(u64 extended)",
     "wanted": "const u8 *{}",
-    "env": "const u8 *{}",
+    "env": "u8 *{}",
     "regs": "u64 *{}",
     "memory": "const u8 *{}",
     "get_rflags": "u64 (*{})(void)",
@@ -111,12 +117,12 @@ def declarations() -> str:
         + native.define(protocol, "TRAP_NOTHING")
         + native.define(
             x86,
-            "VECTOR_UD PAGE_SHIFT PTE_ADDRESS PTE_PSE RIP RSP CS SS OPCODE_IRET EFLAGS_TF EFLAGS_NT EFLAGS_RF "
-            "EFLAGS_VM EFLAGS_DEFINED",
+            "VECTOR_DB VECTOR_UD DR6_STEP DR6_BREAKPOINTS PAGE_SHIFT PTE_ADDRESS PTE_PSE RIP RSP CS SS OPCODE_IRET "
+            "EFLAGS_TF EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_DEFINED",
         )
         + native.define(abi_layout, "FLAT_RING3_CS64 FLAT_RING3_SS64")
         + native.define(segment_loads, "KEPT_FLAGS")
-        + native.define(layout, "HFLAGS HF_KERNEL HF_CS64 CR3")
+        + native.define(layout, "HFLAGS HF_KERNEL HF_CS64 CR3 DR6")
         + f"#define READ {READ}\n#define SERIALIZES {SERIALIZES}\n"
         + native.declare("hook", Hook, _IN_C)
     )

@@ -5,6 +5,8 @@ Linux.  QEMU itself tests one word in line, and jumps to the end of the block if
 makes that call, as all calls of helpers, by tcg_gen_callN, and the end of a block by tcg_gen_exit_tb; both through the
 library's linkage table.  Replacing the entries by stubs.CALL_MADE and stubs.EXIT_MADE does what QEMU does.
 
+In the same place the helpers that load MXCSR get a check of its reserved bits, which QEMU does not make.
+
 The table belongs to the process, but the stubs change nothing for instances other than ours: those with
 no_exit_request.
 """
@@ -28,6 +30,11 @@ FUNCTIONS: Final = {
     "gen_op3": "tcg_gen_op3_x86_64",
     "gen_brcondi": "tcg_gen_brcondi_i32_x86_64",
     "new_label": "gen_new_label_x86_64",
+    "ldmxcsr": "helper_ldmxcsr_x86_64",
+    "fxrstor": "helper_fxrstor_x86_64",
+    "xrstor": "helper_xrstor_x86_64",
+    "raise_exception_ra": "raise_exception_err_ra_x86_64",
+    "ldl_data_ra": "cpu_ldl_data_ra_x86_64",
 }
 
 
@@ -42,6 +49,12 @@ def install(lib: Library) -> CodePage:
     if native is not None:
         addresses["gen_call"] = native.address("gen_call")
     page = CodePage()
+    for name, listing, helper in (
+        ("checked_ldmxcsr", stubs.CHECKED_LDMXCSR, "ldmxcsr"),
+        ("checked_fxrstor", stubs.CHECKED_FXRSTOR, "fxrstor"),
+        ("checked_xrstor", stubs.CHECKED_XRSTOR, "xrstor"),
+    ):
+        addresses[name] = page.place(stubs.encode(listing, **addresses, restore=addresses[helper]))
     stub = page.place(stubs.encode(stubs.CALL_MADE, **addresses))
     exit_stub = page.place(stubs.encode(stubs.EXIT_MADE, **addresses))
     page.seal()

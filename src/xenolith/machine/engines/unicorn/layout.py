@@ -51,6 +51,8 @@ SLOTS: Final = {
     "tb_gen_code_x86_64": -0x28E8,
     "translator_loop_x86_64": 0xA1C8,
     "cpu_ldub_code_x86_64": 0x3238,
+    "cpu_check_watchpoint_x86_64": 0x3738,
+    "cpu_watchpoint_address_matches_x86_64": 0x7098,
 }
 OPERATIONS_CODE: Final = ("gen_intermediate_code_x86_64", 0x26, "48 8d 3d")  # lea rdi, [rip + i386_tr_ops]
 OPERATIONS: Final = 7  # functions in that table ...
@@ -119,11 +121,13 @@ FPREGS: Final = 624  # 8 of 16 bytes, by physical register
 FPIP: Final = 760  # u64
 FPDP: Final = 768  # u64
 MXCSR: Final = 816  # u32
+MXCSR_DEFINED: Final = 0xFFFF  # its bits that are not reserved
 XMM: Final = 824  # 32 of 64 bytes
 XMM_STRIDE: Final = 64
 XCR0: Final = 4904
 ERROR_CODE: Final = 5384  # u32, and after it u32 exception_is_int: raised by INT n, INT3 or INTO
 DR: Final = 5400  # DR0..DR7, u64 each
+DR6: Final = DR + 6 * 8
 OLD_EXCEPTION: Final = 5496  # i32: for the double fault logic, which must never see a second fault
 ENV_SIZE: Final = 5568
 
@@ -137,6 +141,7 @@ HF_CPL: Final = 3
 HF_CS32: Final = 1 << 4
 HF_SS32: Final = 1 << 5
 HF_ADDSEG: Final = 1 << 6
+HF_TF: Final = 1 << 8  # single steps, as TF in EFLAGS
 HF_TS: Final = 1 << 11
 HF_LMA: Final = 1 << 14
 HF_CS64: Final = 1 << 15

@@ -307,7 +307,7 @@ bool fill_tlb(u8 *cpu, u64 va, int size, int access, int mmu, bool probe, u64 re
 {
     struct softmmu *s = softmmu_of(cpu);
     u8 *env = cpu - (i64)CPU_STATE;
-    if (!s || mmu != MMU_USER || (u64)((i64)(va << 16) >> 16) != va)
+    if (!s || mmu != MMU_USER || s->watched || (u64)((i64)(va << 16) >> 16) != va)
         goto theirs;
     u64 rights = ~0ull, frame = AT(u64, env, CR3) & PTE_ADDRESS, entry;
     u64 *at;

@@ -98,6 +98,7 @@ class Softmmu(ctypes.Structure):
         ("marked", c_uint64),  # host address of Instance's marks of frames with code
         ("checksums", c_uint64),  # host address of Instance's checksums of frames
         ("unverified", c_uint64),  # of a byte for each: compare it with its checksum before its code is executed
+        ("watched", c_uint64),  # breakpoints on data are armed: pages with some are QEMU's to fill
         ("fetching", c_uint64),  # in QEMU's tlb_fill: for an instruction
         ("system_call", c_uint64),  # deliver.c's function for them, if they are native code's; and what it gets
         ("hook", c_uint64),

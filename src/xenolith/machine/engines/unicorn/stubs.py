@@ -38,6 +38,10 @@ NUMBERS: Final = {
     "op_set_label": layout.TCG_OP_SET_LABEL,
     "cond_lt": layout.TCG_COND_LT,
     "tcg_unused": layout.TCG_UNUSED,
+    "tcg_last_op": layout.TCG_LAST_OP,
+    "call_function": layout.CALL_FUNCTION,
+    "call_function_3": layout.CALL_FUNCTION + 8,  # of a call with three arguments or results
+    "not_mxcsr": ~layout.MXCSR_DEFINED,
     "map": layout.UC_PAGE_MAP,
     "map_size": layout.UC_PAGE_MAP + 16,
     "map_shift": layout.UC_PAGE_MAP + 20,
@@ -461,7 +465,7 @@ RETURN_FALSE: Final = """
 # In place of tcg_gen_callN(context, function, result, number of arguments, arguments), with which QEMU's translator
 # makes a call of a helper: instead of that of helper_check_exit_request, at the start of every block, a jump to the
 # block's end is made under the condition that a stop was requested (a negative word in front of env).  See
-# exit_check.py.
+# exit_check.py.  And helpers that load MXCSR are called by way of the checks below.
 CALL_MADE: Final = """
     48 b8 {check_exit_request:8}  mov rax, check_exit_request
     48 39 c6                      cmp rsi, rax
@@ -470,6 +474,16 @@ CALL_MADE: Final = """
     80 b8 {no_exit_request} 00    cmp byte [rax+no_exit_request], 0x0
     75 {.2:1}                     jne 2
 1:
+    48 b8 {ldmxcsr:8}             mov rax, ldmxcsr
+    48 39 c6                      cmp rsi, rax
+    0f 84 {.3}                    je 3
+    48 b8 {fxrstor:8}             mov rax, fxrstor
+    48 39 c6                      cmp rsi, rax
+    0f 84 {.4}                    je 4
+    48 b8 {xrstor:8}              mov rax, xrstor
+    48 39 c6                      cmp rsi, rax
+    0f 84 {.5}                    je 5
+6:
     48 b8 {gen_call:8}            mov rax, gen_call
     ff e0                         jmp rax
 2:
@@ -509,7 +523,79 @@ CALL_MADE: Final = """
     5b                            pop rbx
     48 b8 {temp_free:8}           mov rax, temp_free
     ff e0                         jmp rax
+3:
+    49 ba {checked_ldmxcsr:8}     mov r10, checked_ldmxcsr
+    eb {.7:1}                     jmp 7
+4:
+    49 ba {checked_fxrstor:8}     mov r10, checked_fxrstor
+7:
+    41 bb {call_function}         mov r11d, call_function
+    eb {.8:1}                     jmp 8
+5:
+    49 ba {checked_xrstor:8}      mov r10, checked_xrstor
+    41 bb {call_function_3}       mov r11d, call_function_3
+8:
+    48 8b 87 {tcg_uc}             mov rax, qword [rdi+tcg_uc]
+    80 b8 {no_exit_request} 00    cmp byte [rax+no_exit_request], 0x0
+    0f 84 {.6}                    je 6
+    57                            push rdi
+    41 52                         push r10
+    41 53                         push r11
+    48 b8 {gen_call:8}            mov rax, gen_call
+    ff d0                         call rax
+    41 5b                         pop r11
+    41 5a                         pop r10
+    5f                            pop rdi
+    48 8b 87 {tcg_last_op}        mov rax, qword [rdi+tcg_last_op]
+    4e 89 14 18                   mov qword [rax+r11], r10
+    c3                            ret
 """
+
+# In place of helper_ldmxcsr(env, value): #GP if the value has reserved bits, which that one lets pass
+CHECKED_LDMXCSR: Final = """
+    f7 c6 {not_mxcsr}             test esi, not_mxcsr
+    75 {.1:1}                     jne 1
+    48 b8 {ldmxcsr:8}             mov rax, ldmxcsr
+    ff e0                         jmp rax
+1:
+    48 8b 0c 24                   mov rcx, qword [rsp]
+    31 d2                         xor edx, edx
+    be 0d 00 00 00                mov esi, 0xd
+    48 b8 {raise_exception_ra:8}  mov rax, raise_exception_ra
+    ff e0                         jmp rax
+"""
+
+# Likewise of helper_fxrstor(env, address) and helper_xrstor(env, address, components), for the MXCSR at that address
+CHECKED_FXRSTOR: Final = """
+    57                            push rdi
+    56                            push rsi
+    52                            push rdx
+    48 8b 54 24 18                mov rdx, qword [rsp+0x18]
+    48 83 c6 18                   add rsi, 0x18
+    48 b8 {ldl_data_ra:8}         mov rax, ldl_data_ra
+    ff d0                         call rax
+    5a                            pop rdx
+    5e                            pop rsi
+    5f                            pop rdi
+    a9 {not_mxcsr}                test eax, not_mxcsr
+    75 {.1:1}                     jne 1
+2:
+    48 b8 {restore:8}             mov rax, restore
+    ff e0                         jmp rax
+1:
+    48 8b 0c 24                   mov rcx, qword [rsp]
+    31 d2                         xor edx, edx
+    be 0d 00 00 00                mov esi, 0xd
+    48 b8 {raise_exception_ra:8}  mov rax, raise_exception_ra
+    ff e0                         jmp rax
+"""
+CHECKED_XRSTOR: Final = (
+    """
+    f6 c2 02                      test dl, 0x2
+    74 {.2:1}                     je 2
+"""
+    + CHECKED_FXRSTOR
+)
 
 # In place of tcg_gen_exit_tb(context, block, exit): the last thing made of every block is an exit of number 3, "a stop
 # was requested", to which nothing leads; that is where CALL_MADE's jump goes.

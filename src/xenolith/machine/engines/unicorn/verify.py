@@ -425,6 +425,13 @@ def _debug(guest: Guest) -> None:
     found = guest.run([0])
     cpu.set_debug(7, 0x400)
     _expect("breakpoints", found, [(VECTOR_DB, 0, 0xFFFF_0FF2, 1)])
+    guest.write("50 58 90", "0f 05")  # push rax; pop rax; nop
+    guest.load()
+    cpu.set_debug(0, cpu.regs[RSP] - 8)
+    cpu.set_debug(7, 0x402 | 0b1011 << 16)  # global enable of breakpoint 0: eight bytes, accessed
+    found = guest.run([0, 0])
+    cpu.set_debug(7, 0x400)
+    _expect("breakpoints on data", found, [(VECTOR_DB, 0, 0xFFFF_0FF1, 1), (VECTOR_DB, 0, 0xFFFF_0FF1, 2)])
     cpu.set_rflags(0x246 | 3 << 12)
     _expect("flags", cpu.get_rflags(), 0x246)
     guest.write("9c 58", "0f 05")  # pushf; pop rax

@@ -19,7 +19,6 @@ _XMM: Final = 160
 _TOP_SHIFT: Final = 11
 _TOP: Final = 7 << _TOP_SHIFT
 _INITIAL_FCW: Final = 0x37F
-_MXCSR_MASK: Final = 0xFFFF
 _X87: Final = Struct("10s6x" * 8)
 _IMAGE_XMM: Final = Struct("16s" * 16)
 _QEMU_XMM: Final = Struct(f"16s{layout.XMM_STRIDE - 16}x" * 16)  # what follows each is AVX's, which Unicorn has not
@@ -36,7 +35,7 @@ def save(env: memoryview, image: bytearray) -> None:
     fdp = int.from_bytes(env[layout.FPDP : layout.FPDP + 8], "little")
     mxcsr = int.from_bytes(env[layout.MXCSR : layout.MXCSR + 4], "little")
     image[:IMAGE_SIZE] = bytes(IMAGE_SIZE)
-    _CONTROL.pack_into(image, 0, control, status, tags, 0, fip, fdp, mxcsr, _MXCSR_MASK)
+    _CONTROL.pack_into(image, 0, control, status, tags, 0, fip, fdp, mxcsr, layout.MXCSR_DEFINED)
     physical = _X87.unpack_from(env, layout.FPREGS)
     _X87.pack_into(image, _ST, *physical[top:], *physical[:top])
     image[_XMM : _XMM + 256] = b"".join(_QEMU_XMM.unpack_from(env, layout.XMM))
@@ -60,6 +59,6 @@ def restore(image: bytes | bytearray, env: memoryview) -> None:
     _X87.pack_into(env, layout.FPREGS, *stack[8 - top :], *stack[: 8 - top])
     if not components & XSTATE_SSE:
         mxcsr = INITIAL_MXCSR
-    env[layout.MXCSR : layout.MXCSR + 4] = (mxcsr & _MXCSR_MASK).to_bytes(4, "little")
+    env[layout.MXCSR : layout.MXCSR + 4] = (mxcsr & layout.MXCSR_DEFINED).to_bytes(4, "little")
     registers = _IMAGE_XMM.unpack_from(image, _XMM) if components & XSTATE_SSE else (b"",) * 16
     _QEMU_XMM.pack_into(env, layout.XMM, *registers)
