@@ -9,7 +9,7 @@
  * Several commands run at once. No stream of one may hold up another's: each side sends only as many bytes of a stream as the
  * other has said that it has room for (credit). What dom0 sends is taken at once, and dom0 takes at once what we send.
  *
- * There is no libc: it is 10 KiB, starts in a few system calls, and needs nothing of the guest but its kernel.
+ * There is no libc: it is 8 KiB, starts in a few system calls, and needs nothing of the guest but its kernel.
  */
 #include <asm/ioctls.h>
 #include <asm/termios.h>
@@ -20,6 +20,7 @@
 #include <linux/resource.h>
 #include <linux/sched.h>
 #include <linux/signal.h>
+#include <linux/sockios.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -31,12 +32,13 @@
 #define MOST_WORDS 4096
 #define INPUT_ROOM (16 << 10) /* of a command's standard input that it has not read yet */
 #define STACK (16 << 10)
+#define MOST_INTERFACES 256 /* that are looked at */
 
 enum { ENOENT = 2, EIO = 5, E2BIG = 7, EAGAIN = 11, EACCES = 13, EINVAL = 22, EINTR = 4, ENOTDIR = 20 };
 enum { POLLIN_ = 1, POLLOUT_ = 4, POLLHUP_ = 16 };
 
 /* From dom0. */
-enum { HELLO = 1, IDENTITY, ARGUMENTS, EXEC, STDIN, STDIN_END, SIGNAL, SIZE, CREDIT, FORGET };
+enum { HELLO = 1, IDENTITY, ARGUMENTS, EXEC, STDIN, STDIN_END, SIGNAL, SIZE, CREDIT, FORGET, INTERFACE };
 /* To dom0. */
 enum { READY = 65, WELCOME, IDENTIFIED, STARTED, FAILED, STDOUT, STDERR, ROOM, EXIT };
 /* Where a command failed to start. */
@@ -618,6 +620,77 @@ static void identify(const u8 *body, size_t size)
     send_number(IDENTIFIED, 0, (u32)-error);
 }
 
+/* As netdevice(7) has them; its headers want a libc. */
+struct address { u16 family; u8 port[2]; u32 ipv4; u8 rest[8]; };
+struct interface {
+    char name[16];
+    union { struct address address; struct { u16 family; u8 mac[14]; }; u16 flags; int index; u8 all[24]; };
+};
+struct route {
+    u64 pad;
+    struct address to, gateway, netmask;
+    u16 flags;
+    u64 more[3];
+    char *interface;
+    u64 metrics[3];
+};
+enum { AF_INET = 2, SOCK_DGRAM = 2, IFF_UP = 1, ETHERNET = 1, RTF_UP_GATEWAY = 3 };
+
+static int interfaces; /* a socket to ask about them */
+
+static long ask(long question, void *about) { return SYS(ioctl, interfaces, question, about); }
+
+/*
+ * Let an interface be another machine's: a MAC, and where it is up a new IPv4 address and a default route. It may be up
+ * without an address: a DHCP client that asks for one goes on to do so with the MAC that it knew, and gets none.
+ */
+static void readdress(struct interface *it, const u8 *mac, u32 address, u32 netmask, u32 router)
+{
+    const struct address any = {.family = AF_INET};
+    struct route route = {.to = any, .gateway = any, .netmask = any, .flags = RTF_UP_GATEWAY, .interface = it->name};
+    if (ask(SIOCGIFFLAGS, it))
+        return;
+    u16 flags = it->flags;
+    if (flags & IFF_UP) { /* then the driver takes no MAC */
+        it->flags = flags & ~IFF_UP;
+        ask(SIOCSIFFLAGS, it);
+    }
+    it->family = ETHERNET;
+    memcpy(it->mac, mac, 6);
+    ask(SIOCSIFHWADDR, it);
+    if (flags & IFF_UP) {
+        it->address = any, it->address.ipv4 = address;
+        ask(SIOCSIFADDR, it);
+        it->address = any, it->address.ipv4 = netmask;
+        ask(SIOCSIFNETMASK, it);
+        it->flags = flags;
+        ask(SIOCSIFFLAGS, it);
+        route.gateway.ipv4 = router;
+        ask(SIOCADDRT, &route);
+    }
+}
+
+/*
+ * An interface of this domain's has other addresses than its parent's: the MAC that it had, its own, and its IPv4 address,
+ * netmask and router in the network's byte order. Whatever runs here learns of them as of any change by an administrator.
+ */
+static void be_interface(const u8 *body, size_t size)
+{
+    if (size != 24)
+        return;
+    interfaces = (int)SYS(socket, AF_INET, SOCK_DGRAM | O_CLOEXEC, 0);
+    for (int index = 1; index <= MOST_INTERFACES; index++) {
+        struct interface it = {.index = index};
+        if (ask(SIOCGIFNAME, &it) || ask(SIOCGIFHWADDR, &it) || it.family != ETHERNET)
+            continue;
+        if (get32(it.mac) == get32(body) && get16(it.mac + 4) == get16(body + 4)) {
+            readdress(&it, body + 6, get32(body + 12), get32(body + 16), get32(body + 20));
+            break;
+        }
+    }
+    SYS(close, interfaces);
+}
+
 static void greet(const u8 *body, size_t size)
 {
     u8 answer[18] = {0};
@@ -638,6 +711,8 @@ static void obey(u8 type, u16 id, const u8 *body, size_t size)
         greet(body, size);
     else if (type == IDENTITY)
         identify(body, size);
+    else if (type == INTERFACE)
+        be_interface(body, size);
     else if (type == ARGUMENTS) {
         if (size <= MOST_ARGUMENTS - arguments_size && arguments_size <= MOST_ARGUMENTS) {
             memcpy(arguments + arguments_size, body, size);

@@ -318,7 +318,7 @@ class FakeClient(Client):
         self._change(domid, shutdown=False, shutdown_reason=None)
         self._note("soft_reset", domid)
 
-    def destroy(self, domid: int) -> None:
+    def destroy(self, domid: int, again: bool = False) -> None:
         with self._lock:
             self._guest(domid).console.close()
             del self.guests[domid]

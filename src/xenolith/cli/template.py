@@ -10,10 +10,15 @@ import click
 
 from xenolith.cli.progress import progress_bar, tell_of_downloads
 from xenolith.cli.xl_command import connect_to_daemon
-from xenolith.toolstack import guests
+from xenolith.toolstack import guests, run_network, run_root
 from xenolith.toolstack.api import debian, load_config
 from xenolith.toolstack.client import Execution, ToolstackError
 from xenolith.toolstack.config.domain import absolute_paths
+from xenolith.toolstack.errors import UsageError
+from xenolith.toolstack.run_root import RootError
+from xenolith.toolstack.run_template import equip
+
+_DISK_HELP = "Give the guest a disk, as of `xenolith run`; FILE stays as it is. May be repeated."
 
 
 @click.group()
@@ -29,9 +34,11 @@ def template() -> None:
     "--cfg",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="A domain of this xl.cfg instead, with its memory and vCPUs; the guest must have "
-    "our agent, and its disks be read-only.",
+    help="A domain of this xl.cfg instead, with its memory and vCPUs; the guest must have our agent.",
 )
+@click.option("--root", default="", metavar="DIR|TAR|IMAGE", help=run_root.HELP)
+@click.option("--disk", "disks", multiple=True, metavar="FILE[,ro]", help=_DISK_HELP)
+@click.option("--net", is_flag=False, flag_value="", metavar="[RULES]", help=run_network.NET_HELP)
 @click.option("--ready", type=click.IntRange(0, 1000), default=4, show_default=True, help="Clones to keep ready.")
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -40,25 +47,31 @@ def create(
     vcpus: int,
     kernel: str,
     cfg: Path | None,
+    root: str,
+    disks: Sequence[str],
+    net: str | None,
     ready: int,
     name: str,
     command: Sequence[str],
 ) -> None:
     """Boot a guest, run COMMAND (after --) in it to warm it up, and freeze it as the template NAME.
 
-    What COMMAND leaves in the guest's memory and files, and what it leaves running, is there in each clone.
+    What COMMAND leaves in the guest's memory and files, and what it leaves running, is there in each clone. Disks stay
+    as they are: the template and each clone write to overlays of their own.
     """
     tell_of_downloads()
     try:
         if cfg is None:
-            config = debian(name, kernel, memory_mib=memory_mib, vcpus=vcpus)
+            devices = bool(root or disks) or net is not None
+            config = debian(name, kernel, memory_mib=memory_mib, vcpus=vcpus, devices=devices)
         else:
             config = load_config(cfg)
+        equip(config, root, disks, net)
         warm_up = Execution(command=tuple(command)) if command else None
         with progress_bar() as progress:
             client = connect_to_daemon().client
             client.create_template(name, absolute_paths(config, Path.cwd()), warm_up, ready, progress)
-    except ToolstackError as error:
+    except (ToolstackError, RootError, UsageError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -38,6 +38,7 @@ from xenolith.dom0.image import KernelImage
 from xenolith.dom0.migration.clone import FrozenDomain, introduce
 from xenolith.dom0.migration.restore import Received
 from xenolith.dom0.migration.services import ServicesRecord, put
+from xenolith.dom0.network.frame import mac_text
 from xenolith.dom0.network.link import UplinkError
 from xenolith.dom0.network.network import Network, chosen_uplink
 from xenolith.dom0.network.port import PortStatistics
@@ -343,7 +344,7 @@ class Dom0:
         )
 
     def _adopt(self, domid: int, vbd: VbdSpec) -> Device[BlockBackend]:
-        return self._with_backend(domid, vbd, lambda backend: self.xenbus.adopt(domid, vbd.number, backend))
+        return self._with_backend(domid, vbd, lambda backend: self.xenbus.adopt(domid, vbd.number, backend, {}, {}))
 
     def _with_backend(
         self, domid: int, vbd: VbdSpec, device: Callable[[BlockBackend], Device[BlockBackend]]
@@ -427,9 +428,10 @@ class Dom0:
         try:
             backend = NetBackend(self.domain, domid, vif, self.network.router, partial(self.network.attach, name))
             try:
-                if adopt:
-                    return self.xenbus.adopt(domid, vif.number, backend)
-                return self.xenbus.plug(domid, vif.number, backend, *backend.nodes())
+                if not adopt:
+                    return self.xenbus.plug(domid, vif.number, backend, *backend.nodes())
+                mac = {"mac": mac_text(vif.mac)}  # a clone has another than its parent
+                return self.xenbus.adopt(domid, vif.number, backend, mac, mac)
             except ValueError:
                 backend.close()
                 raise

@@ -377,10 +377,13 @@ class Xenbus:
             self._forget(frontend, directory)
             raise ValueError(f"the host gives nothing for another device: {error}") from error
 
-    def adopt(self, domid: int, number: int, backend: Kind) -> Device[Kind]:
+    def adopt(
+        self, domid: int, number: int, backend: Kind, front: Mapping[str, str], back: Mapping[str, str]
+    ) -> Device[Kind]:
         """A device of a domain that came here with its nodes in xenstore. It connects where it was connected.
 
-        Raises ValueError where there are no nodes of such a device, and as `plug` does.
+        `front` and `back` are nodes that are another's than where it came from.  Raises ValueError where there are no
+        nodes of such a device, and as `plug` does.
         """
         frontend = f"/local/domain/{domid}/device/{backend.kind}/{number}"
         directory = f"/local/domain/0/backend/{backend.kind}/{domid}/{number}"
@@ -388,12 +391,10 @@ class Xenbus:
         def write(store: HostRequests) -> None:
             if not store.exists(directory) or not store.exists(frontend):
                 raise ValueError(f"domain {domid} has no {backend.kind} {number}")
-            for path, value in {
-                f"{frontend}/backend": directory,
-                f"{directory}/frontend": frontend,
-                f"{directory}/frontend-id": str(domid),
-            }.items():
-                store.write(path, value)
+            for name, value in {**back, "frontend": frontend, "frontend-id": str(domid)}.items():
+                store.write(f"{directory}/{name}", value)
+            for name, value in {**front, "backend": directory}.items():
+                store.write(f"{frontend}/{name}", value)
 
         self.store.transact(write)
         return self._made(domid, number, backend, frontend, directory)

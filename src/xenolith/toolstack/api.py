@@ -9,6 +9,7 @@ The words for states are those of `Domain.state`; waiting for one uses the clien
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -457,10 +458,22 @@ class Machine:
         warm_up: str | Sequence[str] | None = None,
         ready: int = 4,
         progress: OnProgress = no_progress,
+        *,
+        root: str = "",
+        disks: Sequence[str] = (),
+        net: str | None = None,
     ) -> Template:
-        """Boot a domain of a configuration, run a command in its guest, and freeze it; keep so many clones ready."""
-        if not isinstance(config, DomainConfig):
-            config = load_config(config)
+        """Boot a domain of a configuration, run a command in its guest, and freeze it; keep so many clones ready.
+
+        `root`, `disks` and `net` (its rules) add to the configuration what `xenolith run` means by these words.  What
+        the template and its clones write to disks goes to overlays of their own.
+        """
+        config = copy.deepcopy(config) if isinstance(config, DomainConfig) else load_config(config)
+        if root or disks or net is not None:
+            # What makes roots of archives takes a while to import, and few want it.
+            from xenolith.toolstack.run_template import equip
+
+            equip(config, root, disks, net)
         wanted = execution(warm_up) if warm_up is not None else None
         self.client.create_template(name, absolute_paths(config, Path.cwd()), wanted, ready, progress)
         return Template(self, name)

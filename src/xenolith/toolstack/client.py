@@ -483,8 +483,11 @@ class Client(ABC):
         """Start a domain over that has shut down with reason soft-reset."""
 
     @abstractmethod
-    def destroy(self, domid: int) -> None:
-        """End a domain at once."""
+    def destroy(self, domid: int, again: bool = False) -> None:
+        """End a domain at once.
+
+        What a clone's disks hold goes with it, if the domain is not built `again`.
+        """
 
     @abstractmethod
     def rename(self, domid: int, name: str) -> None:

@@ -30,6 +30,11 @@ _FORMATS: Final = {
 }
 
 
+def format_of(source: DiskSource) -> config.DiskFormat:
+    """What a DISKSPEC calls it."""
+    return next(theirs for theirs, ours in _FORMATS.items() if ours is source.format)
+
+
 def virtual_block_device(disk: Disk) -> VbdSpec:
     """The device that a DISKSPEC describes. Raises NotSupported and InvalidRequest.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from xenolith.debian.roots import RootError as RootError
 from xenolith.debian.roots import store
 from xenolith.debian.roots.oci import ImageConfig
 from xenolith.dom0.disks import DiskSource

@@ -130,22 +130,22 @@ class Supervisor(Supervision):
             for message in plan.messages:
                 self._say(life.domid, message)
             for step in plan.steps:
-                if not self._step(life, step):
+                if not self._step(life, step, again=not plan.ends):
                     break
             if plan.ends:
                 self._release(life, "Done. Exiting now")
         finally:
             self._workers.discard(threading.current_thread())
 
-    def _step(self, life: Lifecycle, step: Step) -> bool:
-        """Do one step; False if the rest makes no sense."""
+    def _step(self, life: Lifecycle, step: Step, again: bool) -> bool:
+        """Do one step of a plan, after which the domain is built again or not; False if the rest makes no sense."""
         domid = life.domid
         try:
             if step is Step.DUMP_CORE:
                 self._dump_core(life)
             elif step is Step.DESTROY:
                 self._say(domid, f"Domain {domid} needs to be cleaned up: destroying the domain")
-                self._client.destroy(domid)
+                self._client.destroy(domid, again)
             elif step is Step.RENAME:
                 self._client.rename(domid, life.corpses[-1])
             elif step is Step.SOFT_RESET:

@@ -36,7 +36,7 @@ def test_parent_and_clones_go_on_each_for_itself(engine_name: str, vcpus: int) -
         parent = dom0.create(spec)
         dom0.start(parent)
         follow(parent.console, "a 20")
-        frozen = freeze(dom0, parent)
+        frozen = freeze(dom0, parent, {})
         clones = [clone(dom0, spec, frozen, number) for number in (1, 2)]
         frozen.close()
         machine.check_invariants()  # which pauses them all
@@ -50,7 +50,7 @@ def test_parent_and_clones_go_on_each_for_itself(engine_name: str, vcpus: int) -
         machine.check_invariants()
         assert dom0.xenstore.read(f"/local/domain/{clones[1].domid}/clone/number") == "2"
         # The second generation: what a clone is by now.
-        young = freeze(dom0, clones[0])
+        young = freeze(dom0, clones[0], {})
         grandchild = clone(dom0, spec, young, 1)
         young.close()
         dom0.destroy(clones[0])
@@ -71,7 +71,7 @@ def test_a_clone_that_was_not_let_run_has_few_pages_of_its_own(engine_name: str)
         parent = dom0.create(spec)
         dom0.start(parent)
         follow(parent.console, "a 20")
-        frozen = freeze(dom0, parent)
+        frozen = freeze(dom0, parent, {})
         one, two = (clone(dom0, spec, frozen, number) for number in (1, 2))
         frozen.close()
         own = dom0.control.private_frames(one.domid)
@@ -95,7 +95,7 @@ def test_clones_are_charged_for_what_is_their_own_and_what_they_may_write_next(
         parent = dom0.create(spec)
         dom0.start(parent)
         follow(parent.console, "a 20")
-        frozen = freeze(dom0, parent)
+        frozen = freeze(dom0, parent, {})
         dom0.control.pause(parent.domid)
         before = free()
         clones = [clone(dom0, spec, frozen, number) for number in range(1, 13)]  # 1,152 MiB

@@ -61,7 +61,7 @@ class Checkpointer:
         writer.json(stream.DESCRIPTION, {**sizes, "toolstack": description})
         if not series.base:
             self._begin(writer)
-        disks = {number: (self._overlay(number), Path(path)) for number, path in series.disks}
+        disks = {number: (overlay(self._domain, number), Path(path)) for number, path in series.disks}
         settle(domain)
         clock = dom0.hypervisor.clock
         began = clock.now()
@@ -97,12 +97,6 @@ class Checkpointer:
             self.forget()
             raise RecordError(f"its changes were not followed any more: {reason}") from reason
 
-    def _overlay(self, number: int) -> OverlayDisk:
-        disk = self._domain.disks[number].backend.disk
-        if not isinstance(disk, OverlayDisk):
-            raise DiskError(f"{self._domain.disks[number].backend.spec.name} is no overlay")
-        return disk
-
     def forget(self) -> None:
         """The next checkpoint has to have all."""
         if self._changes is not None:
@@ -110,6 +104,14 @@ class Checkpointer:
             self._changes = None
 
     close = forget
+
+
+def overlay(domain: GuestDomain, number: int) -> OverlayDisk:
+    """A disk of a domain's. Raises DiskError where it is none with layers."""
+    backend = domain.disks[number].backend
+    if not isinstance(backend.disk, OverlayDisk):
+        raise DiskError(f"{backend.spec.name} is no overlay")
+    return backend.disk
 
 
 def settle(domain: GuestDomain) -> None:

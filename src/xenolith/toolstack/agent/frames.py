@@ -47,6 +47,7 @@ class Kind(IntEnum):
     SIZE = 8
     CREDIT = 9
     FORGET = 10
+    INTERFACE = 11
     READY = 65
     WELCOME = 66
     IDENTIFIED = 67
@@ -79,6 +80,11 @@ def identity(name: str) -> Frame:
     host = re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-.")[:MOST_HOST_NAME] or "clone"
     words = os.urandom(SEED_BYTES) + secrets.token_hex(16).encode() + struct.pack("<Q", time.time_ns())
     return Frame(Kind.IDENTITY, 0, words + host.encode("ascii"))
+
+
+def interface(former: bytes, mac: bytes, address: int, netmask: int, router: int) -> Frame:
+    """What a clone is told of an interface: the MAC that its parent's had, and what it has itself (IPv4)."""
+    return Frame(Kind.INTERFACE, 0, former + mac + struct.pack("!III", address, netmask, router))
 
 
 class FrameError(ValueError):

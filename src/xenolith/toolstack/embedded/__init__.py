@@ -56,6 +56,7 @@ class EmbeddedToolstack(Looking, Life, Resources, Devices, State, Relocation, In
         self.listen("")
         self._table.close()
         self.dom0.close()
+        self._table.clone_disks.close()
 
     def subscribe(self) -> EventStream:
         self._table.check_open()

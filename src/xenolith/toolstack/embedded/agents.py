@@ -5,30 +5,32 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from xenolith.toolstack.agent.frames import identity
 from xenolith.toolstack.agent.session import AgentUnavailable, Session
+from xenolith.toolstack.clones import introduction
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from xenolith.dom0.services import Dom0
     from xenolith.toolstack.embedded.table import DomainTable, Record
 
 AGENT_SECONDS: Final = 120.0  # that a guest may take to boot until its agent answers
 
 
-def bring_to_life(dom0: Dom0, record: Record) -> None:
+def bring_to_life(dom0: Dom0, record: Record, macs: Mapping[int, bytes]) -> None:
     """Let a clone run for the first time. The first that it hears is who it is, if it has an agent."""
     domain = record.domain
-    told = identity(record.config.name)
+    told = introduction(dom0, domain, record.config.name, macs)
     console = domain.channel.open(0) if domain.channel else None
     session = Session(console) if console is not None else None
-    if session is not None and console is not None and console.input_room > 2 * len(told.body):
-        session.greet(told)
+    if session is not None and console is not None and console.input_room > 2 * sum(len(each.body) for each in told):
+        session.greet(*told)
         dom0.start(domain)
     else:
         dom0.start(domain)
         if session is not None:
-            session.greet(told)
-    record.newborn, record.agent = False, session
+            session.greet(*told)
+    record.newborn, record.agent = None, session
 
 
 def agent_of(table: DomainTable, domid: int) -> Session:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from xenolith.dom0.disks import DiskError
 from xenolith.dom0.image import ImageError, load_image
-from xenolith.dom0.migration.clone import FrozenDomain, freeze
 from xenolith.dom0.services import DomainSpec
 from xenolith.hypervisor.control import USUAL, DomainCreateError, Limits, RecordError
 from xenolith.toolstack import devices, networks
 from xenolith.toolstack.client import InvalidRequest, NotSupported, OnProgress, Progress, ToolstackError
+from xenolith.toolstack.clones import Parent, configuration, freeze_parent
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.embedded.table import DomainTable, Record
 
@@ -67,25 +68,34 @@ class Builder:
             except (DomainCreateError, RecordError) as error:
                 raise ToolstackError(f"The domain cannot be restored: {error}.") from error
 
-    def frozen(self, domid: int) -> FrozenDomain:
+    def frozen(self, domid: int) -> Parent:
         """What a domain is at this moment, which goes on."""
         with self._table.hold(domid) as record:
-            _check_clonable(record.config)
+            config = copy.deepcopy(record.config)
             try:
-                return freeze(self._dom0, record.domain)
-            except RecordError as error:
+                return freeze_parent(
+                    self._dom0,
+                    record.domain,
+                    self._table.clone_disks,
+                    config,
+                    record.newborn,
+                    record.agent_answers,
+                )
+            except (RecordError, DiskError, OSError) as error:
                 raise ToolstackError(f"Domain {domid} cannot be cloned: {error}.") from error
 
-    def cloned(self, config: DomainConfig, frozen: FrozenDomain, name: str, number: int, agent_answers: bool) -> int:
-        """Of a frozen one; whether its guest's agent is known to answer."""
-        config = copy.deepcopy(config)
-        config.name, config.uuid = name, uuids.uuid4()
+    def cloned(self, parent: Parent, name: str, number: int) -> int:
+        """Of a frozen one."""
+        config = configuration(parent, name)
+        disks = self._table.clone_disks
         with self._table.claim(name):
             try:
-                domain = self._dom0.clone(self._described(config), frozen, number)
-                return self._table.add(Record(domain, config, agent_answers=agent_answers, newborn=True))
-            except (DomainCreateError, RecordError, OSError, MemoryError) as error:
+                disks.overlay(parent.disks, config)
+                domain = self._dom0.clone(self._described(config), parent.frozen, number)
+            except (DomainCreateError, RecordError, DiskError, OSError, MemoryError) as error:
+                disks.remove(config)
                 raise ToolstackError(f"{name} cannot be made: {error}.") from error
+            return self._table.add(Record(domain, config, agent_answers=parent.agent_answers, newborn=parent.macs))
 
     def _loaded(self, config: DomainConfig, progress: OnProgress) -> DomainSpec:
         """With the kernel and what it is given. Raises NotSupported and ToolstackError."""
@@ -136,15 +146,6 @@ def _check_supported(config: DomainConfig) -> None:
         lacking.append("bootloader")
     if lacking:
         raise NotSupported(f"A domain cannot be given: {', '.join(lacking)}.")
-
-
-def _check_clonable(config: DomainConfig) -> None:
-    """Raises NotSupported."""
-    if config.nics:
-        raise NotSupported("A domain with a vif cannot be cloned: its clones would have the same address.")
-    writable = [disk.vdev for disk in config.disks if disk.writable and not disk.is_cdrom]
-    if writable:
-        raise NotSupported(f"A domain with a disk that it can write to ({writable[0]}) cannot be cloned.")
 
 
 def _time_offset(config: DomainConfig) -> int:

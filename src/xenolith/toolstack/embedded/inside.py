@@ -29,7 +29,7 @@ class Inside(Part):
 
     def __init__(self, table: DomainTable) -> None:
         super().__init__(table)
-        self._templates = Templates(self, self._builder)
+        self._templates = Templates(self, self._builder, table.clone_disks)
 
     def open_console(self, domid: int, number: int = 0) -> ConsoleStream:
         if number:

@@ -51,8 +51,8 @@ class Life(Part):
                 if record.stay is not None:
                     record.stay()
                     record.stay = None
-                elif record.newborn:
-                    bring_to_life(self.dom0, record)
+                elif record.newborn is not None:
+                    bring_to_life(self.dom0, record, record.newborn)
                 else:
                     self.dom0.start(record.domain)
             except DomainCreateError as error:
@@ -60,7 +60,7 @@ class Life(Part):
             except RuntimeError as error:  # Python's, for a thread that the host does not give
                 raise ToolstackError(f"domain {domid} cannot be started: {error}") from error
 
-    def destroy(self, domid: int) -> None:
+    def destroy(self, domid: int, again: bool = False) -> None:
         with self._table.lock:
             record = self._table.record(domid)
             record.last_seen = next(info for info in self.domains() if info.domid == domid)
@@ -70,6 +70,9 @@ class Life(Part):
                 return  # somebody else was quicker
             record.end_checkpoints()
             self.dom0.destroy(record.domain)
+            if not again:
+                self._table.clone_disks.remove(record.config)
+            self._table.clone_disks.reap()
             self._table.remove(record)
         if record.protected is not None:
             record.protected.join()  # the other side knows that it is not wanted any more

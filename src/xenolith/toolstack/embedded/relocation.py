@@ -68,7 +68,8 @@ class Relocation(Part):
             except ToolstackError:
                 come_back()
                 raise
-        self.destroy(domid)
+        self._table.clone_disks.keep(config)
+        self.destroy(domid, again=True)
         return RelocationInfo(
             rounds=tuple(RelocationRound(**vars(each)) for each in figures.rounds),
             last_pages=figures.last_pages,
@@ -95,7 +96,7 @@ class Relocation(Part):
             arrival.let_run(lambda: None if paused else self.unpause(domid))
         except (ToolstackError, OSError) as error:
             if domid:
-                self.destroy(domid)
+                self.destroy(domid, again=True)
             with contextlib.suppress(OSError):
                 connection.answer(f"{error}\n".encode())
             raise ToolstackError(f"The domain did not come: {error}") from error

@@ -43,7 +43,8 @@ class State(Part):
         with self._table.hold(domid) as record:
             save_domain(self.dom0, record.domain, self.config(domid), path, compress, progress)
         if after is AfterSave.DESTROY:
-            self.destroy(domid)
+            self._table.clone_disks.keep(record.config)
+            self.destroy(domid, again=True)
         elif after is AfterSave.RUN:
             self._control.unpause(domid)
 
@@ -95,17 +96,16 @@ class State(Part):
             with self._table.lock:
                 found = [domid for domid, record in self._table.records.items() if record.config.name == config.name]
             for domid in found:
-                self.destroy(domid)
+                self.destroy(domid, again=True)
             put_disks_back(path, series, config)
             return NewDomid(self._builder.restored(config, arriving.receive))
 
     def clone(self, domid: int, names: list[str], progress: OnProgress = no_progress) -> list[int]:
-        config, answers = self.config(domid), self._table.record(domid).agent_answers
-        frozen = self._builder.frozen(domid)
+        parent = self._builder.frozen(domid)
         made: list[int] = []
         try:
             for number, name in enumerate(names, 1):
-                made.append(self._builder.cloned(config, frozen, name, number, answers))
+                made.append(self._builder.cloned(parent, name, number))
                 progress(Progress("cloning the domain", number, len(names)))
         except BaseException:
             for each in made:
@@ -113,5 +113,5 @@ class State(Part):
                     self.destroy(each)
             raise
         finally:
-            frozen.close()
+            parent.close()
         return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,7 @@ from xenolith.toolstack.client import (
     EventKind,
     InvalidRequest,
 )
+from xenolith.toolstack.clone_disks import CloneDisks, clones_directory
 from xenolith.toolstack.events import EventHub
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Record:
     agent_lock: threading.Lock = field(default_factory=threading.Lock)  # of what follows; taken after none of ours
     agent: Session | None = None
     agent_answers: bool = False  # it is known to be there: a clone of one that was
-    newborn: bool = False  # a clone that was not let run yet
+    newborn: Mapping[int, bytes] | None = None  # a clone that was not let run yet: the MACs that its guest knows
     last_seen: DomainInfo | None = None  # as it was when that began, which it is shown as until it is gone
     checkpointed: CheckpointedDomain | None = None
     schedule: Schedule | None = None  # of checkpoints
@@ -82,6 +83,7 @@ class DomainTable:
         self.lock = threading.RLock()  # of all below; taken before anything of dom0's, and after a record's
         self.records: dict[int, Record] = {}
         self.hub = EventHub()
+        self.clone_disks = CloneDisks(clones_directory())
         self._claimed: set[str] = set()
         self._departed: list[Departed] = []
         self.closed = False  # from then on nothing is answered

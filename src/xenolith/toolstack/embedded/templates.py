@@ -20,7 +20,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+from uuid import uuid4
 
+from xenolith.dom0.disks import DiskError
 from xenolith.toolstack.agent.running import finish, printable
 from xenolith.toolstack.client import (
     Client,
@@ -37,7 +39,8 @@ from xenolith.toolstack.client import (
 )
 
 if TYPE_CHECKING:
-    from xenolith.dom0.migration.clone import FrozenDomain
+    from xenolith.toolstack.clone_disks import CloneDisks
+    from xenolith.toolstack.clones import Parent
     from xenolith.toolstack.config.domain import DomainConfig
     from xenolith.toolstack.embedded.building import Builder
 
@@ -48,8 +51,7 @@ QUIET_S: Final = 0.05  # without a request, before the next clone is made
 @dataclass
 class _Template:
     name: str
-    config: DomainConfig
-    frozen: FrozenDomain
+    parent: Parent
     wanted: int  # clones ready
     made: float = field(default_factory=time.time)
     number: int = 0  # of the clone that was made last
@@ -61,9 +63,10 @@ class _Template:
 class Templates:
     """The templates of a toolstack. Methods may be called by any thread."""
 
-    def __init__(self, toolstack: Client, builder: Builder) -> None:
+    def __init__(self, toolstack: Client, builder: Builder, disks: CloneDisks) -> None:
         self._toolstack = toolstack
         self._builder = builder
+        self._disks = disks
         self._changed = threading.Condition()  # of all below
         self._templates: dict[str, _Template] = {}
         self._making: set[str] = set()
@@ -78,42 +81,50 @@ class Templates:
         """Boot a domain, let it warm up, freeze it. Raises ToolstackError."""
         if not name or not name.isprintable() or "/" in name or not 0 <= ready <= MOST_READY:
             raise InvalidRequest(f"A template needs a name, and 0 to {MOST_READY} clones ready.")
+        if any(nic.publish for nic in config.nics):
+            raise InvalidRequest("A template has no published ports: each of its clones would have the same.")
         with self._changed:
             if name in self._templates or name in self._making:
                 raise InvalidRequest(f'There is a template "{name}" already.')
             self._making.add(name)
         try:
             config = copy.deepcopy(config)
-            config.name = f"template-{name}"
-            frozen = self._frozen(config, warm_up, progress)
+            config.name, config.uuid = f"template-{name}", uuid4()
+            parent = self._parent(config, warm_up, progress)
             with self._changed:
-                self._templates[name] = _Template(name, config, frozen, ready)
+                self._templates[name] = _Template(name, parent, ready)
                 self._begin()
         finally:
             with self._changed:
                 self._making.discard(name)
 
-    def _frozen(self, config: DomainConfig, warm_up: Execution | None, progress: OnProgress) -> FrozenDomain:
+    def _parent(self, config: DomainConfig, warm_up: Execution | None, progress: OnProgress) -> Parent:
         toolstack = self._toolstack
-        domid = toolstack.create(config, progress)
+        domid = 0
         try:
+            self._disks.overlay_all(config)
+            domid = toolstack.create(config, progress)
             toolstack.unpause(domid)
             progress(Progress("booting the guest", 0, 1))
-            _run(toolstack.execute(domid, warm_up or Execution(command=("true",))))
+            _run(toolstack.execute(domid, warm_up or Execution(command=("true",), directory="/")))
             progress(Progress("booting the guest", 1, 1))
             return self._builder.frozen(domid)
+        except (DiskError, OSError) as error:
+            raise ToolstackError(f"The template's disks cannot be made: {error}.") from error
         finally:
             with suppress(ToolstackError):
-                toolstack.destroy(domid)
+                if domid:
+                    toolstack.destroy(domid)
+            self._disks.remove(config)
 
     def infos(self) -> list[TemplateInfo]:
         with self._changed:
             return [
                 TemplateInfo(
                     name=each.name,
-                    memory_kib=each.config.memory_kib,
-                    vcpus=each.config.vcpus_online,
-                    kernel=each.config.kernel or "",
+                    memory_kib=each.parent.config.memory_kib,
+                    vcpus=each.parent.config.vcpus_online,
+                    kernel=each.parent.config.kernel or "",
                     made=each.made,
                     ready=len(each.ready),
                     wanted=each.wanted,
@@ -130,7 +141,7 @@ class Templates:
             if template is None:
                 raise InvalidRequest(f'There is no template "{name}".')
             self._used += template.ready
-            template.frozen.close()
+            template.parent.close()
             self._changed.notify_all()
 
     def run(self, name: str, execution: Execution) -> ProcessStream:
@@ -162,7 +173,7 @@ class Templates:
             template.number += 1
             number = template.number
         name = f"{template.name}-{number}"
-        return self._builder.cloned(template.config, template.frozen, name, number, agent_answers=True)
+        return self._builder.cloned(template.parent, name, number)
 
     def _give_back(self, domid: int) -> None:
         with self._changed:
@@ -176,7 +187,7 @@ class Templates:
         if self._thread is not None:
             self._thread.join()
         for template in self._templates.values():
-            template.frozen.close()
+            template.parent.close()
 
     # --- on the thread -----------------------------------------------------------------------------------
 
