@@ -114,6 +114,8 @@ def test_any_bytes_are_a_message_or_refused(body: bytes) -> None:
         (Inner, {"name": "a", "amounts": [1, "x"]}, r"value.amounts\[1\] must be of type int"),
         (Colour, "green", "value must be one of red, blue, not 'green'"),
         (bytes, "%%%", "value must be base64"),
+        (bytes, "\N{BULLET}", "value must be base64"),
+        (float, 10**400, "value is out of range"),
         (UUID, "x", "value must be a UUID, not 'x'"),
         (Path, "a\0b", "value must be a path"),
         (tuple[str, int], ["a"], "value must have 2 elements, not 1"),

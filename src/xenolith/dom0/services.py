@@ -237,6 +237,9 @@ class Dom0:
         """Connect a domain that came from elsewhere to dom0's services."""
         with ExitStack() as undo:
             undo.callback(self.control.destroy, domid)
+            for devices in (spec.disks, spec.nets):
+                if len({device.number for device in devices}) < len(devices):
+                    raise DomainCreateError("two of its devices have the same number")
             self._schedule(domid, spec)
             built = BuiltDomain(domid, theirs.store_mfn, theirs.store_port, theirs.console_mfn, theirs.console_port)
             console = self._connect_console(built, undo, theirs.scrollback)

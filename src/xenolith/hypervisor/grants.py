@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Domain
 
 DEFAULT_MAX_FRAMES: Final = 64  # of the table, as xl.cfg's max_grant_frames
+MOST_FRAMES: Final = 1 << 12  # that a table can be given: 2**21 entries
 DEFAULT_MAX_MAPPINGS: Final = 1 << 16  # of others' frames at a time (Xen: max_maptrack_frames)
 _MARKS: Final = GTF_reading | GTF_writing
 ATTEMPTS: Final = 5  # at changing an entry that its owner is changing all the time

@@ -20,7 +20,7 @@ from xenolith.hypervisor.domain_record.domain import clock_ahead, load_domain
 from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, check_frames
 from xenolith.hypervisor.domain_record.kinds import Plain, Record, RecordError
 from xenolith.hypervisor.events import DEFAULT_MAX_PORT, EventChannels
-from xenolith.hypervisor.grants import DEFAULT_MAX_FRAMES, DEFAULT_MAX_MAPPINGS, GrantTable
+from xenolith.hypervisor.grants import DEFAULT_MAX_FRAMES, DEFAULT_MAX_MAPPINGS, MOST_FRAMES, GrantTable
 from xenolith.hypervisor.hypercalls.table import HYPERCALL_TABLE
 from xenolith.hypervisor.time import VcpuTimers
 from xenolith.hypervisor.view import View
@@ -49,6 +49,13 @@ class Limits:
     event_channel_port: int = DEFAULT_MAX_PORT  # the largest
     grant_frames: int = DEFAULT_MAX_FRAMES
     mappings: int = DEFAULT_MAX_MAPPINGS  # of other domains' grants, at a time
+
+    def check(self) -> None:
+        """Raises DomainCreateError for what no domain can have."""
+        if not 1 <= self.grant_frames <= MOST_FRAMES:
+            raise DomainCreateError(f"a grant table of {self.grant_frames} frames: it has 1 to {MOST_FRAMES}")
+        if min(self.event_channel_port, self.mappings) < 0:
+            raise DomainCreateError(f"{self.event_channel_port} event channels and {self.mappings} mappings of grants")
 
 
 USUAL: Final = Limits()
@@ -105,6 +112,7 @@ def _create(
 ) -> int:
     if not 1 <= max_vcpus <= MAX_VCPUS:
         raise DomainCreateError(f"{max_vcpus} vCPUs: a domain has 1 to {MAX_VCPUS}")
+    limits.check()
     with hypervisor.lock:
         domid = hypervisor.next_domid()
     if domid >= DOMID_FIRST_RESERVED:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xenolith.toolstack.config.domain import DomainConfig
 
 XEN_OUI: Final = b"\x00\x16\x3e"
+MAC_BYTES: Final = 6
 MIN_MTU: Final = 576  # that every IPv4 host takes
 MAX_MTU: Final = 65521  # with its Ethernet header, a packet's size is 16 bits
 
@@ -36,7 +37,7 @@ def virtual_interface(nic: Nic) -> VifSpec:
         raise NotSupported(f"{name}: a network of the domain {nic.backend_domain} (backend=); it is dom0's here.")
     if nic.nictype == "vif_ioemu":
         raise NotSupported(f"{name}: type=ioemu is for HVM domains.")
-    if nic.mac is None or nic.mac[0] & 1:
+    if nic.mac is None or len(nic.mac) != MAC_BYTES or nic.mac[0] & 1:
         raise InvalidRequest(f"{name}: {nic.mac_text} is no MAC address that a machine can have.")
     if nic.mtu and not MIN_MTU <= nic.mtu <= MAX_MTU:
         raise InvalidRequest(f"{name}: an MTU of {nic.mtu} is not between {MIN_MTU} and {MAX_MTU}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import time
@@ -18,8 +17,9 @@ from xenolith.hypervisor.control import DomainCreateError, NoSuchDomain, NotTrac
 from xenolith.toolstack.client import ProtectionInfo, ToolstackError
 from xenolith.toolstack.config.disk import DiskFormat, virtual_device
 from xenolith.toolstack.config.domain import DomainConfig
-from xenolith.toolstack.daemon.codec import CodecError, Json, decode, encode
+from xenolith.toolstack.daemon.codec import CodecError, Json, encode
 from xenolith.toolstack.peers import Connection, connected
+from xenolith.toolstack.saving import configuration
 
 if TYPE_CHECKING:
     from xenolith.dom0.services import Dom0, GuestDomain
@@ -122,14 +122,17 @@ def stand_by(
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         place = Path(mkdtemp(dir=directory))
-        standby = Standby(dom0.control, connection.source, connection.out, place)
+        try:
+            standby = Standby(dom0.control, connection.source, connection.out, place)
+        except BaseException:
+            os.rmdir(place)
+            raise
     except (RecordError, DomainCreateError, OSError) as error:
         connection.answer(f"{error}\n".encode())
         raise ToolstackError(f"a domain cannot be protected here: {error}") from error
     taken = False
     try:
-        said = standby.toolstack if isinstance(standby.toolstack, dict) else {}
-        config = copy.deepcopy(decode(DomainConfig, said.get("config")))
+        config = configuration(standby.toolstack)
         _put_disks(config, standby)
         if standby.follow():
             arrived(take(config, standby))

@@ -6,6 +6,7 @@ configuration, goes into the description at the beginning.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -18,10 +19,11 @@ from xenolith.dom0.services import Dom0, GuestDomain
 from xenolith.hypervisor.control import DomainCreateError, RecordError
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError
 from xenolith.toolstack.config.domain import DomainConfig
-from xenolith.toolstack.daemon.codec import CodecError, decode, encode
+from xenolith.toolstack.daemon.codec import CodecError, Json, decode, encode
 from xenolith.toolstack.whole_file import whole_file
 
 MOST_TOKEN: Final = 64  # characters of it that tell one relocation from another
+_CONTROL: Final = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")  # and what cannot be encoded
 
 
 def save_domain(
@@ -42,6 +44,21 @@ def _reporter(stage: str, progress: OnProgress) -> Callable[[int, int], None]:
     return lambda done, total: progress(Progress(stage, done, total))
 
 
+def configuration(toolstack: Json) -> DomainConfig:
+    """Of a domain that comes from elsewhere, by what its toolstack says. Raises CodecError."""
+    said = toolstack.get("config") if isinstance(toolstack, dict) else None
+    _check_texts(said)
+    return decode(DomainConfig, said)
+
+
+def _check_texts(value: Json) -> None:
+    """They are printed on terminals here."""
+    if isinstance(value, str) and _CONTROL.search(value):
+        raise CodecError(f"its configuration says {value[:60]!r}")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_texts(each)
+
+
 class Arriving:
     """A domain that comes in a stream. Methods raise ToolstackError."""
 
@@ -51,8 +68,8 @@ class Arriving:
             self._receiver = Receiver(dom0.control, source, open_base)
             self.series = self._receiver.series
             toolstack = self._receiver.toolstack
+            self.config = configuration(toolstack)
             said = toolstack if isinstance(toolstack, dict) else {}
-            self.config: DomainConfig = decode(DomainConfig, said.get("config"))
             self.token: str = decode(str, said.get("token", ""))[:MOST_TOKEN]
         except (RecordError, CodecError) as error:
             raise ToolstackError(f"This is no domain that can be restored: {error}.") from error

@@ -23,10 +23,11 @@ from xenolith.dom0.migration.protect import Protection, Standby
 from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.migration.save import save
 from xenolith.dom0.migration.series import Series, join
-from xenolith.dom0.migration.stream import DESCRIPTION, STATE, ZSTD, Reader, Writer
+from xenolith.dom0.migration.stream import BLOCKS, DESCRIPTION, STATE, ZSTD, Reader, Writer
 from xenolith.dom0.services import DomainSpec
 from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainCreateError, RecordError
+from xenolith.hypervisor.domain_record.kinds import Plain
 
 from ..test_services import PREBUILT
 
@@ -218,6 +219,31 @@ def test_mutated_protections_are_given_up_or_make_a_sound_domain(
         assert dom0.control.machine().free_pages == free
         assert dom0.xenstore.statistics() == nodes
     assert min(outcomes.values()) > 0
+
+
+def test_a_protection_has_each_disk_once_and_no_room_for_blocks_of_nothing(
+    small: tuple[Machine, DomainSpec, bytes], tmp_path: Path
+) -> None:
+    control = small[0].dom0.control
+    free, open_files = control.machine().free_pages, len(os.listdir("/proc/self/fd"))
+
+    def standby(disks: list[Plain]) -> Standby:
+        stream = io.BytesIO()
+        writer = Writer(stream)
+        writer.json(DESCRIPTION, {"max_pages": 1 << 10, "vcpus": 1, "toolstack": None, "disks": disks})
+        writer.section(BLOCKS, b"", 3 << 36)
+        stream.seek(0)
+        return Standby(control, stream, io.BytesIO(), tmp_path)
+
+    disk: Plain = {"number": 3, "sectors": 8}
+    with pytest.raises(RecordError, match="disk 3 twice"):
+        standby([disk, disk])
+    made = standby([disk])
+    with pytest.raises(RecordError, match="0 bytes at block 0"):
+        made.follow()
+    made.close()
+    assert not list(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == open_files
+    assert control.machine().free_pages == free
 
 
 @pytest.mark.parametrize("says", [1 << 30, 1 << 62])

@@ -189,6 +189,8 @@ class Standby:
             raise
 
     def _make_disk(self, directory: Path, number: int, sectors: int) -> None:
+        if number in self._disks:
+            raise RecordError(f"it has the disk {number} twice")
         path = directory / f"disk-{number}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._disks[number] = descriptor, -(-sectors * SECTOR // BLOCK)
@@ -219,7 +221,7 @@ class Standby:
             _, blocks = self._disks.get(section.first >> BLOCK_BITS, (0, 0))
             first = section.first & (1 << BLOCK_BITS) - 1
             data = reader.payload(section, _BLOCKS_AT_ONCE * BLOCK)
-            if len(data) % BLOCK or first + len(data) // BLOCK > blocks:
+            if not data or len(data) % BLOCK or first + len(data) // BLOCK > blocks:
                 raise RecordError(f"{len(data)} bytes at block {first} are none of a disk of its")
             self._stage(section, data)
         elif section.kind == stream.FRAMES:

@@ -16,7 +16,6 @@ that the types do not allow: a wrong type, a missing or an unknown field is a `C
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import types
 from collections.abc import Callable
@@ -132,7 +131,10 @@ def _decode_enum(expected: type[Enum], value: Json, where: str) -> Enum:
 
 def _checked(expected: type, value: Json, where: str) -> Any:
     if expected is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise CodecError(f"{where} is out of range") from None
     if type(value) is not expected:
         raise CodecError(f"{where} must be of type {expected.__name__}, not {_shown(value)}")
     return value
@@ -141,7 +143,7 @@ def _checked(expected: type, value: Json, where: str) -> Any:
 def _decode_bytes(value: Json, where: str) -> bytes:
     try:
         return base64.b64decode(_checked(str, value, where), validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii's, too
         raise CodecError(f"{where} must be base64") from None
 
 
