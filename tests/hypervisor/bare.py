@@ -222,7 +222,7 @@ class BareMachine:
 
 def _settled(domain: Domain) -> bool:
     """Whether the domain has seen what was posted to it, and each vCPU that could run does or has asked for a pCPU."""
-    with domain.lock, domain.hypervisor.scheduler._lock:
+    with domain.lock, domain.hypervisor.scheduler.pools.lock:
         contexts = {vcpu.context for vcpu in domain.vcpus if vcpu.context is not None}
         if domain.posted and not any(context.running for context in contexts):
             return False

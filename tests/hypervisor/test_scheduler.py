@@ -92,7 +92,7 @@ def test_two_computing_domains_share_a_pcpu_by_weight(
     both_start_together(machine, *domains)
     for domain, weight in zip(domains, weights, strict=True):
         machine.run(domain, computes(machine, domain, end))
-        machine.hypervisor.scheduler.adjust(domain, {"weight": weight})
+        machine.hypervisor.scheduler.pools.adjust(domain, {"weight": weight})
     for domain in domains:
         machine.control.unpause(domain.domid)
     assert ended.wait(DEADLINE)
@@ -209,7 +209,7 @@ def test_a_policy_can_keep_a_vcpu_from_running_though_nobody_else_wants_to(make:
     assert machine.control.machine().scheduler == "capped"
     ended = machine.ended()
     domain = machine.domain()
-    machine.hypervisor.scheduler.adjust(domain, {"cap": 25})
+    machine.hypervisor.scheduler.pools.adjust(domain, {"cap": 25})
     machine.run(domain, computes(machine, domain, 400 * MS))
     assert ended.wait(DEADLINE)
     times = domain.vcpus[0].runstate_times

@@ -229,7 +229,7 @@ class Control:
                 most = 100 * len(domain.vcpus)
             if not least <= value <= most:
                 raise ValueError(f"{name} out of range, valid values are from {least} to {most}")
-        self._hypervisor.scheduler.adjust(domain, parameters)
+        self._hypervisor.scheduler.pools.adjust(domain, parameters)
 
     def set_affinity(
         self, domid: int, vcpu_id: int | None, hard: frozenset[int] | None, soft: frozenset[int] | None
@@ -242,7 +242,7 @@ class Control:
         if vcpu_id is not None and not 0 <= vcpu_id < len(domain.vcpus):
             raise ValueError(f"domain {domid} has no vCPU {vcpu_id}")
         vcpus = domain.vcpus if vcpu_id is None else [domain.vcpus[vcpu_id]]
-        self._hypervisor.scheduler.set_affinity(vcpus, hard, soft)
+        self._hypervisor.scheduler.pools.set_affinity(vcpus, hard, soft)
 
     def set_time_offset(self, domid: int, seconds: int) -> None:
         """How far the domain's wall clock is ahead of UTC (Xen: XEN_DOMCTL_settimeoffset). Before it runs."""
@@ -305,30 +305,30 @@ class Control:
                 dict(pool.policy.schedparam),
                 tuple(pool.policy.parameters),
             )
-            for pool in list(self._hypervisor.scheduler.pools.values())
+            for pool in self._hypervisor.scheduler.pools
         ]
 
     def create_cpupool(self, name: str, scheduler: str, pcpus: Collection[int]) -> None:
         """Make one of pCPUs that are in none. `scheduler` is one of ALGORITHMS. Raises ValueError."""
         if scheduler not in ALGORITHMS:
             raise ValueError(f"there is no scheduler {scheduler}, only {', '.join(ALGORITHMS)}")
-        self._hypervisor.scheduler.create_pool(name, ALGORITHMS[scheduler], pcpus)
+        self._hypervisor.scheduler.pools.create(name, ALGORITHMS[scheduler], pcpus)
 
     def destroy_cpupool(self, name: str) -> None:
         """Its pCPUs are in no cpupool then. Raises ValueError where it has domains."""
-        self._hypervisor.scheduler.destroy_pool(name)
+        self._hypervisor.scheduler.pools.destroy(name)
 
     def rename_cpupool(self, name: str, new_name: str) -> None:
         """Raises ValueError."""
-        self._hypervisor.scheduler.rename_pool(name, new_name)
+        self._hypervisor.scheduler.pools.rename(name, new_name)
 
     def add_to_cpupool(self, name: str, pcpus: Collection[int]) -> None:
         """Give it pCPUs that are in none. Raises ValueError."""
-        self._hypervisor.scheduler.add_pcpus(name, pcpus)
+        self._hypervisor.scheduler.pools.add_pcpus(name, pcpus)
 
     def remove_from_cpupool(self, name: str, pcpus: Collection[int]) -> None:
         """Take pCPUs from it; nobody runs on them when this returns. Raises ValueError."""
-        self._hypervisor.scheduler.remove_pcpus(name, pcpus)
+        self._hypervisor.scheduler.pools.remove_pcpus(name, pcpus)
 
     def move_to_cpupool(self, domid: int, name: str) -> None:
         """Its vCPUs may run on any pCPU of the pool then. Raises ValueError."""
@@ -336,19 +336,19 @@ class Control:
         scheduler = self._hypervisor.scheduler
         scheduler.pause(domain)
         try:
-            scheduler.move_domain(domain, name)
+            scheduler.pools.move_domain(domain, name)
         finally:
             scheduler.unpause(domain)
 
     def set_schedparam(self, name: str, parameters: Mapping[str, int]) -> None:
         """Change parameters of a cpupool's algorithm. Raises ValueError."""
-        policy = self._hypervisor.scheduler.pool(name).policy
+        policy = self._hypervisor.scheduler.pools.named(name).policy
         for parameter, value in parameters.items():
             if parameter not in policy.schedparams:
                 raise ValueError(f"the scheduler {policy.name} has no parameter {parameter}")
             if not 0 <= value <= MAX_MICROSECONDS:
                 raise ValueError(f"{parameter} out of range, valid values are from 0 to {MAX_MICROSECONDS}")
-        self._hypervisor.scheduler.set_schedparam(name, parameters)
+        self._hypervisor.scheduler.pools.set_schedparam(name, parameters)
 
     # --- what there is -----------------------------------------------------------------------------------
 
@@ -373,9 +373,9 @@ class Control:
             version=(version.MAJOR, version.MINOR),
             extra_version=version.EXTRAVERSION.decode(),
             capabilities=version.CAPABILITIES.decode().strip(),
-            scheduler=hypervisor.scheduler.first_pool.policy.name,
-            scheduler_parameters=tuple(hypervisor.scheduler.first_pool.policy.parameters),
-            unassigned_pcpus=frozenset(hypervisor.scheduler.unassigned),
+            scheduler=hypervisor.scheduler.pools.first.policy.name,
+            scheduler_parameters=tuple(hypervisor.scheduler.pools.first.policy.parameters),
+            unassigned_pcpus=frozenset(hypervisor.scheduler.pools.unassigned),
             features=tuple(native_cpuid(leaf, subleaf)[word] for leaf, subleaf, word in FEATURE_WORDS),
         )
 

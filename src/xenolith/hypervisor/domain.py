@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.events import EventChannels
     from xenolith.hypervisor.grants import GrantTable
     from xenolith.hypervisor.hypervisor import Hypervisor
-    from xenolith.hypervisor.sched.core import Context
+    from xenolith.hypervisor.sched.context import Context
     from xenolith.hypervisor.sched.cpupool import Cpupool
     from xenolith.hypervisor.sched.policy import Unit
     from xenolith.hypervisor.time import Timer, VcpuTimers

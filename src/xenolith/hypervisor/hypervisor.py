@@ -54,7 +54,7 @@ class Hypervisor:
         self.scheduler = Scheduler(self.clock, self.timers, pcpus, policy, host_cpus)
         self.log(f"Xenolith {version.MAJOR}.{version.MINOR}{version.EXTRAVERSION.decode()}")
         self.log(f"machine memory: {memory.frames >> 8} MiB, {memory.free_frames >> 8} MiB free for domains")
-        name = self.scheduler.first_pool.policy.name
+        name = self.scheduler.pools.first.policy.name
         self.log(f"{pcpus} pCPUs, scheduler {name}, TSC {self.tsc_hz // 1_000_000} MHz")
 
     def next_domid(self) -> int:
