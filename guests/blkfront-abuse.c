@@ -23,15 +23,6 @@ static u8 data[PAGE_SIZE] PAGE_ALIGNED, page[PAGE_SIZE] PAGE_ALIGNED, given_away
 static struct blkif_segment indirect[PAGE_SIZE / 8] PAGE_ALIGNED;
 static struct blkfront disk;
 
-static long finish(void)
-{
-    struct blkif_response response = {.status = 99};
-    blkfront_push(&disk);
-    if (!blkfront_collect(&disk, 1, &response))
-        return 98;
-    return response.status;
-}
-
 static struct blkif_request *request(u8 operation, u64 sector, u32 gref)
 {
     struct blkif_request *r = &blkfront_next(&disk)->request;
@@ -45,7 +36,7 @@ static struct blkif_request *request(u8 operation, u64 sector, u32 gref)
 static long ask(u8 operation, u64 sector, u32 gref)
 {
     request(operation, sector, gref);
-    return finish();
+    return blkfront_finish(&disk);
 }
 
 static void requests(void)
@@ -54,13 +45,13 @@ static void requests(void)
     print("# nonsense in requests\n");
     check(blkfront_connect(&disk, &rings[0], RING_REF, false), "  connect");
     r = request(BLKIF_OP_READ, 0, DATA_REF), r->segments = 0;
-    check_eq("  no segments", finish(), BLKIF_RSP_ERROR);
+    check_eq("  no segments", blkfront_finish(&disk), BLKIF_RSP_ERROR);
     r = request(BLKIF_OP_READ, 0, DATA_REF), r->segments = 255;
-    check_eq("  255 segments", finish(), BLKIF_RSP_ERROR);
+    check_eq("  255 segments", blkfront_finish(&disk), BLKIF_RSP_ERROR);
     r = request(BLKIF_OP_READ, 0, DATA_REF), r->segment[0].last = 8;
-    check_eq("  beyond the frame", finish(), BLKIF_RSP_ERROR);
+    check_eq("  beyond the frame", blkfront_finish(&disk), BLKIF_RSP_ERROR);
     r = request(BLKIF_OP_READ, 0, DATA_REF), r->segment[0].first = 7, r->segment[0].last = 6;
-    check_eq("  backwards", finish(), BLKIF_RSP_ERROR);
+    check_eq("  backwards", blkfront_finish(&disk), BLKIF_RSP_ERROR);
     check_eq("  beyond the disk", ask(BLKIF_OP_READ, 4096, DATA_REF), BLKIF_RSP_ERROR);
     check_eq("  far beyond the disk", ask(BLKIF_OP_WRITE, ~0ul - 3, DATA_REF), BLKIF_RSP_ERROR);
     check_eq("  an operation that there is not", ask(77, 0, DATA_REF), BLKIF_RSP_EOPNOTSUPP);

@@ -32,15 +32,6 @@ static bool holds(const u8 *bytes, u8 value, u64 length)
     return true;
 }
 
-static long finish(void)
-{
-    struct blkif_response response = {.status = 99};
-    blkfront_push(&disk);
-    if (!blkfront_collect(&disk, 1, &response))
-        return 98;
-    return response.status;
-}
-
 static long transfer(u8 operation, u64 sector, u32 segments, u8 first, u8 last)
 {
     struct blkif_request *r = &blkfront_next(&disk)->request;
@@ -50,7 +41,7 @@ static long transfer(u8 operation, u64 sector, u32 segments, u8 first, u8 last)
     r->sector = sector;
     for (u32 i = 0; i < segments; i++)
         r->segment[i] = (struct blkif_segment){DATA_REF + i, first, last, 0};
-    return finish();
+    return blkfront_finish(&disk);
 }
 
 static long many(u8 operation, u64 sector, u32 segments)
@@ -63,7 +54,7 @@ static long many(u8 operation, u64 sector, u32 segments)
     r->segments = (u16)segments;
     r->sector = sector;
     r->gref[0] = INDIRECT_REF;
-    return finish();
+    return blkfront_finish(&disk);
 }
 
 static long discard(u64 sector, u64 sectors)
@@ -72,7 +63,7 @@ static long discard(u64 sector, u64 sectors)
     r->operation = BLKIF_OP_DISCARD;
     r->sector = sector;
     r->sectors = sectors;
-    return finish();
+    return blkfront_finish(&disk);
 }
 
 static void reading_and_writing(void)

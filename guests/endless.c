@@ -4,12 +4,12 @@
  * (a batch of such batches), grants (2**31 grant operations). For a test that pauses and destroys the domain meanwhile.
  */
 #include "events.h"
+#include "grants.h"
 #include "paging.h"
 #include "traps.h"
 
 #define TREE 64 /* L1 tables */
 #define XENMEM_exchange 11
-#define GNTTABOP_unmap_grant_ref 1
 
 static struct mmuext_op pins[512];
 static struct {

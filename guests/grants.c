@@ -3,81 +3,16 @@
  * get it wrong (public grant_table.h). The domain grants to itself, so that one guest can be both ends.
  */
 #include "events.h"
+#include "grants.h"
 #include "paging.h"
 #include "traps.h"
 
 #define WILD 0x700000000000ul
-#define GNTTABOP_map_grant_ref 0
-#define GNTTABOP_unmap_grant_ref 1
-#define GNTTABOP_setup_table 2
-#define GNTTABOP_copy 5
-#define GNTTABOP_query_size 6
-#define GNTTABOP_set_version 8
-#define GNTTABOP_get_version 10
 
-#define GNTMAP_host_map 2
-#define GNTMAP_readonly 4
-#define GNTCOPY_source_gref 1
-#define GNTCOPY_dest_gref 2
-#define GTF_permit_access 1
-#define GTF_readonly 4
-#define GTF_reading 8
-#define GTF_writing 16
-
-#define GNTST_okay 0
-#define GNTST_general_error -1
-#define GNTST_bad_domain -2
-#define GNTST_bad_gntref -3
-#define GNTST_bad_handle -4
-#define GNTST_bad_virt_addr -5
-#define GNTST_permission_denied -8
-#define GNTST_bad_page -9
-#define GNTST_bad_copy_arg -10
-
-#define FIRST_REF 8 /* those below are the toolstack's */
-
-static volatile struct {
-    u16 flags, domid;
-    u32 frame;
-} *table;
-
+static volatile struct grant *table;
 static u16 self;
 static struct region region;
 static u8 *page;
-
-struct map {
-    u64 host_addr;
-    u32 flags, ref;
-    u16 dom;
-    s16 status;
-    u32 handle;
-    u64 dev_bus_addr;
-};
-_Static_assert(sizeof(struct map) == 32, "public ABI");
-
-struct unmap {
-    u64 host_addr, dev_bus_addr;
-    u32 handle;
-    s16 status;
-};
-
-
-
-static struct map map(u32 ref, u64 va, u32 flags, u16 dom)
-{
-    struct map op = {va, flags, ref, dom, 99, 0, 0};
-    long status = HYPERCALL(HC_grant_table_op, GNTTABOP_map_grant_ref, &op, 1);
-    if (status)
-        op.status = (s16)status;
-    return op;
-}
-
-static long unmap(u32 handle, u64 va)
-{
-    struct unmap op = {va, 0, handle, 99};
-    long status = HYPERCALL(HC_grant_table_op, GNTTABOP_unmap_grant_ref, &op, 1);
-    return status ? status : op.status;
-}
 
 static void grant(u32 ref, u64 mfn, u16 flags)
 {
@@ -96,12 +31,7 @@ static void the_table(void)
         u32 nr, max;
         s16 status;
     } size = {DOMID_SELF, 0, 0, 99};
-    struct {
-        u16 dom;
-        u32 nr;
-        s16 status;
-        u64 *list;
-    } setup = {DOMID_SELF, 1, 99, frames};
+    struct grant_setup setup = {DOMID_SELF, 1, 99, frames};
     struct {
         u16 dom, pad;
         u32 version;
@@ -146,79 +76,64 @@ static void mapping(void)
 {
     u64 va = region.base + PAGE_SIZE;
     volatile u8 *there = (u8 *)va;
-    struct map m;
+    struct grant_map m;
     page = page_alloc();
     page[7] = 0x77;
 
     print("# map and unmap\n");
     grant(FIRST_REF, va_to_mfn(page), GTF_permit_access);
-    m = map(FIRST_REF, va, GNTMAP_host_map, self);
+    m = grant_map(FIRST_REF, va, GNTMAP_host_map, self);
     check_eq("  map", m.status, GNTST_okay);
     check_eq("  the page is there", there[7], 0x77);
     there[8] = 0x88;
     check_eq("  and is the page that was granted", page[8], 0x88);
     check_eq("  the entry says reading and writing", table[FIRST_REF].flags, GTF_permit_access | GTF_reading | GTF_writing);
     check_eq("  a page that is mapped writable is no page table", mmuext(MMUEXT_PIN_L1_TABLE, va_to_mfn(page), 0), -EINVAL);
-    check_eq("  unmap with another address", unmap(m.handle, va + PAGE_SIZE), GNTST_general_error);
-    check_eq("  unmap", unmap(m.handle, va), GNTST_okay);
+    check_eq("  unmap with another address", grant_unmap(m.handle, va + PAGE_SIZE, 0), GNTST_general_error);
+    check_eq("  unmap", grant_unmap(m.handle, va, 0), GNTST_okay);
     check_eq("  the entry says neither", table[FIRST_REF].flags, GTF_permit_access);
     TRY("mov (%0), %%al", : : "r"(va) : "rax", "memory");
     check_eq("  the page is gone", (long)fault.vector, VECTOR_PF);
-    check_eq("  unmap twice", unmap(m.handle, va), GNTST_bad_handle);
+    check_eq("  unmap twice", grant_unmap(m.handle, va, 0), GNTST_bad_handle);
 
-    m = map(FIRST_REF, va, GNTMAP_host_map | GNTMAP_readonly, self);
+    m = grant_map(FIRST_REF, va, GNTMAP_host_map | GNTMAP_readonly, self);
     check_eq("  map read-only", m.status, GNTST_okay);
     check_eq("  the entry says reading", table[FIRST_REF].flags, GTF_permit_access | GTF_reading);
     TRY("movb $1, (%0)", : : "r"(va) : "memory");
     check_eq("  a store: #PF", (long)fault.vector, VECTOR_PF);
-    struct map second = map(FIRST_REF, va + PAGE_SIZE, GNTMAP_host_map | GNTMAP_readonly, self);
+    struct grant_map second = grant_map(FIRST_REF, va + PAGE_SIZE, GNTMAP_host_map | GNTMAP_readonly, self);
     check_eq("  map a second time", second.status, GNTST_okay);
     check_eq("  another handle", second.handle != m.handle, 1);
-    check_eq("  unmap the first", unmap(m.handle, va), GNTST_okay);
+    check_eq("  unmap the first", grant_unmap(m.handle, va, 0), GNTST_okay);
     check_eq("  the entry still says reading", table[FIRST_REF].flags, GTF_permit_access | GTF_reading);
-    check_eq("  unmap the second", unmap(second.handle, va + PAGE_SIZE), GNTST_okay);
+    check_eq("  unmap the second", grant_unmap(second.handle, va + PAGE_SIZE, 0), GNTST_okay);
     check_eq("  the entry says neither", table[FIRST_REF].flags, GTF_permit_access);
 
     print("# wrong maps\n");
     grant(FIRST_REF + 1, va_to_mfn(page), GTF_permit_access | GTF_readonly);
-    check_eq("  a read-only grant mapped writable", map(FIRST_REF + 1, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a read-only grant mapped writable", grant_map(FIRST_REF + 1, va, GNTMAP_host_map, self).status, GNTST_general_error);
     check_eq("  its entry is as it was", table[FIRST_REF + 1].flags, GTF_permit_access | GTF_readonly);
-    check_eq("  a reference that grants nothing", map(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
-    check_eq("  a reference beyond the table", map(1000000, va, GNTMAP_host_map, self).status, GNTST_bad_gntref);
-    check_eq("  a reference that is not for us", map(0, va, GNTMAP_host_map, self).status, GNTST_general_error);
-    check_eq("  a domain that does not exist", map(FIRST_REF, va, GNTMAP_host_map, 999).status, GNTST_bad_domain);
-    check_eq("  DOMID_SELF", map(FIRST_REF, va, GNTMAP_host_map, DOMID_SELF).status, GNTST_bad_domain);
-    check_eq("  neither a host nor a device map", map(FIRST_REF, va, 0, self).status, GNTST_bad_gntref);
-    check_eq("  an address without page tables", map(FIRST_REF, WILD, GNTMAP_host_map, self).status, GNTST_general_error);
-    check_eq("  an address of Xen's", map(FIRST_REF, 0xffff830000000000, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a reference that grants nothing", grant_map(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a reference beyond the table", grant_map(1000000, va, GNTMAP_host_map, self).status, GNTST_bad_gntref);
+    check_eq("  a reference that is not for us", grant_map(0, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a domain that does not exist", grant_map(FIRST_REF, va, GNTMAP_host_map, 999).status, GNTST_bad_domain);
+    check_eq("  DOMID_SELF", grant_map(FIRST_REF, va, GNTMAP_host_map, DOMID_SELF).status, GNTST_bad_domain);
+    check_eq("  neither a host nor a device map", grant_map(FIRST_REF, va, 0, self).status, GNTST_bad_gntref);
+    check_eq("  an address without page tables", grant_map(FIRST_REF, WILD, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  an address of Xen's", grant_map(FIRST_REF, 0xffff830000000000, GNTMAP_host_map, self).status, GNTST_general_error);
     check_eq("  the entry is as it was", table[FIRST_REF].flags, GTF_permit_access);
     grant(FIRST_REF + 3, foreign_mfn(), GTF_permit_access);
-    check_eq("  a frame that is not the granter's", map(FIRST_REF + 3, va, GNTMAP_host_map, self).status, GNTST_bad_page);
+    check_eq("  a frame that is not the granter's", grant_map(FIRST_REF + 3, va, GNTMAP_host_map, self).status, GNTST_bad_page);
     grant(FIRST_REF + 4, va_to_mfn(region.t1), GTF_permit_access);
-    check_eq("  a page table, writable", map(FIRST_REF + 4, va, GNTMAP_host_map, self).status, GNTST_general_error);
-    m = map(FIRST_REF + 4, va, GNTMAP_host_map | GNTMAP_readonly, self);
+    check_eq("  a page table, writable", grant_map(FIRST_REF + 4, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    m = grant_map(FIRST_REF + 4, va, GNTMAP_host_map | GNTMAP_readonly, self);
     check_eq("  a page table, read-only", m.status, GNTST_okay);
-    check_eq("  unmap", unmap(m.handle, va), GNTST_okay);
-    check_eq("  unmap of a handle that never was", unmap(12345, va), GNTST_bad_handle);
-    check_eq("  unmap of a handle beyond all", unmap(0xffffffff, va), GNTST_bad_handle);
+    check_eq("  unmap", grant_unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap of a handle that never was", grant_unmap(12345, va, 0), GNTST_bad_handle);
+    check_eq("  unmap of a handle beyond all", grant_unmap(0xffffffff, va, 0), GNTST_bad_handle);
     check_eq("  map, a wild argument", HYPERCALL(HC_grant_table_op, GNTTABOP_map_grant_ref, WILD, 1), -EFAULT);
     check_eq("  map of none", HYPERCALL(HC_grant_table_op, GNTTABOP_map_grant_ref, WILD, 0), 0);
     check_eq("  an unknown operation", HYPERCALL(HC_grant_table_op, 99, &m, 1), -ENOSYS);
-}
-
-struct end {
-    u64 ref_or_mfn;
-    u16 domid, offset;
-};
-static long copy(struct end from, struct end to, u16 length, u16 flags)
-{
-    struct {
-        struct end source, dest;
-        u16 len, flags;
-        s16 status;
-    } op = {from, to, length, flags, 99};
-    long status = HYPERCALL(HC_grant_table_op, GNTTABOP_copy, &op, 1);
-    return status ? status : op.status;
 }
 
 static void copying(void)
@@ -226,41 +141,41 @@ static void copying(void)
     u8 *from = page_alloc(), *to = page_alloc();
     for (int i = 0; i < 4096; i++)
         from[i] = (u8)(i * 7);
-    struct end source = {FIRST_REF + 5, self, 0}, dest = {va_to_mfn(to), DOMID_SELF, 0};
+    struct grant_end source = {FIRST_REF + 5, self, 0}, dest = {va_to_mfn(to), DOMID_SELF, 0};
     print("# copy\n");
     grant(FIRST_REF + 5, va_to_mfn(from), GTF_permit_access | GTF_readonly);
-    check_eq("  from a grant to a page of ours", copy(source, dest, 4096, GNTCOPY_source_gref), GNTST_okay);
+    check_eq("  from a grant to a page of ours", grant_copy(source, dest, 4096, GNTCOPY_source_gref), GNTST_okay);
     check_eq("  it copied", memcmp(from, to, 4096), 0);
     memset(to, 0, 4096);
     source.offset = 100, dest.offset = 200;
-    check_eq("  a part", copy(source, dest, 50, GNTCOPY_source_gref), GNTST_okay);
+    check_eq("  a part", grant_copy(source, dest, 50, GNTCOPY_source_gref), GNTST_okay);
     check_eq("  it copied that", memcmp(from + 100, to + 200, 50), 0);
     check_eq("  and nothing else", to[199] | to[250], 0);
     check_eq("  the entry is as it was", table[FIRST_REF + 5].flags, GTF_permit_access | GTF_readonly);
-    struct end from_mfn = {va_to_mfn(to), DOMID_SELF, 0}, to_ref = {FIRST_REF, self, 0};
+    struct grant_end from_mfn = {va_to_mfn(to), DOMID_SELF, 0}, to_ref = {FIRST_REF, self, 0};
     grant(FIRST_REF, va_to_mfn(page), GTF_permit_access);
-    check_eq("  from a page of ours to a grant", copy(from_mfn, to_ref, 4096, GNTCOPY_dest_gref), GNTST_okay);
+    check_eq("  from a page of ours to a grant", grant_copy(from_mfn, to_ref, 4096, GNTCOPY_dest_gref), GNTST_okay);
     check_eq("  it copied", memcmp(to, page, 4096), 0);
     to_ref.ref_or_mfn = FIRST_REF + 5;
-    check_eq("  to a read-only grant", copy(from_mfn, to_ref, 64, GNTCOPY_dest_gref), GNTST_general_error);
+    check_eq("  to a read-only grant", grant_copy(from_mfn, to_ref, 64, GNTCOPY_dest_gref), GNTST_general_error);
     source.offset = 4000;
-    check_eq("  over the end of the source", copy(source, dest, 200, GNTCOPY_source_gref), GNTST_bad_copy_arg);
+    check_eq("  over the end of the source", grant_copy(source, dest, 200, GNTCOPY_source_gref), GNTST_bad_copy_arg);
     source.offset = 0, dest.offset = 4095;
-    check_eq("  over the end of the destination", copy(source, dest, 2, GNTCOPY_source_gref), GNTST_bad_copy_arg);
+    check_eq("  over the end of the destination", grant_copy(source, dest, 2, GNTCOPY_source_gref), GNTST_bad_copy_arg);
     dest.offset = 0;
     source.ref_or_mfn = FIRST_REF + 2;
-    check_eq("  a reference that grants nothing", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a reference that grants nothing", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
     source.ref_or_mfn = 1000000;
-    check_eq("  a reference beyond the table", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_bad_gntref);
-    source = (struct end){foreign_mfn(), DOMID_SELF, 0};
-    check_eq("  a frame that is not ours", copy(source, dest, 64, 0), GNTST_bad_page);
-    source = (struct end){va_to_mfn(from), DOMID_SELF, 0};
+    check_eq("  a reference beyond the table", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_bad_gntref);
+    source = (struct grant_end){foreign_mfn(), DOMID_SELF, 0};
+    check_eq("  a frame that is not ours", grant_copy(source, dest, 64, 0), GNTST_bad_page);
+    source = (struct grant_end){va_to_mfn(from), DOMID_SELF, 0};
     dest.ref_or_mfn = va_to_mfn(region.t1);
-    check_eq("  to a page table", copy(source, dest, 64, 0), GNTST_general_error);
-    dest = (struct end){va_to_mfn(to), 999, 0};
-    check_eq("  to a domain that does not exist", copy(source, dest, 64, GNTCOPY_dest_gref), GNTST_bad_domain);
-    dest = (struct end){va_to_mfn(to), 0, 0};
-    check_eq("  to domain 0 without a grant", copy(source, dest, 64, 0), GNTST_permission_denied);
+    check_eq("  to a page table", grant_copy(source, dest, 64, 0), GNTST_general_error);
+    dest = (struct grant_end){va_to_mfn(to), 999, 0};
+    check_eq("  to a domain that does not exist", grant_copy(source, dest, 64, GNTCOPY_dest_gref), GNTST_bad_domain);
+    dest = (struct grant_end){va_to_mfn(to), 0, 0};
+    check_eq("  to domain 0 without a grant", grant_copy(source, dest, 64, 0), GNTST_permission_denied);
 }
 
 int main(void)

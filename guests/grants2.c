@@ -4,43 +4,14 @@
  */
 #include "events.h"
 
+#include "grants.h"
 #include "paging.h"
 #include "timing.h"
 #include "traps.h"
 
-#define GNTTABOP_map_grant_ref 0
-#define GNTTABOP_unmap_grant_ref 1
-#define GNTTABOP_setup_table 2
-#define GNTTABOP_copy 5
-#define GNTTABOP_set_version 8
-#define GNTTABOP_get_status_frames 9
-#define GNTTABOP_get_version 10
-#define GNTTABOP_swap_grant_ref 11
-
-#define GNTMAP_device_map 1
-#define GNTMAP_host_map 2
-#define GNTMAP_readonly 4
-#define GNTCOPY_source_gref 1
-#define GNTCOPY_dest_gref 2
-
-#define GTF_permit_access 1
 #define GTF_transitive 3
-#define GTF_readonly 4
-#define GTF_reading 8
-#define GTF_writing 16
 #define GTF_sub_page 0x100
 
-#define GNTST_okay 0
-#define GNTST_general_error -1
-#define GNTST_bad_domain -2
-#define GNTST_bad_gntref -3
-#define GNTST_bad_handle -4
-#define GNTST_bad_virt_addr -5
-#define GNTST_bad_dev_addr -6
-#define GNTST_permission_denied -8
-#define GNTST_bad_copy_arg -10
-#define GNTST_eagain -12
-#define FIRST_REF 8
 #define WILD_ADDRESS 0x700000000000ul
 
 union entry_v2 {
@@ -62,13 +33,8 @@ union entry_v2 {
     } transitive;
 };
 
-struct entry_v1 {
-    u16 flags, domid;
-    u32 frame;
-};
-
 static u8 table_window[PAGE_SIZE] PAGE_ALIGNED, status_window[PAGE_SIZE] PAGE_ALIGNED;
-static volatile struct entry_v1 *v1 = (void *)table_window;
+static volatile struct grant *v1 = (void *)table_window;
 static volatile union entry_v2 *v2 = (void *)table_window;
 static volatile u16 *status = (void *)status_window;
 static u16 self;
@@ -112,48 +78,6 @@ static s16 status_frames(u16 dom, u32 count, u64 *list)
     return op.status;
 }
 
-struct map {
-    u64 host_addr;
-    u32 flags, ref;
-    u16 dom;
-    s16 status;
-    u32 handle;
-    u64 dev_bus_addr;
-};
-
-static struct map map_of(u32 ref, u64 va, u32 flags, u16 dom)
-{
-    struct map m = {va, flags, ref, dom, 99, 0, 0};
-    HYPERCALL(HC_grant_table_op, GNTTABOP_map_grant_ref, &m, 1);
-    return m;
-}
-
-static s16 unmap(u32 handle, u64 va, u64 dev_bus_addr)
-{
-    struct {
-        u64 host_addr, dev_bus_addr;
-        u32 handle;
-        s16 status;
-    } op = {va, dev_bus_addr, handle, 99};
-    HYPERCALL(HC_grant_table_op, GNTTABOP_unmap_grant_ref, &op, 1);
-    return op.status;
-}
-
-struct end {
-    u64 ref_or_mfn;
-    u16 domid, offset;
-};
-static long copy(struct end from, struct end to, u16 length, u16 flags)
-{
-    struct {
-        struct end source, dest;
-        u16 len, flags;
-        s16 status;
-    } op = {from, to, length, flags, 99};
-    long result = HYPERCALL(HC_grant_table_op, GNTTABOP_copy, &op, 1);
-    return result ? result : op.status;
-}
-
 static void grant(u32 ref, u16 flags, u64 frame)
 {
     v2[ref].full.domid = self;
@@ -165,12 +89,7 @@ static void grant(u32 ref, u16 flags, u64 frame)
 static void changing_over(void)
 {
     u64 frame = 0, frames[8] = {0};
-    struct {
-        u16 dom;
-        u32 nr;
-        s16 status;
-        u64 *list;
-    } setup = {DOMID_SELF, 1, 99, &frame};
+    struct grant_setup setup = {DOMID_SELF, 1, 99, &frame};
     print("# the version changes\n");
     check_eq("  setup_table", HYPERCALL(HC_grant_table_op, GNTTABOP_setup_table, &setup, 1) | setup.status, 0);
     check_eq("  map the table", update_va(table_window, frame << PAGE_SHIFT | PTE_KERNEL, UVMF_INVLPG), 0);
@@ -184,9 +103,9 @@ static void changing_over(void)
     v1[FIRST_REF].domid = self, v1[FIRST_REF].frame = (u32)va_to_mfn(page);
     barrier();
     v1[FIRST_REF].flags = GTF_permit_access;
-    struct map m = map_of(FIRST_REF, region.base, GNTMAP_host_map, self);
+    struct grant_map m = grant_map(FIRST_REF, region.base, GNTMAP_host_map, self);
     check_eq("  while a grant is mapped", set_version(2), -EBUSY);
-    check_eq("  unmap", unmap(m.handle, region.base, 0), GNTST_okay);
+    check_eq("  unmap", grant_unmap(m.handle, region.base, 0), GNTST_okay);
     u16 console_flags = v1[0].flags;
     check_eq("  the console's entry in version 1", console_flags & 3, GTF_permit_access);
     check_eq("  set_version 2", set_version(2), 0);
@@ -213,26 +132,26 @@ static void mapping(void)
     print("# map and unmap\n");
     page[7] = 0x77;
     grant(FIRST_REF, GTF_permit_access, va_to_mfn(page));
-    struct map m = map_of(FIRST_REF, va, GNTMAP_host_map, self);
+    struct grant_map m = grant_map(FIRST_REF, va, GNTMAP_host_map, self);
     check_eq("  map", m.status, GNTST_okay);
     check_eq("  the page is there", there[7], 0x77);
     check_eq("  its status says reading and writing", status[FIRST_REF], GTF_reading | GTF_writing);
     check_eq("  the entry is as it was", v2[FIRST_REF].hdr.flags, GTF_permit_access);
     check_eq("  set_version 1 meanwhile", set_version(1), -EBUSY);
-    check_eq("  unmap", unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap", grant_unmap(m.handle, va, 0), GNTST_okay);
     check_eq("  its status says neither", status[FIRST_REF], 0);
-    m = map_of(FIRST_REF, va, GNTMAP_host_map | GNTMAP_readonly, self);
+    m = grant_map(FIRST_REF, va, GNTMAP_host_map | GNTMAP_readonly, self);
     check_eq("  map read-only", m.status | status[FIRST_REF], GTF_reading);
-    check_eq("  unmap", unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap", grant_unmap(m.handle, va, 0), GNTST_okay);
     grant(FIRST_REF + 1, GTF_permit_access | GTF_readonly, va_to_mfn(page));
-    check_eq("  a read-only grant mapped writable", map_of(FIRST_REF + 1, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a read-only grant mapped writable", grant_map(FIRST_REF + 1, va, GNTMAP_host_map, self).status, GNTST_general_error);
     check_eq("  leaves no trace", status[FIRST_REF + 1], 0);
     grant(FIRST_REF + 2, GTF_permit_access | GTF_sub_page, va_to_mfn(page));
-    check_eq("  a part of a page cannot be mapped", map_of(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  a part of a page cannot be mapped", grant_map(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
     grant(FIRST_REF + 2, GTF_transitive, va_to_mfn(page));
-    check_eq("  nor a grant of a grant", map_of(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
-    check_eq("  the last reference of a frame", map_of(255, va, GNTMAP_host_map, self).status, GNTST_general_error);
-    check_eq("  one beyond it", map_of(256, va, GNTMAP_host_map, self).status, GNTST_bad_gntref);
+    check_eq("  nor a grant of a grant", grant_map(FIRST_REF + 2, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  the last reference of a frame", grant_map(255, va, GNTMAP_host_map, self).status, GNTST_general_error);
+    check_eq("  one beyond it", grant_map(256, va, GNTMAP_host_map, self).status, GNTST_bad_gntref);
 }
 
 static void copying(void)
@@ -241,10 +160,10 @@ static void copying(void)
     for (int i = 0; i < 4096; i++)
         from[i] = (u8)(i * 7);
     memset(to, 0, PAGE_SIZE);
-    struct end source = {FIRST_REF + 3, self, 0}, dest = {va_to_mfn(to), DOMID_SELF, 0};
+    struct grant_end source = {FIRST_REF + 3, self, 0}, dest = {va_to_mfn(to), DOMID_SELF, 0};
     print("# copy\n");
     grant(FIRST_REF + 3, GTF_permit_access | GTF_readonly, va_to_mfn(from));
-    check_eq("  a whole page", copy(source, dest, 4096, GNTCOPY_source_gref), GNTST_okay);
+    check_eq("  a whole page", grant_copy(source, dest, 4096, GNTCOPY_source_gref), GNTST_okay);
     check_eq("  it copied", memcmp(from, to, 4096), 0);
     check_eq("  its status says nothing afterwards", status[FIRST_REF + 3], 0);
     v2[FIRST_REF + 4].sub.domid = self, v2[FIRST_REF + 4].sub.frame = va_to_mfn(from);
@@ -252,32 +171,32 @@ static void copying(void)
     v2[FIRST_REF + 4].sub.flags = GTF_permit_access | GTF_sub_page;
     source.ref_or_mfn = FIRST_REF + 4, source.offset = 100;
     memset(to, 0, PAGE_SIZE);
-    check_eq("  a part that is granted", copy(source, dest, 50, GNTCOPY_source_gref), GNTST_okay);
+    check_eq("  a part that is granted", grant_copy(source, dest, 50, GNTCOPY_source_gref), GNTST_okay);
     check_eq("  it copied", memcmp(from + 100, to, 50) | to[50], 0);
-    check_eq("  a byte more", copy(source, dest, 51, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a byte more", grant_copy(source, dest, 51, GNTCOPY_source_gref), GNTST_general_error);
     source.offset = 99;
-    check_eq("  a byte before", copy(source, dest, 2, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a byte before", grant_copy(source, dest, 2, GNTCOPY_source_gref), GNTST_general_error);
     v2[FIRST_REF + 4].sub.offset = 4000, v2[FIRST_REF + 4].sub.length = 4000;
     source.offset = 4000;
-    check_eq("  a part that ends behind its page", copy(source, dest, 96, GNTCOPY_source_gref), GNTST_okay);
-    check_eq("  as far as the page goes", copy(source, dest, 97, GNTCOPY_source_gref), GNTST_bad_copy_arg);
+    check_eq("  a part that ends behind its page", grant_copy(source, dest, 96, GNTCOPY_source_gref), GNTST_okay);
+    check_eq("  as far as the page goes", grant_copy(source, dest, 97, GNTCOPY_source_gref), GNTST_bad_copy_arg);
     source.offset = 0;
 
     v2[FIRST_REF + 5].transitive.domid = self, v2[FIRST_REF + 5].transitive.trans_domid = self;
     v2[FIRST_REF + 5].transitive.gref = FIRST_REF + 3;
     v2[FIRST_REF + 5].hdr.flags = GTF_transitive;
     source.ref_or_mfn = FIRST_REF + 5;
-    check_eq("  a grant of our own grant", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a grant of our own grant", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
     check_eq("  leaves no trace", status[FIRST_REF + 5], 0);
     v2[FIRST_REF + 5].transitive.trans_domid = 999;
-    check_eq("  a grant of a domain's that does not exist", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a grant of a domain's that does not exist", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
     v2[FIRST_REF + 5].transitive.trans_domid = 0;
-    check_eq("  a grant of domain 0's that is none", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
+    check_eq("  a grant of domain 0's that is none", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_general_error);
     v2[FIRST_REF + 5].transitive.gref = 100000000;
-    check_eq("  one that cannot be", copy(source, dest, 64, GNTCOPY_source_gref), GNTST_bad_gntref);
+    check_eq("  one that cannot be", grant_copy(source, dest, 64, GNTCOPY_source_gref), GNTST_bad_gntref);
     check_eq("  no trace of any", status[FIRST_REF + 5], 0);
-    struct end from_mfn = {va_to_mfn(to), DOMID_SELF, 100}, to_ref = {FIRST_REF + 4, self, 4000};
-    check_eq("  to a part", copy(from_mfn, to_ref, 96, GNTCOPY_dest_gref), GNTST_okay);
+    struct grant_end from_mfn = {va_to_mfn(to), DOMID_SELF, 100}, to_ref = {FIRST_REF + 4, self, 4000};
+    check_eq("  to a part", grant_copy(from_mfn, to_ref, 96, GNTCOPY_dest_gref), GNTST_okay);
     check_eq("  it copied", memcmp(from + 4000, to + 100, 96), 0);
 }
 
@@ -298,37 +217,37 @@ static void devices(void)
 {
     u64 va = region.base;
     print("# device mappings\n");
-    struct map m = map_of(FIRST_REF, va, GNTMAP_host_map | GNTMAP_device_map, self);
+    struct grant_map m = grant_map(FIRST_REF, va, GNTMAP_host_map | GNTMAP_device_map, self);
     check_eq("  with a host mapping", m.status, GNTST_okay);
-    check_eq("  unmap of the host's alone", unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap of the host's alone", grant_unmap(m.handle, va, 0), GNTST_okay);
     check_eq("  it is still in use", status[FIRST_REF], GTF_reading | GTF_writing);
-    check_eq("  unmap of the host's again", unmap(m.handle, va, 0), GNTST_okay);
-    check_eq("  unmap of the device's with another address", unmap(m.handle, 0, m.dev_bus_addr + PAGE_SIZE), GNTST_bad_dev_addr);
-    check_eq("  unmap of the device's", unmap(m.handle, 0, m.dev_bus_addr), GNTST_okay);
+    check_eq("  unmap of the host's again", grant_unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap of the device's with another address", grant_unmap(m.handle, 0, m.dev_bus_addr + PAGE_SIZE), GNTST_bad_dev_addr);
+    check_eq("  unmap of the device's", grant_unmap(m.handle, 0, m.dev_bus_addr), GNTST_okay);
     check_eq("  it is not in use any more", status[FIRST_REF], 0);
-    check_eq("  the handle is gone", unmap(m.handle, 0, m.dev_bus_addr), GNTST_bad_handle);
-    m = map_of(FIRST_REF, va, GNTMAP_host_map | GNTMAP_device_map | GNTMAP_readonly, self);
+    check_eq("  the handle is gone", grant_unmap(m.handle, 0, m.dev_bus_addr), GNTST_bad_handle);
+    m = grant_map(FIRST_REF, va, GNTMAP_host_map | GNTMAP_device_map | GNTMAP_readonly, self);
     check_eq("  both at once", m.status, GNTST_okay);
-    check_eq("  unmap with a wrong device address", unmap(m.handle, va, m.dev_bus_addr + 8), GNTST_bad_dev_addr);
-    check_eq("  unmap of both", unmap(m.handle, va, m.dev_bus_addr), GNTST_okay);
+    check_eq("  unmap with a wrong device address", grant_unmap(m.handle, va, m.dev_bus_addr + 8), GNTST_bad_dev_addr);
+    check_eq("  unmap of both", grant_unmap(m.handle, va, m.dev_bus_addr), GNTST_okay);
     check_eq("  nothing is in use", status[FIRST_REF], 0);
-    m = map_of(FIRST_REF, WILD_ADDRESS, GNTMAP_device_map, self);
+    m = grant_map(FIRST_REF, WILD_ADDRESS, GNTMAP_device_map, self);
     check_eq("  without a host mapping", m.status, GNTST_okay);
     check_eq("  which has an address", m.dev_bus_addr != 0, 1);
-    check_eq("  unmap of nothing", unmap(m.handle, 0, 0), GNTST_okay);
-    check_eq("  unmap of a host mapping that is not there", unmap(m.handle, va, 0), GNTST_okay);
+    check_eq("  unmap of nothing", grant_unmap(m.handle, 0, 0), GNTST_okay);
+    check_eq("  unmap of a host mapping that is not there", grant_unmap(m.handle, va, 0), GNTST_okay);
     check_eq("  it is in use", status[FIRST_REF], GTF_reading | GTF_writing);
-    check_eq("  unmap", unmap(m.handle, 0, m.dev_bus_addr), GNTST_okay);
-    m = map_of(FIRST_REF, va, GNTMAP_host_map, self);
-    check_eq("  a device address for a host mapping is not looked at", unmap(m.handle, va, 0x123000), GNTST_okay);
+    check_eq("  unmap", grant_unmap(m.handle, 0, m.dev_bus_addr), GNTST_okay);
+    m = grant_map(FIRST_REF, va, GNTMAP_host_map, self);
+    check_eq("  a device address for a host mapping is not looked at", grant_unmap(m.handle, va, 0x123000), GNTST_okay);
 }
 
 static void domain0(void)
 {
     u64 va = region.base;
     print("# domain 0's table\n");
-    check_eq("  a reference that grants nothing", map_of(500, va, GNTMAP_host_map, 0).status, GNTST_general_error);
-    check_eq("  a reference beyond all", map_of(100000000, va, GNTMAP_host_map, 0).status, GNTST_bad_gntref);
+    check_eq("  a reference that grants nothing", grant_map(500, va, GNTMAP_host_map, 0).status, GNTST_general_error);
+    check_eq("  a reference beyond all", grant_map(100000000, va, GNTMAP_host_map, 0).status, GNTST_bad_gntref);
 }
 
 static void physmap(void)
@@ -367,35 +286,17 @@ static void changing_back(void)
 /* ns for each of `count` maps, unmaps and copies of a page, by entries of version 1. */
 static void costs(u64 count)
 {
-    static struct map maps[BATCH];
-    static struct {
-        u64 host_addr, dev_bus_addr;
-        u32 handle;
-        s16 status;
-    } unmaps[BATCH];
-    static struct {
-        struct end source, dest;
-        u16 len, flags;
-        s16 status;
-    } copies[BATCH];
-    u64 mapping = 0, unmapping = 0, copying_ns = 0, frame = 0, wrong = 0;
-    struct {
-        u16 dom;
-        u32 nr;
-        s16 status;
-        u64 *list;
-    } setup = {DOMID_SELF, 1, 99, &frame};
-    HYPERCALL(HC_grant_table_op, GNTTABOP_setup_table, &setup, 1);
-    update_va(table_window, frame << PAGE_SHIFT | PTE_KERNEL, UVMF_INVLPG);
+    static struct grant_map maps[BATCH];
+    static struct grant_unmap unmaps[BATCH];
+    static struct grant_copy copies[BATCH];
+    u64 mapping = 0, unmapping = 0, copying_ns = 0, wrong = 0;
+    check(grants_open(), "the table is there");
     u8 *to = page_alloc();
-    for (u32 i = 0; i < BATCH; i++) {
-        v1[FIRST_REF + i].domid = self, v1[FIRST_REF + i].frame = (u32)va_to_mfn(page_alloc());
-        barrier();
-        v1[FIRST_REF + i].flags = GTF_permit_access;
-    }
+    for (u32 i = 0; i < BATCH; i++)
+        grant_to(FIRST_REF + i, self, va_to_mfn(page_alloc()), 0);
     for (u64 done = 0; done < count; done += BATCH) {
         for (u32 i = 0; i < BATCH; i++)
-            maps[i] = (struct map){region.base + i * PAGE_SIZE, GNTMAP_host_map, FIRST_REF + i, self, 99, 0, 0};
+            maps[i] = (struct grant_map){region.base + i * PAGE_SIZE, GNTMAP_host_map, FIRST_REF + i, self, 99, 0, 0};
         u64 begin = now_ns();
         HYPERCALL(HC_grant_table_op, GNTTABOP_map_grant_ref, maps, BATCH);
         mapping += now_ns() - begin;
@@ -408,7 +309,7 @@ static void costs(u64 count)
         unmapping += now_ns() - begin;
         for (u32 i = 0; i < BATCH; i++) {
             wrong += unmaps[i].status != GNTST_okay;
-            copies[i].source = (struct end){FIRST_REF + i, self, 0}, copies[i].dest = (struct end){va_to_mfn(to), DOMID_SELF, 0};
+            copies[i].source = (struct grant_end){FIRST_REF + i, self, 0}, copies[i].dest = (struct grant_end){va_to_mfn(to), DOMID_SELF, 0};
             copies[i].len = PAGE_SIZE, copies[i].flags = GNTCOPY_source_gref;
         }
         begin = now_ns();
@@ -425,16 +326,7 @@ int main(void)
 {
     traps_install();
     region = region_build(32);
-    for (self = 1; self < 1000; self++) {
-        struct {
-            u16 dom;
-            u32 nr, max;
-            s16 status;
-        } size = {self, 0, 0, 99};
-        HYPERCALL(HC_grant_table_op, 6, &size, 1);
-        if (size.status == GNTST_okay)
-            break;
-    }
+    self = own_domid();
     if (option_value("cost", 0)) {
         costs(option_value("cost", 0));
         return 0;

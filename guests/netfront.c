@@ -43,23 +43,9 @@ _Static_assert(sizeof(struct netif_ring) == PAGE_SIZE, "a frame");
 static struct netif_ring tx[8] PAGE_ALIGNED, rx[8] PAGE_ALIGNED;
 static u8 data[PAGE_SIZE] PAGE_ALIGNED, buffer[PAGE_SIZE] PAGE_ALIGNED;
 
-static void fence(void) { __asm__ volatile("mfence" ::: "memory"); }
-
-static void find(struct blkfront *f, u32 vif)
-{
-    char path[96] = "";
-    memset(f, 0, sizeof *f);
-    f->number = vif;
-    text_append(f->front, "device/vif/");
-    text_append_number(f->front, vif);
-    text_append(path, f->front);
-    text_append(path, "/backend");
-    xs_read(path, f->back, sizeof f->back);
-}
-
 static bool connect(struct blkfront *f, u32 vif)
 {
-    find(f, vif);
+    frontend_find(f, "device/vif/", vif);
     if (!blkfront_await(f, INIT_WAIT))
         return false;
     memset(&tx[vif], 0, PAGE_SIZE);

@@ -4,22 +4,10 @@
  * xenstored must still know the guest afterwards.
  */
 #include "events.h"
+#include "random.h"
 #include "xenstore.h"
 
-struct store_ring {
-    char req[1024], rsp[1024];
-    u32 req_cons, req_prod, rsp_cons, rsp_prod, features, connection, error;
-};
-
-static volatile struct store_ring *ring;
-static u64 random_state;
-
-static u64 next(void)
-{
-    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1dul >> 8;
-}
-static u64 below(u64 n) { return next() % n; }
+static volatile struct xenstore_ring *ring;
 
 static void throw_away(void)
 {
@@ -28,16 +16,8 @@ static void throw_away(void)
 
 static void wait_for_store(void)
 {
-    u32 port = start_info->store_evtchn;
-    struct {
-        u32 *ports;
-        u32 count;
-        u64 timeout;
-    } poll = {&port, 1, 0};
     throw_away();
-    evtchn_send(port);
-    HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll);
-    evtchn_clear(port);
+    xenstore_wait();
 }
 
 static void put(const char *bytes, u64 length)
@@ -75,9 +55,7 @@ static u64 random_text(char *to, u64 size)
 static void packet(void)
 {
     static char body[4096];
-    struct {
-        u32 type, id, transaction, length;
-    } head = {below(16) ? (u32)below(22) : (u32)next(), (u32)next(), below(2) ? 0 : (u32)below(6), 0};
+    struct xenstore_message head = {below(16) ? (u32)below(22) : (u32)next(), (u32)next(), below(2) ? 0 : (u32)below(6), 0};
     u64 length = random_text(body, 256);
     if (!below(64)) {
         length = below(sizeof body + 1);
@@ -92,9 +70,9 @@ static void packet(void)
 int main(void)
 {
     u64 packets = option_value("packets", 1000);
-    random_state = option_value("seed", 1) * 0x9e3779b97f4a7c15ul | 1;
+    random_seed(option_value("seed", 1));
     events_quiet();
-    ring = pfn_to_va(mfn_to_pfn(start_info->store_mfn));
+    ring = xenstore_ring();
     for (u64 done = 0; done < packets; done++) {
         u64 kind = below(16);
         if (kind < 12)

@@ -8,6 +8,7 @@
 
 #include "events.h"
 #include "paging.h"
+#include "random.h"
 #include "traps.h"
 
 #define USER_CODE 0x400000ul
@@ -18,19 +19,12 @@
 #define SIXTEEN 0x33
 #define XENS_DATA 0xe02b
 
-static u64 random_state;
 static u64 *user_l4;
 static u8 *code, *data;
 static struct regs user;
 static u32 timer;
 static u8 kernel_stack[4096] __attribute__((aligned(16))), return_stack[4096] __attribute__((aligned(16)));
 
-static u64 next(void)
-{
-    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
-    return random_state * 0x2545f4914f6cdd1dul >> 8;
-}
-static u64 below(u64 n) { return next() % n; }
 #define PICK(array) array[below(LENGTH(array))]
 
 /* Beginnings of instructions that an engine or ring 0 has to do with; what follows is random. */
@@ -188,7 +182,7 @@ static void return_to_kernel(void)
 int main(void)
 {
     u64 runs = option_value("runs", 100), vectors[260] = {0}, kinds = 0;
-    random_state = option_value("seed", 1) * 0x9e3779b97f4a7c15ul | 1;
+    random_seed(option_value("seed", 1));
     traps_install();
     events_quiet();
     build();

@@ -5,14 +5,12 @@
 
 #define PATIENCE 20000 * MS
 
-static void fence(void) { __asm__ volatile("mfence" ::: "memory"); }
-
-void blkfront_find(struct blkfront *f, u32 number)
+void frontend_find(struct blkfront *f, const char *directory, u32 number)
 {
     char path[96] = "";
     memset(f, 0, sizeof *f);
     f->number = number;
-    text_append(f->front, "device/vbd/");
+    text_append(f->front, directory);
     text_append_number(f->front, number);
     text_append(path, f->front);
     text_append(path, "/backend");
@@ -95,24 +93,23 @@ void blkfront_push(struct blkfront *f)
 bool blkfront_collect(struct blkfront *f, u32 wanted, struct blkif_response *last)
 {
     u64 start = now_ns();
-    u32 port = f->port;
-    struct {
-        u32 *ports;
-        u32 count;
-        u64 timeout;
-    } poll = {&port, 1, 0};
     u32 end = f->consumed + wanted;
     f->ring->rsp_event = end;
     fence();
     while ((s32)(f->ring->rsp_prod - end) < 0) {
         if (now_ns() - start > PATIENCE)
             return false;
-        poll.timeout = now_ns() + PATIENCE;
-        HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll);
-        evtchn_clear(port);
+        evtchn_wait(f->port, now_ns() + PATIENCE);
     }
     for (; f->consumed != end; f->consumed++)
         if (last)
             *last++ = f->ring->entry[f->consumed % RING_ENTRIES].response;
     return true;
+}
+
+long blkfront_finish(struct blkfront *f)
+{
+    struct blkif_response response = {.status = 99};
+    blkfront_push(f);
+    return blkfront_collect(f, 1, &response) ? response.status : 98;
 }

@@ -78,7 +78,8 @@ struct blkfront {
     u32 produced, consumed;
 };
 
-void blkfront_find(struct blkfront *f, u32 number);
+void frontend_find(struct blkfront *f, const char *directory, u32 number); /* a device in directory, with a / */
+static inline void blkfront_find(struct blkfront *f, u32 number) { frontend_find(f, "device/vbd/", number); }
 long blkfront_read(struct blkfront *f, const char *node, bool back); /* a number, or -1 */
 void blkfront_write(struct blkfront *f, const char *node, const char *value);
 void blkfront_write_number(struct blkfront *f, const char *node, u64 value);
@@ -87,5 +88,6 @@ bool blkfront_connect(struct blkfront *f, struct blkif_ring *ring, u32 ring_ref,
 union blkif_entry *blkfront_next(struct blkfront *f);        /* where the next request goes */
 void blkfront_push(struct blkfront *f);                      /* and an event where it is wanted */
 bool blkfront_collect(struct blkfront *f, u32 wanted, struct blkif_response *last); /* wait for so many */
+long blkfront_finish(struct blkfront *f); /* push and wait for one response: its status, 98: none came */
 
 #endif

@@ -108,3 +108,14 @@ void upcalls_enable(void)
     if (vcpu->upcall_pending)
         HYPERCALL(HC_xen_version, 0, 0); /* any hypercall: Xen delivers the upcall on the way out */
 }
+
+void evtchn_wait(u32 port, u64 until)
+{
+    struct {
+        u32 *ports;
+        u32 count;
+        u64 timeout;
+    } poll = {&port, 1, until};
+    HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll);
+    evtchn_clear(port);
+}

@@ -39,6 +39,7 @@ static inline void evtchn_clear(u32 port)
     __asm__ volatile("lock btrq %1, %0" : "+m"(shared_info->evtchn_pending[port / 64]) : "r"((u64)port % 64) : "memory");
 }
 
+void evtchn_wait(u32 port, u64 until); /* ns; 0: for ever. Until it is pending, which is taken */
 void events_quiet(void); /* mask every port and forget what is pending */
 
 /*

@@ -45,6 +45,7 @@ void check_eq(const char *what, long got, long expected);
 void report(void); /* the final `done PASSED=n FAILED=m` */
 
 #define barrier() __asm__ volatile("" ::: "memory")
+#define fence() __asm__ volatile("mfence" ::: "memory")
 #define LENGTH(array) (sizeof(array) / sizeof *(array))
 
 #endif

@@ -8,16 +8,7 @@
 #define XS_WATCH_EVENT 15
 #define XS_ERROR 16
 
-struct xenstore_ring {
-    char req[1024], rsp[1024];
-    u32 req_cons, req_prod, rsp_cons, rsp_prod;
-};
-
-struct message {
-    u32 type, id, transaction, length;
-};
-
-static volatile struct xenstore_ring *ring(void)
+volatile struct xenstore_ring *xenstore_ring(void)
 {
     static struct xenstore_ring *found;
     if (!found)
@@ -25,26 +16,18 @@ static volatile struct xenstore_ring *ring(void)
     return found;
 }
 
-/* Sleep until xenstored rings, who may have done so already. */
-static void wait_for_store(void)
+void xenstore_wait(void)
 {
-    u32 port = start_info->store_evtchn;
-    struct {
-        u32 *ports;
-        u32 count;
-        u64 timeout;
-    } poll = {&port, 1, 0};
-    evtchn_send(port);
-    HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll);
-    evtchn_clear(port);
+    evtchn_send(start_info->store_evtchn);
+    evtchn_wait(start_info->store_evtchn, 0);
 }
 
 static void put(const void *data, u64 length)
 {
-    volatile struct xenstore_ring *r = ring();
+    volatile struct xenstore_ring *r = xenstore_ring();
     for (u64 i = 0; i < length; i++) {
         while (r->req_prod - r->req_cons == sizeof r->req)
-            wait_for_store();
+            xenstore_wait();
         r->req[r->req_prod % sizeof r->req] = ((const char *)data)[i];
         barrier();
         r->req_prod = r->req_prod + 1;
@@ -53,10 +36,10 @@ static void put(const void *data, u64 length)
 
 static void get(char *data, u64 length, u64 size)
 {
-    volatile struct xenstore_ring *r = ring();
+    volatile struct xenstore_ring *r = xenstore_ring();
     for (u64 i = 0; i < length; i++) {
         while (r->rsp_prod == r->rsp_cons)
-            wait_for_store();
+            xenstore_wait();
         char byte = r->rsp[r->rsp_cons % sizeof r->rsp];
         if (i < size)
             data[i] = byte;
@@ -67,7 +50,7 @@ static void get(char *data, u64 length, u64 size)
 
 static long request(u32 type, const char *path, const char *data, u64 length, char *answer, u64 size)
 {
-    struct message head = {type, 7, 0, (u32)(strlen(path) + 1 + length)};
+    struct xenstore_message head = {type, 7, 0, (u32)(strlen(path) + 1 + length)};
     put(&head, sizeof head);
     put(path, strlen(path) + 1);
     put(data, length);
