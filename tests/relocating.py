@@ -7,7 +7,10 @@ missing or come twice, wherever it is.
 from __future__ import annotations
 
 import re
+import socket
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 from machines import DEADLINE_SECONDS
@@ -15,9 +18,12 @@ from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import obtain
 from xenolith.dom0.backends.block import VbdSpec
+from xenolith.dom0.backends.net import VifSpec
 from xenolith.dom0.console import Console, Overflow
 from xenolith.dom0.image import load_image
-from xenolith.dom0.services import DomainSpec
+from xenolith.dom0.migration import live
+from xenolith.dom0.migration.restore import Receiver
+from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 
 SCRIPT = """
 dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null; sha256sum /data >/sums
@@ -53,11 +59,17 @@ count a & keep & wait
 def _guest(script: str) -> tuple[object, bytes]:
     guest = obtain("6.1")
     command = Command(["/bin/sh", "-c", script], nonce="")
-    modules = kernel_modules(guest, ["xen-blkfront"])
+    modules = kernel_modules(guest, ["xen-blkfront", "xen-netfront"])
     return load_image(guest.elf), build_initramfs(guest.busybox, command=command, modules=modules)
 
 
-def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Sequence[VbdSpec] = ()) -> DomainSpec:
+def counting(
+    vcpus: int = 1,
+    memory_mib: int = 128,
+    script: str = "",
+    disks: Sequence[VbdSpec] = (),
+    nets: Sequence[VifSpec] = (),
+) -> DomainSpec:
     """The guest: as many counters, called a, b, ..., as it has vCPUs."""
     counters = "\n".join(f"count {name} &" for name in "abcd"[:vcpus]) + "\nwait"
     image, ramdisk = _guest(SCRIPT % (script or counters))
@@ -70,7 +82,31 @@ def counting(vcpus: int = 1, memory_mib: int = 128, script: str = "", disks: Seq
         memory_kib=memory_mib << 10,
         vcpus=vcpus,
         disks=tuple(disks),
+        nets=tuple(nets),
     )
+
+
+def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain, live.Figures]:
+    spec: DomainSpec = replace(domain.spec, image=None)
+    ours, theirs = socket.socketpair()
+    arrived: list[GuestDomain] = []
+
+    def receive() -> None:
+        with theirs, theirs.makefile("rb") as source:
+            receiver = Receiver(there.control, source)
+            arrived.append(there.restore(spec, receiver.receive()))
+            theirs.sendall(live.READY)
+            receiver.wait_for_word()
+            there.start(arrived[0])
+            theirs.sendall(live.STARTED)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    with ours, ours.makefile("rb") as answers, ours.makefile("wb") as out:
+        figures = live.send(here, domain, out, answers, None, print, lambda: None, ours.close)
+    thread.join()
+    here.destroy(domain)
+    return arrived[0], figures
 
 
 def follow(console: Console, until: str) -> str:

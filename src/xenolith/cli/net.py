@@ -37,6 +37,28 @@ def net(ctx: click.Context) -> None:
 
 
 @net.command()
+@click.argument("address", required=False)
+@click.pass_obj
+def join(session: Session, address: str | None) -> None:
+    """Let domains here reach those of the daemon that listens at ADDRESS, unix:/PATH or tls:HOST:PORT, and they ours.
+
+    Without ADDRESS print the networks that were joined.
+    """
+    if address is not None:
+        session.client.join_network(address)
+    else:
+        for each in session.client.joined_networks():
+            click.echo(each)
+
+
+@net.command()
+@click.pass_obj
+def leave(session: Session) -> None:
+    """Be a network of this daemon's domains alone again."""
+    session.client.join_network("")
+
+
+@net.command()
 @click.argument("domain", required=False)
 @click.pass_obj
 def show(session: Session, domain: str | None) -> None:

@@ -362,16 +362,26 @@ class Dom0:
         except (DiskError, ValueError) as error:
             raise DomainCreateError(str(error)) from error
 
-    def let_go_of_disks(self, domain: GuestDomain) -> None:
-        """Close the disks of a domain that is paused, and whose devices go on elsewhere or by `take_disks`."""
-        _stop_all(domain.disks)
+    def let_go(self, domain: GuestDomain) -> None:
+        """Close what is for one at a time of a domain that is paused, and that goes on elsewhere or by `take_back`.
 
-    def take_disks(self, domain: GuestDomain, devices: Mapping[int, Device[BlockBackend]]) -> None:
-        """Open again the disks that were let go of, those of `devices` that were not yet. Raises DomainCreateError."""
+        That is its disks and published ports.
+        """
+        _stop_all(domain.disks)
+        for net in domain.nets.values():
+            net.backend.attachment.withdraw()
+
+    def take_back(self, domain: GuestDomain, devices: Mapping[int, Device[BlockBackend]]) -> None:
+        """Open it again: the disks, those of `devices` that were not yet, and ports. Raises DomainCreateError."""
         for number, device in devices.items():
             if domain.disks[number] is device:
                 device.stop()
                 domain.disks[number] = self._adopt(domain.domid, device.backend.spec)
+        for net in domain.nets.values():
+            try:
+                net.backend.attachment.publish()
+            except UplinkError as error:
+                raise DomainCreateError(str(error)) from error
 
     def unplug_disk(
         self, domain: GuestDomain, number: int, timeout: float = UNPLUG_SECONDS, force: bool = False

@@ -692,6 +692,17 @@ class Client(ABC):
         """Let other daemons come to this address, unix:/PATH or tls:HOST:PORT; an empty one: to none any more."""
 
     @abstractmethod
+    def join_network(self, to: str) -> None:
+        """Let domains here and those of the daemon that listens at an address reach each other; an empty one: no more.
+
+        A connection between two of them stays open while one is relocated from one daemon to the other.
+        """
+
+    @abstractmethod
+    def joined_networks(self) -> list[str]:
+        """The addresses of the daemons whose networks were joined here."""
+
+    @abstractmethod
     def protect(self, domid: int, to: str, seconds: float) -> None:
         """Have the daemon at an address hold the domain as it is every so many seconds, and go on with it if this dies.
 

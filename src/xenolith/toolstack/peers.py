@@ -6,7 +6,7 @@
 For TLS a daemon has a directory (XENOLITH_TLS, else `~/.config/xenolith/tls`) with `cert.pem`, `key.pem` and `ca.pem`;
 whoever has a certificate of that authority may come, and a host must be the one that its certificate says.
 
-The first line that a caller sends says what for: `relocate`, `settle TOKEN`, `protect`.
+The first line that a caller sends says what for: `relocate`, `settle TOKEN`, `protect`, `network`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from xenolith.dom0.xenbus import Backend, FrontendError, FrontendNodes
 from xenolith.hypervisor.python_domain import HypercallError, PythonDomain
 
 if TYPE_CHECKING:
-    from xenolith.dom0.network.port import VifPort
+    from xenolith.dom0.network.network import Attachment
     from xenolith.dom0.network.router import Router
 
 MAX_SLOTS: Final = netif.NETIF_NR_SLOTS_MIN
@@ -325,7 +325,8 @@ class NetBackend(Backend):
         self.rate: Final = Rate(*spec.rate) if spec.rate else None
         self.ring: Callable[[], None] = _nothing
         self._connection: _Connection | None = None
-        self.vif, self._detach = attach(spec, lambda: self.ring())
+        self.attachment: Final = attach(spec, lambda: self.ring())
+        self.vif: Final = self.attachment.vif
 
     def offer(self) -> Mapping[str, str]:
         return {
@@ -360,7 +361,7 @@ class NetBackend(Backend):
         self.vif.queue.clear()
 
     def close(self) -> None:
-        self._detach()
+        self.attachment.detach()
 
     def nodes(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         """What is in the front-end's and the back-end's directory from the beginning, as libxl writes it."""
@@ -379,8 +380,8 @@ class NetBackend(Backend):
         return front, back
 
 
-Attach = Callable[[VifSpec, Callable[[], None]], "tuple[VifPort, Callable[[], None]]"]
-"""Makes a port of the router's for an interface, with what wakes its back-end; and what takes it away again."""
+Attach = Callable[[VifSpec, Callable[[], None]], "Attachment"]
+"""Makes a port of the router's for an interface, with what wakes its back-end."""
 
 
 def _nothing() -> None:

@@ -43,7 +43,7 @@ NS: Final = 1_000_000_000
 LEAST_RATE: Final = 100e6 / 8  # bytes a second, where there is a limit
 RATE_STEP: Final = 50e6 / 8  # that a round is faster than the domain wrote in the one before
 
-DISKS_SECONDS: Final = 30.0  # that the other side may take to let go of disks
+DISKS_SECONDS: Final = 30.0  # that the other side may take to let go of disks and ports
 DISKS_PAUSE: Final = 0.02
 
 READY: Final = b"ready\n"
@@ -189,7 +189,7 @@ def _hand_over(
             with dom0.control.standing_still(domain.domid) as still:
                 figures.last_pages = last_pages(writer, still, changes)
                 _write_state(writer, still, services)
-            dom0.let_go_of_disks(domain)  # they are for one at a time
+            dom0.let_go(domain)
             writer.end()
             _expect(answers, READY)
             on_ready()
@@ -213,12 +213,13 @@ def _hand_over(
 def keep(dom0: Dom0, domain: GuestDomain, disks: Mapping[int, Device[BlockBackend]]) -> None:
     """Let a domain go on here that stands still to be relocated. `disks`: what it had.
 
-    The other side may not have let go of the disks yet.  Raises DomainCreateError where it does not; it stays paused.
+    The other side may not have let go of them yet, or of ports.  Raises DomainCreateError where it does not; then it
+    stays paused.
     """
     deadline = time.monotonic() + DISKS_SECONDS
     while True:
         try:
-            dom0.take_disks(domain, disks)
+            dom0.take_back(domain, disks)
         except DomainCreateError:
             if time.monotonic() > deadline:
                 raise

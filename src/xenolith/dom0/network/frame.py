@@ -351,6 +351,18 @@ def udp(source: int, source_port: int, destination: int, destination_port: int, 
     return ipv4(UDP, source, destination, bytes(datagram))
 
 
+def tcp_reset(packet: Packet) -> bytes | None:
+    """The IPv4 packet that ends the connection of a TCP packet with an acknowledgement (RFC 9293, 3.10.7.1)."""
+    if packet.protocol != TCP or packet.flags & (TCP_ACK | TCP_RST) != TCP_ACK:
+        return None
+    acknowledged = bytes(packet.frame.data[L4 + 8 : L4 + 12])
+    ports = _PORTS.pack(packet.destination_port, packet.source_port)
+    header = bytearray(ports + acknowledged + bytes(4) + bytes((5 << 4, TCP_RST)) + bytes(6))
+    addresses = _ADDRESSES.pack(packet.destination, packet.source)
+    _WORD.pack_into(header, 16, ~fold(ones_sum(header) + ones_sum(addresses) + TCP + len(header)) & 0xFFFF)
+    return ipv4(TCP, packet.destination, packet.source, bytes(header))
+
+
 def address_text(address: int) -> str:
     """An IPv4 address for people."""
     return str(IPv4Address(address))

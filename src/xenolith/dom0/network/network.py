@@ -28,6 +28,38 @@ if TYPE_CHECKING:
 RETRY_SECONDS: Final = 30.0  # after which a way to the outside that could not be opened is tried again
 
 
+class Attachment:
+    """An interface that takes part in the network, and its published ports."""
+
+    def __init__(self, router: Router, vif: VifPort, log: Callable[[str], None]) -> None:
+        self.vif: Final = vif
+        self._router: Final = router
+        self._log: Final = log
+        self._own: Link | None = None
+
+    def publish(self) -> None:
+        """Open its published ports, if it has any and they are not open. Raises UplinkError."""
+        vif = self.vif
+        if vif.publications and self._own is None:
+            self._own = Passt(self._router, [(vif, publication) for publication in vif.publications])
+            self._own.failed = self._log
+            vif.uplink = self._own.port
+
+    def withdraw(self) -> None:
+        """Close its published ports, and the connections that go through them."""
+        own, self._own = self._own, None
+        if own is not None:
+            own.failed = None
+            own.close()
+            self.vif.uplink = None
+
+    def detach(self) -> None:
+        """It takes part no more."""
+        with self._router.turns:
+            self._router.detach(self.vif)
+        self.withdraw()
+
+
 class Network:
     """What dom0 has of networks."""
 
@@ -79,11 +111,8 @@ class Network:
 
     # --- interfaces --------------------------------------------------------------------------------------------
 
-    def attach(self, domain: str, spec: VifSpec, wake: Callable[[], None]) -> tuple[VifPort, Callable[[], None]]:
-        """Make a port for an interface of a domain's; and what takes it away.
-
-        Raises RuleError, AddressError and UplinkError.
-        """
+    def attach(self, domain: str, spec: VifSpec, wake: Callable[[], None]) -> Attachment:
+        """Make a port for an interface of a domain's. Raises RuleError, AddressError and UplinkError."""
         router = self.router
         policy = Policy(parse_rules(spec.rules))
         with router.turns:
@@ -100,24 +129,13 @@ class Network:
                 publications=spec.publications,
             )
             router.attach(vif)
-        own: list[Link] = []
-
-        def detach() -> None:
-            with router.turns:
-                router.detach(vif)
-            for link in own:
-                link.close()
-
-        if spec.publications:
-            try:
-                link = Passt(router, [(vif, publication) for publication in spec.publications])
-            except BaseException:
-                detach()
-                raise
-            link.failed = self._log
-            own.append(link)
-            vif.uplink = link.port
-        return vif, detach
+        attachment = Attachment(router, vif, self._log)
+        try:
+            attachment.publish()
+        except BaseException:
+            attachment.detach()
+            raise
+        return attachment
 
     def close(self) -> None:
         """Nobody is attached any more."""

@@ -178,6 +178,19 @@ class VifPort(Port):
         self.plug: Plug | None = None
 
 
+class RemotePort(Port):
+    """An interface of a domain of another daemon's (`trunk`)."""
+
+    def __init__(
+        self, number: int, name: str, wake: Callable[[], None], *, domain: str, mac: bytes, address: int, mtu: int
+    ) -> None:
+        super().__init__(number, name, wake)
+        self.domain: Final = domain
+        self.mac = mac
+        self.address: Final = address
+        self.mtu = mtu
+
+
 class Plug:
     """Holds what an interface sends until it may be let out, an epoch at a time. Close it."""
 

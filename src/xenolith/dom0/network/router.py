@@ -50,9 +50,10 @@ from xenolith.dom0.network.frame import (
     segments,
     set_mss,
     tcp_payload,
+    tcp_reset,
     udp,
 )
-from xenolith.dom0.network.port import Capture, Port, Publication, UplinkPort, VifPort
+from xenolith.dom0.network.port import Capture, Port, Publication, RemotePort, UplinkPort, VifPort
 from xenolith.dom0.network.rules import Direction, Peer, Policy, Rule
 
 ROUTER_MAC: Final = bytes.fromhex("02 58 65 6e 00 01")
@@ -75,6 +76,14 @@ class Resolver(Protocol):
         """In the router's turn: a domain's query from this address and port. Raises Drop."""
 
 
+class TrunkEnd(Protocol):
+    """Whoever tells the router at the other end of a trunk which interfaces are here. In the router's turn."""
+
+    def announce(self, vif: VifPort) -> None: ...
+
+    def withdraw(self, address: int) -> None: ...
+
+
 class AddressError(ValueError):
     """An interface cannot have the address, or none is left."""
 
@@ -94,6 +103,9 @@ class Router:
         """Called in a turn when a domain that may reach the outside does so for the first time."""
         self.resolver: Resolver | None = None
         self.vifs: Final[dict[int, VifPort]] = {}  # by address
+        self.remotes: Final[dict[int, RemotePort]] = {}  # by address: interfaces at the other end of a trunk
+        self._left: Final[dict[int, VifPort]] = {}  # those here that one of them has the address of: they went there
+        self._trunks: Final[list[TrunkEnd]] = []
         self._generation = 0  # of the rules
         self._numbers = 0
         self._fragments: Final[dict[Port, dict[tuple[int, int, int, int], Path]]] = {}
@@ -117,14 +129,14 @@ class Router:
                 raise AddressError(f"{wanted!r} is no IPv4 address") from error
             if not self._is_host(address):
                 raise AddressError(f"{wanted} is no host of {self.network}, in which all interfaces are")
-            if address in self.vifs:
+            if not self._is_free(address, mac):
                 raise AddressError(f"another interface has the address {wanted}")
             return address
         size = self.network.num_addresses
         first = int.from_bytes(sha256(mac).digest()[:4], "big")
         for attempt in range(size):
             address = int(self.network.network_address) + (first + attempt) % size
-            if self._is_host(address) and address not in self.vifs:
+            if self._is_host(address) and self._is_free(address, mac):
                 return address
         raise AddressError(f"no address of {self.network} is left")
 
@@ -135,10 +147,20 @@ class Router:
             and address != int(self.network.broadcast_address)
         )
 
+    def _is_free(self, address: int, mac: bytes) -> bool:
+        """Also where it is that of the same interface, which comes here from elsewhere."""
+        remote = self.remotes.get(address)
+        return address not in self.vifs and (remote is None or remote.mac == mac)
+
     def attach(self, vif: VifPort) -> None:
         """Let an interface take part."""
         self.vifs[vif.address] = vif
         self.change_policy(vif, vif.policy)
+        remote = self.remotes.get(vif.address)
+        if remote is not None:
+            self.flows.forget_port(remote)
+        for trunk in self._trunks:
+            trunk.announce(vif)
 
     def attach_uplink(self, uplink: UplinkPort, publications: Iterable[tuple[VifPort, Publication]] = ()) -> None:
         """Let a way to the outside be used for these published ports."""
@@ -147,8 +169,13 @@ class Router:
 
     def detach(self, port: Port) -> None:
         """A port takes part no more."""
-        if isinstance(port, VifPort) and self.vifs.get(port.address) is port:
-            del self.vifs[port.address]
+        if isinstance(port, VifPort):
+            if self.vifs.get(port.address) is port:
+                del self.vifs[port.address]
+                for trunk in self._trunks:
+                    trunk.withdraw(port.address)
+            if self._left.get(port.address) is port:
+                del self._left[port.address]
         if port is self.uplink:
             self.uplink = None
         self.flows.forget_port(port)
@@ -156,6 +183,43 @@ class Router:
         port.queue.clear()
         for capture in port.captures:
             capture.close()
+
+    def attach_trunk(self, trunk: TrunkEnd) -> None:
+        """Tell a trunk of all interfaces, from now on."""
+        self._trunks.append(trunk)
+        for vif in self.vifs.values():
+            trunk.announce(vif)
+
+    def detach_trunk(self, trunk: TrunkEnd) -> None:
+        self._trunks.remove(trunk)
+
+    def attach_remote(self, remote: RemotePort) -> bool:
+        """An interface is elsewhere, where one with the same MAC went if it was here; False where another is here."""
+        vif = self.vifs.get(remote.address)
+        if not self._is_host(remote.address) or (vif is not None and vif.mac != remote.mac):
+            return False
+        if vif is not None:
+            del self.vifs[remote.address]
+            self._left[remote.address] = vif
+            self.flows.forget_port(vif)
+            while (frame := vif.queue.take()) is not None:  # what its domain has not taken yet
+                remote.send(0, frame)
+        former = self.remotes.get(remote.address)
+        if former is not None:
+            self.flows.forget_port(former)
+        self.remotes[remote.address] = remote
+        return True
+
+    def detach_remote(self, remote: RemotePort) -> None:
+        """It is there no more; the one that went there has come back if it is still here."""
+        if self.remotes.get(remote.address) is remote:
+            del self.remotes[remote.address]
+            vif = self._left.pop(remote.address, None)
+            if vif is not None:
+                self.attach(vif)
+        self.flows.forget_port(remote)
+        self._fragments.clear()
+        remote.queue.clear()
 
     def change_policy(self, vif: VifPort, policy: Policy) -> None:
         """Other rules for an interface, from the next packet on."""
@@ -197,6 +261,8 @@ class Router:
         try:
             if isinstance(port, VifPort):
                 self._from_domain(port, frame)
+            elif isinstance(port, RemotePort):
+                self._from_elsewhere(port, frame)
             else:
                 assert isinstance(port, UplinkPort)
                 self._from_outside(port, frame)
@@ -229,6 +295,17 @@ class Router:
             return
         path = self._known_path(vif, packet) or self._new_path(vif, packet)
         self._deliver(vif, packet, path)
+
+    def _from_elsewhere(self, remote: RemotePort, frame: Frame) -> None:
+        """From a domain of another daemon's, to one of ours."""
+        packet = read_ipv4(frame, remote.mtu)
+        vif = self.vifs.get(packet.destination)
+        if vif is None or self.remotes.get(packet.source) is not remote:
+            raise Drop("no host")
+        path = self._known_path(remote, packet)
+        if path is None:
+            path = self._judged(self.flows.open(remote, vif, packet, self._generation, self.clock()), packet)
+        self._deliver(remote, packet, path)
 
     def _from_outside(self, uplink: UplinkPort, frame: Frame) -> None:
         data = frame.data
@@ -274,7 +351,7 @@ class Router:
         if packet.protocol == ICMP and packet.frame.data[L4] == ICMP_ECHO_REPLY:
             raise Drop("no connection")
         if destination & self.netmask == int(self.network.network_address):
-            target = self.vifs.get(destination)
+            target = self.vifs.get(destination) or self.remotes.get(destination)
             if target is None:
                 raise Drop("no host")
             path = self.flows.open(vif, target, packet, self._generation, self.clock())
@@ -283,9 +360,17 @@ class Router:
                 raise Drop("martian")
             uplink = vif.uplink or self.uplink or self._uplink_for(vif, packet)
             if packet.protocol == TCP and packet.flags & (TCP_SYN | TCP_ACK) != TCP_SYN:
+                self._reset(vif, packet)  # it was one where the domain was before
                 raise Drop("no connection")
             path = self.flows.open_outwards(vif, uplink, uplink.address, packet, self._generation, self.clock())
         return self._judged(path, packet)
+
+    @staticmethod
+    def _reset(vif: VifPort, packet: Packet) -> None:
+        """Tell a domain that a connection of its is no more."""
+        reset = tcp_reset(packet)
+        if reset is not None:
+            vif.send(0, Frame(ethernet(vif.mac, ROUTER_MAC, ETHERTYPE_IPV4) + reset))
 
     def _uplink_for(self, vif: VifPort, packet: Packet) -> UplinkPort:
         """Open the way to the outside, for a packet that may go there. Raises Drop."""
@@ -324,11 +409,11 @@ class Router:
         allowed = True
         rules: list[Rule] = []
         if isinstance(origin, VifPort):
-            peer = Peer(flow.destination, target.domain if isinstance(target, VifPort) else None, origin.names.of)
+            peer = Peer(flow.destination, _domain_of(target), origin.names.of)
             allowed, rule = origin.policy.verdict(Direction.OUT, protocol, flow.destination_port, peer)
             rules += [rule] if rule else []
         if allowed and isinstance(target, VifPort):
-            peer = Peer(source, origin.domain if isinstance(origin, VifPort) else None, target.names.of)
+            peer = Peer(source, _domain_of(origin), target.names.of)
             allowed, rule = target.policy.verdict(Direction.IN, protocol, flow.destination_port, peer)
             rules += [rule] if rule else []
         flow.allowed, flow.rules, flow.generation = allowed, tuple(rules), self._generation
@@ -431,7 +516,7 @@ class Router:
             raise Drop("spoofed IP")
         if operation != 1 or target == vif.address or target & self.netmask != int(self.network.network_address):
             return
-        if not address and target != self.address and target not in self.vifs:
+        if not address and target != self.address and target not in self.vifs and target not in self.remotes:
             return  # is anybody there? (RFC 5227)
         reply = _ARP.pack(1, ETHERTYPE_IPV4, 6, 4, 2, ROUTER_MAC, target, vif.mac, address)
         vif.send(0, Frame(ethernet(vif.mac, ROUTER_MAC, ETHERTYPE_ARP) + reply))
@@ -496,6 +581,11 @@ class Router:
         datagram = udp(self.address, DNS_PORT, *client, answer)
         if len(datagram) <= vif.mtu:
             vif.send(0, Frame(ethernet(vif.mac, ROUTER_MAC, ETHERTYPE_IPV4) + datagram))
+
+
+def _domain_of(port: Port) -> str | None:
+    """Whose interface it is."""
+    return port.domain if isinstance(port, VifPort | RemotePort) else None
 
 
 def _datagram(packet: Packet) -> tuple[int, int, int, int]:

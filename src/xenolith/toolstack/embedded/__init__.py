@@ -53,6 +53,7 @@ class EmbeddedToolstack(Looking, Life, Resources, Devices, State, Relocation, In
             return
         self._templates.close()
         self._table.closed = True
+        self._trunks.leave()
         self.listen("")
         self._table.close()
         self.dom0.close()

@@ -27,6 +27,7 @@ from xenolith.toolstack.peers import HAS_COME, HAS_NOT_COME, Connection, Listene
 from xenolith.toolstack.protection import ProtectedDomain, patiently, stand_by, standby_directory
 from xenolith.toolstack.relocation import Arrivals, ask_whether_arrived, send_domain
 from xenolith.toolstack.saving import Arriving
+from xenolith.toolstack.trunks import GREETING, Trunks
 
 
 class Relocation(Part):
@@ -36,6 +37,7 @@ class Relocation(Part):
         super().__init__(table)
         self._arrivals = Arrivals()
         self._listeners: list[Listener] = []
+        self._trunks = Trunks(table.dom0)
         self.on_arrival: Callable[[int], None] = lambda domid: None  # of a domain that another daemon sent
         self.standby_directory = standby_directory()
 
@@ -121,6 +123,15 @@ class Relocation(Part):
             else:
                 self._listeners.append(Listener(address, self._serve_peer, self.dom0.domain.log))
 
+    def join_network(self, to: str) -> None:
+        if to:
+            self._trunks.join(to)
+        else:
+            self._trunks.leave()
+
+    def joined_networks(self) -> list[str]:
+        return self._trunks.joined()
+
     def _serve_peer(self, greeting: str, connection: Connection) -> None:
         """What another daemon asks for, on a thread of its own."""
         verb, _, token = greeting.partition(" ")
@@ -128,6 +139,8 @@ class Relocation(Part):
             self.on_arrival(self._take(connection, False))
         elif verb == "settle":
             connection.answer(HAS_COME if self._arrivals.settle(token) else HAS_NOT_COME)
+        elif verb == GREETING:
+            self._trunks.serve(token, connection)
         elif verb == "protect":
             stand_by(self.dom0, connection, self.standby_directory, self._take_over, self.on_arrival)
         else:
