@@ -127,6 +127,7 @@ WITH_DEVICES: tuple[Guest, ...] = (
     checks("blkfront-abuse"),
     checks("blkfront-records"),
     checks("netfront"),
+    checks("p9front"),
 )
 
 # In no run of their own; see test_isolation.py and test_endless.py.
