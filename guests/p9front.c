@@ -5,6 +5,7 @@
 #include "blkif.h"
 #include "events.h"
 #include "paging.h"
+#include "random.h"
 #include "timing.h"
 
 #define ORDER 2
@@ -60,8 +61,6 @@ static struct blkfront device; /* of a block device's: its directories and port 
 static u8 request[HALF], answer[HALF];
 static u32 length, answered, error;
 
-static void fence(void) { __asm__ volatile("mfence" ::: "memory"); }
-
 /* --- messages ------------------------------------------------------------------------------------------- */
 
 static void put(const void *what, u32 size)
@@ -100,18 +99,10 @@ static u32 number(u32 at)
 static bool wait(volatile u32 *word, u32 while_it_is)
 {
     u64 start = now_ns();
-    u32 port = device.port;
-    struct {
-        u32 *ports;
-        u32 count;
-        u64 timeout;
-    } poll = {&port, 1, 0};
     while (*word == while_it_is) {
         if (now_ns() - start > PATIENCE)
             return false;
-        poll.timeout = now_ns() + 100 * MS;
-        HYPERCALL(HC_sched_op, SCHEDOP_poll, &poll);
-        evtchn_clear(port);
+        evtchn_wait(device.port, now_ns() + 100 * MS);
     }
     return true;
 }
@@ -236,13 +227,7 @@ static long unlink(u32 fid, const char *name)
 
 static void find(u32 index)
 {
-    char path[96] = "";
-    memset(&device, 0, sizeof device);
-    text_append(device.front, "device/9pfs/");
-    text_append_number(device.front, index);
-    text_append(path, device.front);
-    text_append(path, "/backend");
-    xs_read(path, device.back, sizeof device.back);
+    frontend_find(&device, "device/9pfs/", index);
     memset(page.bytes, 0, sizeof page);
     ring->order = ORDER;
     for (u32 i = 0; i < FRAMES; i++) {
@@ -466,37 +451,27 @@ static void rings_that_are_none(void)
     closes();
 }
 
-static u64 random(void)
-{
-    static u64 state;
-    if (!state)
-        state = option_value("seed", 1) * 0x9e3779b97f4a7c15ul | 1;
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
 /* Messages of every kind with fields that are almost right, and other bytes in the ring meanwhile. */
 static void fuzz(u64 count)
 {
     static const u8 kinds[] = {TSTATFS, TLOPEN, TLCREATE, TSYMLINK, TMKNOD, 20, TREADLINK, TGETATTR, 26, 30, 32, 40, 50, 52,
                                54, 70, TMKDIR, 74, TUNLINKAT, TATTACH, TFLUSH, TWALK, TREAD, TWRITE, TCLUNK, 122};
     print("# %lu random messages\n", count);
+    random_seed(option_value("seed", 1));
     connect(0);
     check_eq("  a session", version(64 << 10) | attach(0), 0);
     for (u64 done = 0; done < count; done++) {
-        u64 r = random();
+        u64 r = next();
         begin(r % 64 ? kinds[(r >> 8) % LENGTH(kinds)] : (u8)(r >> 16), 1);
         if (request[4] == TVERSION)
             request[4] = TCLUNK;
-        put32((u32)(random() % 4));
-        u32 parts = (u32)(random() % 8);
+        put32((u32)below(4));
+        u32 parts = (u32)below(8);
         for (u32 i = 0; i < parts; i++) {
-            r = random();
+            r = next();
             switch (r % 5) {
             case 0: put32((u32)(r >> 8) % 4); break;
-            case 1: put64(r >> 40 & (random() % 2 ? ~0ul : 7)); break;
+            case 1: put64(r >> 40 & (below(2) ? ~0ul : 7)); break;
             case 2: put_text((r >> 8) % 2 ? "x" : "greeting"); break;
             case 3: put16((u16)(r >> 8) % 4); break;
             default: put8((u8)(r >> 8)); break;
@@ -507,7 +482,7 @@ static void fuzz(u64 count)
             return;
         }
         for (u32 at = 0; at < 16; at++)
-            data[HALF + random() % HALF] = (u8)random();
+            data[HALF + below(HALF)] = (u8)next();
     }
     check(true, "  every message is answered");
     check_eq("  a session after all that", version(64 << 10) | attach(0), 0);
