@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from xenolith.abi.x86 import CR4_OSXSAVE
 from xenolith.machine.engines.unicorn import layout
 from xenolith.machine.listing import assemble
 
@@ -42,6 +43,8 @@ NUMBERS: Final = {
     "call_function": layout.CALL_FUNCTION,
     "call_function_3": layout.CALL_FUNCTION + 8,  # of a call with three arguments or results
     "not_mxcsr": ~layout.MXCSR_DEFINED,
+    "cr4": layout.CR + 32,
+    "osxsave": CR4_OSXSAVE,
     "map": layout.UC_PAGE_MAP,
     "map_size": layout.UC_PAGE_MAP + 16,
     "map_shift": layout.UC_PAGE_MAP + 20,
@@ -589,9 +592,12 @@ CHECKED_FXRSTOR: Final = """
     48 b8 {raise_exception_ra:8}  mov rax, raise_exception_ra
     ff e0                         jmp rax
 """
+# The latter is undefined with CR4.OSXSAVE clear, whatever lies there.
 CHECKED_XRSTOR: Final = (
     """
     f6 c2 02                      test dl, 0x2
+    74 {.2:1}                     je 2
+    f7 87 {cr4} {osxsave}         test dword [rdi+cr4], osxsave
     74 {.2:1}                     je 2
 """
     + CHECKED_FXRSTOR
