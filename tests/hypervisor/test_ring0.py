@@ -54,7 +54,7 @@ from xenolith.hypervisor.guest_memory import copy_to_guest
 from xenolith.hypervisor.traps import trap_handler
 from xenolith.machine import native
 from xenolith.machine.engines.native_state import LEAVE, LOOK, NOT_HANDLED, EngineCalls
-from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, Cpu, register_file
+from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_NOTHING, TRAP_SYSCALL, Cpu, register_file
 
 from .bare import CALLBACK, DATA, PAGES, STACK, BareMachine
 
@@ -575,6 +575,20 @@ def test_native_code_stops_when_its_budget_is_spent() -> None:
     for _ in range(5):
         pair.trap(VECTOR_PF, 0, DATA - 8)
     assert subject.handled == 2
+    pair.close()
+
+
+def test_cpuid_is_answered_natively_whatever_ecx_is_where_that_means_nothing() -> None:
+    """Programs leave anything there."""
+    pair = Pair(Random(4))
+    subject, regs = pair.natively, pair.natively.cpu.regs
+    subject.write(DATA, b"\x0f\xa2")
+    for leaf in (1, 0x8000_0001, 4):
+        for ecx in range(50):
+            regs[RAX], regs[RCX], regs[RIP] = leaf, 1000 * ecx, DATA
+            subject.trap(TRAP_CPUID)
+    assert subject.handled == 49 + 49
+    assert subject.vcpu.cpuid_count == 1 + 1 + 50
     pair.close()
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
 XEN_LEAVES: Final = 0x4000_0000
+LAST_SIMPLE: Final = 3  # of the leaves whose answer does not depend on ECX, where programs leave anything, ...
+LAST_SIMPLE_EXTENDED: Final = 0x8000_0008  # ... and of those from 0x80000000 on
 XEN_VERSION: Final = 4 << 16 | 17
 
 # Feature bits by leaf and register that no guest sees.
@@ -39,6 +41,12 @@ HIDDEN_80000001_EDX: Final = HIDDEN_1_EDX & 0x0183_F3FF | 1 << 26 | 1 << 27
 # PERFCTR(23,24,28) MONITORX(29)
 HIDDEN_80000001_ECX: Final = sum(1 << bit for bit in (2, 3, 9, 10, 12, 13, 15, 19, 22, 23, 24, 28, 29))
 XSAVE_FEATURES: Final = 0b0111  # D.1.eax: XSAVEOPT, XSAVEC, XGETBV1; XSAVES is for ring 0 only
+
+
+def asked(leaf: int, ecx: int) -> tuple[int, int]:
+    """Leaf and subleaf of a question."""
+    simple = leaf <= LAST_SIMPLE or 0x8000_0000 <= leaf <= LAST_SIMPLE_EXTENDED
+    return leaf, 0 if simple else ecx
 
 
 def answer(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:

@@ -8,9 +8,12 @@ static int cpuid(struct vcpu *v)
     const u8 *code = (u8 *)words(v->domain_address) + at;
     if (at == NOWHERE || code[0] != OPCODE_TWO_BYTES || code[1] != OPCODE_CPUID)
         return NOT_HANDLED;
+    u32 leaf = (u32)regs[RAX], subleaf = (u32)regs[RCX];
+    if (leaf <= LAST_SIMPLE || (leaf >= 0x80000000 && leaf <= LAST_SIMPLE_EXTENDED)) /* cpuid.asked */
+        subleaf = 0;
     for (u32 i = 0; i < v->cpuid_count; i++) {
         const u32 *entry = v->cpuid_table[i];
-        if (entry[0] != (u32)regs[RAX] || entry[1] != (u32)regs[RCX])
+        if (entry[0] != leaf || entry[1] != subleaf)
             continue;
         regs[RAX] = entry[2];
         regs[RBX] = entry[3];

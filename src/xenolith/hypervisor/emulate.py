@@ -57,7 +57,7 @@ def forced_invalid_opcode(vcpu: Vcpu, cpu: Cpu) -> bool:
 
 def cpuid(vcpu: Vcpu, regs: memoryview) -> None:
     """Answer CPUID from the domain's policy."""
-    question = (regs[RAX] & MASK32, regs[RCX] & MASK32)
+    question = cpuid_policy.asked(regs[RAX] & MASK32, regs[RCX] & MASK32)
     answer = vcpu.cpuid_answers.get(question)
     if answer is None:
         answer = cpuid_policy.answer(vcpu, *question)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import ClassVar, Final
 
 from xenolith.abi import errno, grant_table, hypercalls, layout, x86
-from xenolith.hypervisor import bounce, domain, event_fifo, frames, grants, guest_memory, paging, time
+from xenolith.hypervisor import bounce, cpuid, domain, event_fifo, frames, grants, guest_memory, paging, time
 from xenolith.hypervisor.hypercalls import iret, mmu, multicall, version
 from xenolith.machine import native
 from xenolith.machine.clock import Clock
@@ -119,6 +119,7 @@ def declarations() -> str:
             native.define(paging, "DISALLOWED L1_DISALLOWED COUNTED GUEST_KERNEL"),
             native.define(mmu, "BATCH"),
             native.define(version, "MAJOR MINOR"),
+            native.define(cpuid, "LAST_SIMPLE LAST_SIMPLE_EXTENDED"),
             native.define(sizes, " ".join(vars(sizes))),
             native.declare("iret_frame", IretFrame),
             native.define(protocol, "ALWAYS_SET"),
