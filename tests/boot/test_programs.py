@@ -104,6 +104,28 @@ __asm__(".globl _start\n_start: mov 8(%esp), %eax\nmovzbl (%eax), %eax\npush %ea
 """
 
 
+# A 64-bit program that goes on in 32-bit code and comes back, as those do that run Windows' programs.
+BOTH = r"""
+#include <stdio.h>
+
+unsigned long stack, other[64];
+unsigned done;
+#define AROUND "1: incl done\n ljmp $0x33, $2f\n .code64\n2: mov stack, %%rsp\n"
+#define CLOBBERS : : : "rax", "rcx", "rdx", "memory", "cc"
+
+int main(void) {
+    __asm__ volatile("mov %0, %%ds" : : "r"(0x2b));
+    for (int i = 0; i < 500; i++) {
+        __asm__ volatile("mov %%rsp, stack\n push $0x2b\n push $other + 256\n pushfq\n push $0x23\n push $1f\n iretq\n"
+                         ".code32\n" AROUND CLOBBERS);
+        __asm__ volatile("mov %%rsp, stack\n mov $other + 256, %%esp\n push $0x23\n push $1f\n lretq\n"
+                         ".code32\n" AROUND CLOBBERS);
+    }
+    printf("%u\n", done);
+}
+"""
+
+
 def expected_status(seed: str) -> int:
     """What the 32-bit program exits with."""
     value = 2166136261
@@ -152,6 +174,12 @@ def test_32_bit_programs_with_thread_local_storage_run_side_by_side(xenolith_run
     script = f"for job in a b c d; do ({job}) & done; wait"
     done = xenolith_run("--file", f"{program}:/usr/bin/i386", "--", "sh", "-c", script)
     assert sorted(done.stdout.decode().splitlines()) == [f"{job} {expected_status(job)}" for job in "abcd"]
+
+
+def test_a_program_goes_from_64_bit_code_to_32_bit_code_and_back(xenolith_run: Run, tmp_path: Path) -> None:
+    program = build(BOTH, tmp_path / "both", "-no-pie", "-fno-pie")
+    done = xenolith_run("--file", f"{program}:/usr/bin/both", "--", "/usr/bin/both")
+    assert done.stdout == b"1000\n"
 
 
 # No system call for some 20,000 rounds, then a look for the file. The first line of /proc/interrupts is the timer's.

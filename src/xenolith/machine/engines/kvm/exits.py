@@ -16,6 +16,7 @@ from xenolith.abi.x86 import (
     VECTOR_BP,
     VECTOR_DB,
     VECTOR_GP,
+    VECTOR_NP,
     VECTOR_OF,
     VECTOR_PF,
     VECTOR_UD,
@@ -83,7 +84,7 @@ class Exits:
             vector, error_code = self._undefined_opcode()
         elif vector == VECTOR_GP and error_code & _ERROR_IDT:
             error_code = self._software_interrupt() or error_code
-        elif vector == VECTOR_GP and error_code & ~7:
+        elif vector in (VECTOR_GP, VECTOR_NP) and error_code & ~7:  # IRETQ finds our empty descriptors not present
             try:
                 done = segment_loads.carry_out(self._cpu, error_code & 0xFFFC)
             except GuestFault as fault:
