@@ -160,9 +160,14 @@ L3_SHIFT: Final = 30
 L4_SHIFT: Final = 39
 
 
+DR6_ONES: Final = 0xFFFF_0FF0  # of DR6, always read as one (SDM vol. 3, 17.2.3)
+LOWER_HALF_END: Final = 1 << 47  # of the canonical addresses
+UPPER_HALF: Final = (1 << 64) - (1 << 47)
+
+
 def is_canonical(va: int) -> bool:
     """Whether a 64-bit address is sign-extended from bit 47 (SDM vol. 1, 3.3.7.1)."""
-    return 0 <= va < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va < 1 << 64
+    return 0 <= va < LOWER_HALF_END or UPPER_HALF <= va < 1 << 64
 
 
 def is_legal_xcr0(value: int) -> bool:
@@ -179,12 +184,12 @@ def is_canonical_range(va: int, size: int) -> bool:
     What goes on beyond the end of the address space does not.
     """
     last = va + size - 1
-    return 0 <= va <= last < 0x0000_8000_0000_0000 or 0xFFFF_8000_0000_0000 <= va <= last < 1 << 64
+    return 0 <= va <= last < LOWER_HALF_END or UPPER_HALF <= va <= last < 1 << 64
 
 
 def advanced(address: int, by: int) -> int:
     """A 64-bit register that holds an address, so many bytes further on (or back): it wraps as the processor's does."""
-    return address + by & (1 << 64) - 1
+    return address + by & MASK64
 
 
 # --- opcodes (SDM vol. 2, appendix A) --------------------------------------------------------------
@@ -217,6 +222,7 @@ MSR_TSC_AUX: Final = 0xC000_0103
 XSAVE_MXCSR: Final = 24
 XSAVE_MXCSR_MASK: Final = 28  # the bits that the processor has; 0: all but the one of denormals-are-zeros
 XSAVE_HEADER: Final = 512  # XSTATE_BV, XCOMP_BV, and 48 bytes that must be 0 in the compacted format
+XSAVE_EXTENDED: Final = 576  # behind the header: the components from 2 on
 XSTATE_X87: Final = 1
 XSTATE_SSE: Final = 2
 XSTATE_AVX: Final = 4

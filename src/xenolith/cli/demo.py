@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xenolith.toolstack.demonstration import Actor, DemonstrationFailed, cast, perform
+from xenolith.toolstack.host import ENGINES
 
 LINES_SHOWN: Final = 14
 PLAIN_WIDTH: Final = 110  # columns, where the output is no terminal
@@ -123,7 +124,7 @@ class PlainShow(Show):
 @click.command()
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "unicorn", "kvm", "adaptive"]),
+    type=click.Choice(ENGINES),
     default="auto",
     envvar="XENOLITH_ENGINE",
     show_default=True,

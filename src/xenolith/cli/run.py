@@ -38,6 +38,7 @@ from xenolith.toolstack.foreground import (
     Status,
     foreground,
 )
+from xenolith.toolstack.host import ENGINES
 
 CTRL_RIGHT_BRACKET: Final = b"\x1d"
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,7 +72,7 @@ class CannotRun(click.ClickException):
 @click.command(epilog=EXIT_STATUS_HELP, context_settings={"allow_interspersed_args": False, "auto_envvar_prefix": None})
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "unicorn", "kvm", "adaptive"]),
+    type=click.Choice(ENGINES),
     default="auto",
     envvar="XENOLITH_ENGINE",
     show_default=True,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xenolith.abi import layout
-from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import MASK64, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.dom0.image import KernelImage
 from xenolith.hypervisor.control import Control, DomainCreateError
 from xenolith.machine.memory import Frames
@@ -97,7 +97,7 @@ def build(
         layout.U64.pack_into(info, offset, value)
 
     def virtual(pfn: int) -> int:
-        return image.virt_base + (pfn << PAGE_SHIFT) & (1 << 64) - 1
+        return image.virt_base + (pfn << PAGE_SHIFT) & MASK64
 
     by_pfn = bool(ramdisk) and image.mod_start_pfn
     put(layout.START_INFO_NR_PAGES, memory_pages)

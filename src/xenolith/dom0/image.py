@@ -31,6 +31,7 @@ import zstandard
 from elftools.elf.elffile import ELFFile
 
 from xenolith.abi.elfnote import GENERIC_LOADER, NOTE_ALIGNMENT, NOTE_HEADER, NOTE_NAME, XEN_VERSION, ElfNote, Feature
+from xenolith.abi.x86 import PAGE_SIZE, is_canonical
 
 MAX_IMAGE_BYTES: Final = 1 << 30  # of a decompressed image, and of its segments in memory
 _PF_X: Final = 1  # a segment's p_flags
@@ -471,20 +472,16 @@ def _check_addresses(image: KernelImage) -> None:
     if image.paddr_end - image.elf_paddr_offset > _GUEST_PHYSICAL_END:
         raise ImageError(f"the image ends at {image.paddr_end:#x}, beyond any domain's memory")
     start, end = image.virtual(image.paddr_start), image.virtual(image.paddr_end)
-    if not _is_canonical(image.virt_base) or end > _TOP or not (_is_canonical(start) and _is_canonical(end - 1)):
+    if not is_canonical(image.virt_base) or end > _TOP or not (is_canonical(start) and is_canonical(end - 1)):
         raise ImageError(f"virtual addresses {start:#x} to {end:#x} are none of x86-64's")
     if not start <= image.entry < end:
         raise ImageError(f"the entry {image.entry:#x} is outside the image ({start:#x} to {end:#x})")
     page = image.hypercall_page
-    if page is not None and (page % 4096 or not start <= page <= end - 4096):
+    if page is not None and (page % PAGE_SIZE or not start <= page <= end - PAGE_SIZE):
         raise ImageError(f"the hypercall page {page:#x} is no page of the image ({start:#x} to {end:#x})")
     p2m = image.init_p2m
-    if p2m is not None and (p2m % 4096 or not _is_canonical(p2m) or start <= p2m < end):
+    if p2m is not None and (p2m % PAGE_SIZE or not is_canonical(p2m) or start <= p2m < end):
         raise ImageError(f"INIT_P2M {p2m:#x} is misaligned, not canonical or inside the image")
-
-
-def _is_canonical(address: int) -> bool:
-    return address < 1 << 47 or _TOP - (1 << 47) <= address < _TOP
 
 
 def _features(notes: dict[ElfNote, bytes]) -> tuple[frozenset[Feature], frozenset[Feature]]:

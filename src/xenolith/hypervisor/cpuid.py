@@ -10,6 +10,7 @@ from struct import unpack
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi.x86 import CPUID_NULL_SELECTOR_CLEARS_BASE, MASK32
+from xenolith.machine.cpuid import xsave_size
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -108,12 +109,7 @@ def _xsave_size(vcpu: Vcpu, mask: int) -> int:
     """Bytes of a standard-format XSAVE image with these components (SDM vol. 1, 13.4)."""
     engine = vcpu.domain.engine
     assert engine is not None
-    size = 576
-    for component in range(2, 63):
-        if mask >> component & 1:
-            length, offset, _, _ = engine.host_cpuid(0xD, component)
-            size = max(size, offset + length)
-    return size
+    return xsave_size(mask, engine.host_cpuid)
 
 
 def _xen_leaf(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:

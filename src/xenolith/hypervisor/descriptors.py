@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout
 from xenolith.abi.errno import EINVAL
-from xenolith.abi.x86 import PTE_A, PTE_ADDRESS, PTE_NX, PTE_P, is_canonical
+from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_ADDRESS, PTE_NX, PTE_P, is_canonical
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.frames import TYPE_SEGDESC
 from xenolith.hypervisor.guest_memory import READ, translate
@@ -47,12 +47,12 @@ FLAT_DESCRIPTORS: Final = {
 
 def gdt_va(vcpu_id: int) -> int:
     """Linear address of a vCPU's GDT in the window."""
-    return WINDOW_VA + vcpu_id * PAGES_PER_VCPU * 4096
+    return WINDOW_VA + vcpu_id * PAGES_PER_VCPU * PAGE_SIZE
 
 
 def ldt_va(vcpu_id: int) -> int:
     """Linear address of a vCPU's LDT in the window."""
-    return gdt_va(vcpu_id) + GDT_PAGES * 4096
+    return gdt_va(vcpu_id) + GDT_PAGES * PAGE_SIZE
 
 
 def checked(descriptor: int) -> int | None:
@@ -117,7 +117,7 @@ def _map(vcpu: Vcpu, page: int, mfn: int) -> None:
     domain.memory.q[index] = mfn << 12 | WINDOW_ENTRY if mfn else 0
     if domain.entry_changed is not None:
         domain.entry_changed(index, PTE_P, 0)
-    tlb.flush_page([vcpu], gdt_va(vcpu.vcpu_id) + page * 4096)
+    tlb.flush_page([vcpu], gdt_va(vcpu.vcpu_id) + page * PAGE_SIZE)
 
 
 def set_gdt_frames(vcpu: Vcpu, mfns: list[int], entries: int) -> int:
@@ -167,7 +167,7 @@ def load_ldt(vcpu: Vcpu) -> None:
     """Take and show the pages of the vCPU's LDT that are fit for it."""
     domain = vcpu.domain
     for page in range((vcpu.ldt_entries + 511) // 512):
-        address = translate(vcpu, vcpu.ldt_va + page * 4096, READ)
+        address = translate(vcpu, vcpu.ldt_va + page * PAGE_SIZE, READ)
         mfn = address >> 12
         if address >= 0 and not paging.get_page_and_type(domain, mfn, TYPE_SEGDESC):
             vcpu.ldt_frames[page] = mfn

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from xenolith.abi import layout
 from xenolith.abi.event_fifo import EVENT_ARRAY_PAGES, EVTCHN_FIFO_MAX_QUEUES
 from xenolith.abi.hypercalls import VIRQ_TIMER, RUNSTATE_offline
-from xenolith.abi.x86 import R8, R10, RAX, RDI, RDX, RIP, RSI, advanced
+from xenolith.abi.x86 import MASK64, R8, R10, RAX, RDI, RDX, RIP, RSI, advanced
 from xenolith.hypervisor.frames import TYPE_L4, TYPE_SEGDESC, TYPE_WRITABLE
 from xenolith.machine.engines.native_state import FLAT_PAIRS, UNLIMITED, ModeFields
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine, register_file
@@ -221,7 +221,7 @@ class Vcpu(VcpuFields):
         regs = self.regs
         regs[RAX] = number
         for register, argument in zip((RDI, RSI, RDX, R10, R8), arguments, strict=False):
-            regs[register] = argument & 0xFFFF_FFFF_FFFF_FFFF
+            regs[register] = argument & MASK64
         regs[RIP] = advanced(regs[RIP], -2)
         return 0
 

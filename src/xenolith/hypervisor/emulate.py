@@ -9,7 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from xenolith.abi import layout, x86
-from xenolith.abi.x86 import FS_BASE, GS_BASE, MASK32, RAX, RBX, RCX, RDI, RDX, RIP, RSI, advanced, is_canonical
+from xenolith.abi.x86 import (
+    FS_BASE,
+    GS_BASE,
+    MASK32,
+    PAGE_MASK,
+    PAGE_SIZE,
+    RAX,
+    RBX,
+    RCX,
+    RDI,
+    RDX,
+    RIP,
+    RSI,
+    advanced,
+    is_canonical,
+)
 from xenolith.hypervisor import cpuid as cpuid_policy
 from xenolith.hypervisor.bounce import inject_page_fault
 from xenolith.hypervisor.guest_memory import copy_from_guest, copy_to_guest
@@ -41,7 +56,7 @@ def fetch(vcpu: Vcpu, va: int, size: int) -> bytes:
     """Up to `size` bytes of code at `va`: as many as are readable."""
     data = copy_from_guest(vcpu, va, size)
     if data is None:
-        data = copy_from_guest(vcpu, va, min(size, 4096 - (va & 4095))) or b""
+        data = copy_from_guest(vcpu, va, min(size, PAGE_SIZE - (va & PAGE_MASK))) or b""
     return data
 
 

@@ -3,7 +3,7 @@
 static u64 walk(struct vcpu *v, u64 table, u64 va, u64 rights)
 {
     const volatile u64 *q = words(v->domain_address);
-    if (va >= 0x800000000000ull && va < HYPERVISOR_VIRT_END)
+    if (va >= LOWER_HALF_END && va < HYPERVISOR_VIRT_END)
         return NOWHERE;
     u64 entry = q[table << 9 | (va >> 39 & 511)];
     for (int shift = 30; shift >= 12; shift -= 9) {

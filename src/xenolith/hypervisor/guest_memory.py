@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenolith.abi.layout import HYPERVISOR_VIRT_END
-from xenolith.abi.x86 import PAGE_MASK, PAGE_SIZE, PTE_ADDRESS, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import LOWER_HALF_END, PAGE_MASK, PAGE_SIZE, PTE_ADDRESS, PTE_P, PTE_RW, PTE_US
 
 if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
@@ -26,7 +26,7 @@ def translate(vcpu: Vcpu, va: int, rights: int) -> int:
 
     `rights` is READ or WRITE.  Hypervisor-reserved and non-canonical addresses give -1.
     """
-    if (va >= 0x0000_8000_0000_0000 and not HYPERVISOR_VIRT_END <= va < 1 << 64) or va < 0:
+    if (va >= LOWER_HALF_END and not HYPERVISOR_VIRT_END <= va < 1 << 64) or va < 0:
         return -1
     q = vcpu.domain.memory.q
     table = vcpu.kernel_l4 if vcpu.kernel_mode else vcpu.user_l4
@@ -47,7 +47,7 @@ def translate(vcpu: Vcpu, va: int, rights: int) -> int:
 
 def address_ok(va: int) -> bool:
     """Whether an address may be the guest's at all, mapped or not (Xen: guest_handle_okay)."""
-    return 0 <= va < 0x0000_8000_0000_0000 or HYPERVISOR_VIRT_END <= va < 1 << 64
+    return 0 <= va < LOWER_HALF_END or HYPERVISOR_VIRT_END <= va < 1 << 64
 
 
 def copy_from_guest(vcpu: Vcpu, va: int, size: int) -> bytes | None:

@@ -29,6 +29,7 @@ from xenolith.abi.hypercalls import DOMID_INVALID
 from xenolith.abi.layout import XEN_FIRST_SLOT, XEN_LAST_SLOT
 from xenolith.abi.x86 import (
     ENTRIES,
+    MASK64,
     PTE_A,
     PTE_ADDRESS,
     PTE_AVAIL,
@@ -70,11 +71,11 @@ if TYPE_CHECKING:
 
 ADJUSTABLE: Final = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_AVAIL | PTE_AVAIL_HIGH | PTE_NX
 # Bits a guest may not set in a present entry. Global is tolerated in L1 entries and has no effect.
-DISALLOWED: Final = ~(ADJUSTABLE | PTE_ADDRESS) & (1 << 64) - 1
+DISALLOWED: Final = ~(ADJUSTABLE | PTE_ADDRESS) & MASK64
 L1_DISALLOWED: Final = DISALLOWED & ~PTE_G
 # Changes of these bits alone move no reference (Xen: FASTPATH_FLAG_WHITELIST).
 UNCOUNTED: Final = PTE_NX | PTE_AVAIL_HIGH | PTE_AVAIL | PTE_G | PTE_D | PTE_A | PTE_US
-COUNTED: Final = ~UNCOUNTED & (1 << 64) - 1
+COUNTED: Final = ~UNCOUNTED & MASK64
 GUEST_KERNEL: Final = 1 << 52  # Xen's mark on an L1 entry that the guest gave without the user bit
 # What of Domain.work_left things cost. An entry of an upper table, the cheapest, takes Python a microsecond or two.
 L1_WORK: Final = 48

@@ -86,7 +86,7 @@ def declarations() -> str:
                 "RAX RCX RDX RBX RSP RSI RDI R8 R10 R11 RIP CS SS FS_BASE GS_BASE PTE_P PTE_RW PTE_US PTE_A PTE_D "
                 "PTE_G PTE_NX PTE_ADDRESS ENTRIES EFLAGS_CF EFLAGS_TF EFLAGS_IF EFLAGS_IOPL EFLAGS_STATUS VECTOR_GP "
                 "VECTOR_PF PFEC_PRESENT PFEC_WRITE PFEC_USER PFEC_RESERVED PFEC_INSN OPCODE_TWO_BYTES OPCODE_CPUID "
-                "OPCODE_CLI OPCODE_STI",
+                "OPCODE_CLI OPCODE_STI LOWER_HALF_END",
             ),
             native.define(
                 hypercalls,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Final
 
+from xenolith.abi.x86 import XSAVE_EXTENDED
 from xenolith.machine.machine_code import function
 
 _Registers = ctypes.c_uint32 * 4
@@ -37,3 +39,13 @@ def native_cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     _cpuid(leaf, subleaf, ctypes.addressof(registers))
     eax, ebx, ecx, edx = registers
     return eax, ebx, ecx, edx
+
+
+def xsave_size(components: int, cpuid: Callable[[int, int], tuple[int, int, int, int]]) -> int:
+    """Bytes of an XSAVE image in the standard format with these components (SDM vol. 1, 13.4), as `cpuid` has them."""
+    size = XSAVE_EXTENDED
+    for component in range(2, 63):
+        if components >> component & 1:
+            length, offset, _, _ = cpuid(0xD, component)
+            size = max(size, offset + length)
+    return size

@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from xenolith.abi.x86 import MASK64
+
 OPTIONS: Final = ("-std=gnu11", "-O2", "-fPIC", "-shared", "-nostdlib", "-ffreestanding", "-fno-strict-aliasing")
 # XENOLITH_NATIVE=sanitize, for tests (`make sanitize`): the first bad access or undefined operation ends the process.
 # The sanitizers' libraries have to be loaded before Python.
@@ -83,7 +85,7 @@ def declare(name: str, structure: type[ctypes.Structure], pointers: Mapping[str,
 
 def define(module: Any, names: str) -> str:
     """These integers of a module as C macros; `names` is separated by spaces."""
-    return "".join(f"#define {name} {getattr(module, name) & (1 << 64) - 1:#x}ull\n" for name in names.split())
+    return "".join(f"#define {name} {getattr(module, name) & MASK64:#x}ull\n" for name in names.split())
 
 
 def load(source: Path, declarations: str = "", halves: Sequence[Path] = ()) -> ctypes.PyDLL:

@@ -20,6 +20,7 @@ from copy import copy
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from xenolith.abi.x86 import MASK64
 from xenolith.machine.clock import Clock, RealClock
 from xenolith.machine.machine_code import function
 
@@ -117,7 +118,7 @@ class TscClock(RealClock):
 
     def ahead(self, nanoseconds: int) -> TscClock:
         clock = copy(self)
-        clock.at_boot = self.at_boot + nanoseconds & (1 << 64) - 1
+        clock.at_boot = self.at_boot + nanoseconds & MASK64
         clock._make_now()
         return clock
 

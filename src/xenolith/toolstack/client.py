@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, NewType, Protocol, TypeAlias
 from uuid import UUID
 
+from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.toolstack.config.disk import Disk
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.config.vif import Nic
@@ -93,7 +94,7 @@ class HostInfo:
     xen_caps: tuple[str, ...]
     scheduler: str
     scheduler_parameters: tuple[str, ...] = ()  # what it lets be set for a domain
-    page_size: int = 4096
+    page_size: int = PAGE_SIZE
     virt_start: int
     changeset: str = ""
     commandline: str = ""

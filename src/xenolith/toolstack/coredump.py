@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Protocol, TypeAlias
 
+from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.toolstack.client import OnProgress, Progress, ToolstackError, no_progress
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
-PAGE_SIZE: Final = 4096
 
 REGISTERS: Final = (
     "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax",

@@ -28,7 +28,7 @@ from xenolith.dom0.migration.live import READY, Refused
 from xenolith.dom0.migration.restore import Received
 from xenolith.dom0.migration.save import held
 from xenolith.dom0.migration.services import ServicesRecord
-from xenolith.dom0.migration.stream import Reader, Section, Writer
+from xenolith.dom0.migration.stream import MOST_FRAMES, Reader, Section, Writer
 from xenolith.dom0.network.port import Plug
 from xenolith.hypervisor.control import Arrival, Control
 from xenolith.hypervisor.domain_record.frames import FrameRecord
@@ -170,7 +170,7 @@ class Standby:
         self._out = out
         self.epoch = 0
         record = Record(self._reader.json(self._reader.expect(stream.DESCRIPTION)), "the description")
-        self._max_pages: int = record.get("max_pages", Number(1 << 36))
+        self._max_pages: int = record.get("max_pages", Number(MOST_FRAMES))
         self._vcpus: int = record.get("vcpus", U32)
         self.toolstack: Plain = record.any("toolstack")
         if self._max_pages > control.machine().free_pages:

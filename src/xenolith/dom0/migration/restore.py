@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from xenolith.dom0.migration import stream
 from xenolith.dom0.migration.series import OpenBase, Series, bases
 from xenolith.dom0.migration.services import ServicesRecord
-from xenolith.dom0.migration.stream import Reader
+from xenolith.dom0.migration.stream import MOST_FRAMES, Reader
 from xenolith.hypervisor.control import Arrival, Control
 from xenolith.hypervisor.domain_record.frames import FrameRecord
 from xenolith.hypervisor.domain_record.kinds import U32, Number, Plain, Record, RecordError
@@ -48,7 +48,7 @@ class Receiver:
         if section.kind != stream.DESCRIPTION:
             raise RecordError(f"a section of kind {section.kind} comes where its description belongs")
         record = Record(self._reader.json(section), "the description")
-        self._max_pages: int = record.get("max_pages", Number(1 << 36))
+        self._max_pages: int = record.get("max_pages", Number(MOST_FRAMES))
         self._vcpus: int = record.get("vcpus", U32)
         self.toolstack: Plain = record.any("toolstack")
         free = control.machine().free_pages

@@ -46,7 +46,7 @@ LEVEL: Final = 1
 _NOT_SAID: Final = -1  # by a frame of zstd, how long it is when unpacked
 MOST_PAGES: Final = 1024  # in a section
 MOST_JSON: Final = 64 << 20
-_MOST_FRAMES: Final = 1 << 36
+MOST_FRAMES: Final = 1 << 36
 
 
 class Section(NamedTuple):
@@ -158,7 +158,7 @@ class Reader:
         places = list(mfns)
         while (section := self.next()).kind == PAGES:
             length = self._checked_length(section, MOST_PAGES * PAGE_SIZE)
-            if length % PAGE_SIZE or not length or section.first >= _MOST_FRAMES or section.flags:
+            if length % PAGE_SIZE or not length or section.first >= MOST_FRAMES or section.flags:
                 raise RecordError(f"{length} bytes at frame {section.first:#x} are no pages of a checkpoint")
             pages = np.arange(length >> PAGE_SHIFT)
             mfns.append(section.first + pages)

@@ -9,16 +9,7 @@ from xenolith.hypervisor.domain import Domain
 from xenolith.hypervisor.domain_record.features import check_features, features
 from xenolith.hypervisor.domain_record.fields import pack, unpack
 from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, pin_tables, take_frames
-from xenolith.hypervisor.domain_record.kinds import (
-    U64,
-    Array,
-    Listing,
-    Number,
-    Optional,
-    Plain,
-    Record,
-    RecordError,
-)
+from xenolith.hypervisor.domain_record.kinds import U64, Array, Listing, Number, Optional, Plain, Record, RecordError
 from xenolith.hypervisor.domain_record.ports import load_fifo, load_ports, ports_state
 from xenolith.hypervisor.domain_record.vcpus import (
     load_cpu,

@@ -6,13 +6,7 @@ from typing import Final
 
 from xenolith.hypervisor import cpuid
 from xenolith.hypervisor.domain import Domain
-from xenolith.hypervisor.domain_record.kinds import (
-    U32,
-    Number,
-    Plain,
-    Record,
-    RecordError,
-)
+from xenolith.hypervisor.domain_record.kinds import U32, Number, Plain, Record, RecordError
 
 # What a guest may have found in CPUID and rely on: registers (0: EAX ... 3: EDX) of leaves in which bits are features.
 _FEATURE_LEAVES: Final = {

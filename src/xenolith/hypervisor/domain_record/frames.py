@@ -13,27 +13,11 @@ import numpy as np
 from xenolith.abi import layout
 from xenolith.abi.grant_table import GRANT_ENTRY_SIZES, GTF_reading, GTF_transitive, GTF_type_mask, GTF_writing
 from xenolith.abi.layout import VCPU_INFO_SIZE
-from xenolith.abi.x86 import (
-    PAGE_SIZE,
-)
+from xenolith.abi.x86 import MASK64, PAGE_SIZE
 from xenolith.hypervisor import paging
 from xenolith.hypervisor.domain import Domain
-from xenolith.hypervisor.domain_record.kinds import (
-    U64,
-    Listing,
-    Number,
-    Record,
-    RecordError,
-)
-from xenolith.hypervisor.frames import (
-    ALLOCATED,
-    INVALID_M2P_ENTRY,
-    PINNED,
-    TYPE_L4,
-    TYPE_MASK,
-    TYPE_SHIFT,
-    VALIDATED,
-)
+from xenolith.hypervisor.domain_record.kinds import U64, Listing, Number, Record, RecordError
+from xenolith.hypervisor.frames import ALLOCATED, INVALID_M2P_ENTRY, PINNED, TYPE_L4, TYPE_MASK, TYPE_SHIFT, VALIDATED
 from xenolith.hypervisor.grants import status_frames
 from xenolith.machine.memory import LOCAL_APIC_MFN, Frames
 
@@ -165,7 +149,7 @@ def _withdraw_grants(domain: Domain) -> None:
         if words == 2:
             others |= headers & _U64(GTF_type_mask) == _U64(GTF_transitive)
         entries[others] = 0
-        headers &= _U64(~(GTF_reading | GTF_writing) & (1 << 64) - 1)
+        headers &= _U64(~(GTF_reading | GTF_writing) & MASK64)
     for mfn in domain.grants.status_frames:
         domain.memory.table(mfn)[:] = 0
 

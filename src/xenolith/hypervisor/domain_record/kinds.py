@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from xenolith.abi.x86 import (
-    is_canonical,
-)
+from xenolith.abi.x86 import is_canonical
 from xenolith.hypervisor.guest_memory import address_ok
 
 Plain = Any  # what JSON can say

@@ -19,11 +19,13 @@ from xenolith.abi.x86 import (
     RFLAGS,
     RIP,
     SS,
+    XSAVE_EXTENDED,
     XSAVE_HEADER,
     XSAVE_MXCSR,
     XSTATE_SSE,
     XSTATE_X87,
     is_canonical,
+    is_legal_xcr0,
 )
 from xenolith.hypervisor import descriptors, paging
 from xenolith.hypervisor.domain import Vcpu
@@ -41,17 +43,13 @@ from xenolith.hypervisor.domain_record.kinds import (
     Record,
     RecordError,
 )
-from xenolith.hypervisor.frames import (
-    TYPE_L4,
-    TYPE_WRITABLE,
-)
+from xenolith.hypervisor.frames import TYPE_L4, TYPE_WRITABLE
 from xenolith.hypervisor.hypercalls import misc
 from xenolith.machine import segments
 from xenolith.machine.engines.protocol import ALWAYS_SET, ENTRY_FLAGS
 
 _SELECTORS: Final = (ES, CS, SS, DS, FS, GS)
 MOST_XSAVE: Final = 1 << 14
-XSAVE_HEADER_END: Final = 576
 
 
 def vcpu_state(vcpu: Vcpu) -> dict[str, Plain]:
@@ -169,17 +167,14 @@ def _load_extended(vcpu: Vcpu, record: Record) -> None:
     engine, state = vcpu.domain.engine, vcpu.state
     assert engine is not None
     xcr0 = record.get("xcr0", U64)
-    avx512, mpx, amx = xcr0 & 0xE0, xcr0 & 0x18, xcr0 & 0x6_0000
     if xcr0 & ~engine.xcr0_mask:
         raise RecordError(f"{record.where}: the engine {engine.name} has not all components of XCR0 {xcr0:#x}")
-    if not xcr0 & 1 or xcr0 & 6 == 4 or (avx512 and (avx512 != 0xE0 or not xcr0 & 4)) or mpx not in (0, 0x18):
+    if not is_legal_xcr0(xcr0):
         raise RecordError(f"{record.where}: XCR0 cannot be {xcr0:#x}")
-    if amx not in (0, 0x6_0000):
-        raise RecordError(f"{record.where}: XCR0 cannot be {xcr0:#x}")
-    image = record.get("xsave", Octets(XSAVE_HEADER_END, MOST_XSAVE))
+    image = record.get("xsave", Octets(XSAVE_EXTENDED, MOST_XSAVE))
     components = int.from_bytes(image[XSAVE_HEADER : XSAVE_HEADER + 8], "little")
     mxcsr = int.from_bytes(image[XSAVE_MXCSR : XSAVE_MXCSR + 4], "little")
-    if components & ~(xcr0 | XSTATE_X87 | XSTATE_SSE) or any(image[XSAVE_HEADER + 8 : XSAVE_HEADER_END]) or mxcsr >> 16:
+    if components & ~(xcr0 | XSTATE_X87 | XSTATE_SSE) or any(image[XSAVE_HEADER + 8 : XSAVE_EXTENDED]) or mxcsr >> 16:
         raise RecordError(f"{record.where}: its XSAVE image is none")
     state.xcr0, state.xsave = xcr0, bytearray(image)
 

@@ -54,7 +54,19 @@ from xenolith.abi.hypercalls import (
     HYPERVISOR_grant_table_op,
 )
 from xenolith.abi.layout import HYPERVISOR_VIRT_END, U32, U64
-from xenolith.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_ADDRESS, PTE_AVAIL, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
+from xenolith.abi.x86 import (
+    LOWER_HALF_END,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PTE_A,
+    PTE_ADDRESS,
+    PTE_AVAIL,
+    PTE_D,
+    PTE_NX,
+    PTE_P,
+    PTE_RW,
+    PTE_US,
+)
 from xenolith.hypervisor import paging, tlb
 from xenolith.hypervisor.events import post_code_written
 from xenolith.hypervisor.frames import FOREIGN, TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_WRITABLE
@@ -471,7 +483,7 @@ def do_grant_table_op(vcpu: Vcpu, cmd: int, uop: int, count: int) -> int:
     if batched is None:
         return -ENOSYS
     size, function = batched
-    if uop + size * count > 1 << 64 or 1 << 47 <= uop < HYPERVISOR_VIRT_END:
+    if uop + size * count > 1 << 64 or LOWER_HALF_END <= uop < HYPERVISOR_VIRT_END:
         return -EFAULT
     for index in range(count):
         va = uop + size * index

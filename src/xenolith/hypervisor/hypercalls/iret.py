@@ -13,12 +13,14 @@ from xenolith.abi.x86 import (
     EFLAGS_IOPL,
     EFLAGS_VM,
     GS_BASE,
+    LOWER_HALF_END,
     R11,
     RAX,
     RCX,
     RIP,
     RSP,
     SS,
+    UPPER_HALF,
     VECTOR_GP,
     VECTOR_NP,
     VECTOR_SS,
@@ -85,7 +87,7 @@ def do_iret(vcpu: Vcpu) -> int:
     if (cs, ss) in vcpu.flat_selectors and not vcpu.compatibility:
         regs[CS] = cs
         regs[SS] = ss
-        if rip < 0x0000_8000_0000_0000 or rip >= 0xFFFF_8000_0000_0000:
+        if rip < LOWER_HALF_END or rip >= UPPER_HALF:
             return rax  # type: ignore[no-any-return]
         fault: tuple[int, int] | None = (VECTOR_GP, 0)
     else:

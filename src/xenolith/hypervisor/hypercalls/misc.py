@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from xenolith.abi import layout
 from xenolith.abi.errno import EFAULT, EINVAL, ENODEV, EPERM
 from xenolith.abi.hypercalls import SEGBASE_FS, SEGBASE_GS_KERNEL, SEGBASE_GS_USER, SEGBASE_GS_USER_SEL
-from xenolith.abi.x86 import FS_BASE, GS, GS_BASE, MASK64, is_canonical
+from xenolith.abi.x86 import DR6_ONES, FS_BASE, GS, GS_BASE, LOWER_HALF_END, MASK64, is_canonical
 from xenolith.hypervisor import paging
 from xenolith.hypervisor.descriptors import checked, set_gdt_frames
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_MASK, TYPE_SEGDESC, TYPE_WRITABLE
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.domain import Vcpu
 
 DR6_STATUS: Final = 0xE00F  # B0-B3, BD, BS, BT
-DR6_ONES: Final = 0xFFFF0FF0  # always read as one
 
 
 def do_stack_switch(vcpu: Vcpu, ss: int, sp: int) -> int:
@@ -86,7 +85,7 @@ def do_set_debugreg(vcpu: Vcpu, number: int, value: int) -> int:
     """Write a debug register, with what could hurt Xen masked or refused (Xen: set_debugreg)."""
     number &= 0xFFFFFFFF
     if number < 4:
-        if not value < 0x0000_8000_0000_0000 and not layout.HYPERVISOR_VIRT_END <= value <= MASK64:
+        if not value < LOWER_HALF_END and not layout.HYPERVISOR_VIRT_END <= value <= MASK64:
             return -EPERM
     elif number in (4, 6):
         number = 6

@@ -46,7 +46,7 @@ from xenolith.abi.hypercalls import (
     HYPERVISOR_mmu_update,
     HYPERVISOR_mmuext_op,
 )
-from xenolith.abi.x86 import PTE_ADDRESS, PTE_P
+from xenolith.abi.x86 import PAGE_SIZE, PTE_ADDRESS, PTE_P
 from xenolith.hypervisor import descriptors, paging, tlb
 from xenolith.hypervisor.frames import TYPE_COUNT, TYPE_L1, TYPE_MASK, TYPE_SHIFT, TYPE_WRITABLE
 from xenolith.hypervisor.guest_memory import READ, copy_from_guest, copy_to_guest, translate
@@ -366,7 +366,7 @@ def _clear_page(vcpu: Vcpu, _: int, mfn: int, __: int) -> int:
     result = paging.get_page_and_type(domain, mfn, TYPE_WRITABLE)
     if result:
         return -EINVAL
-    domain.memory.page(mfn)[:] = bytes(4096)
+    domain.memory.page(mfn)[:] = bytes(PAGE_SIZE)
     paging.put_page_and_type(domain, mfn)
     if domain.executable_mapped is not None:
         domain.executable_mapped(mfn)

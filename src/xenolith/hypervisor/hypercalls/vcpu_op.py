@@ -47,6 +47,8 @@ from xenolith.abi.x86 import (
     FS_BASE,
     GS,
     GS_BASE,
+    LOWER_HALF_END,
+    MASK64,
     PAGE_SIZE,
     R8,
     R9,
@@ -83,7 +85,7 @@ LONGEST_PERIOD: Final = (1 << 62) - 1  # ns (Xen: STIME_DELTA_MAX)
 MOST_LDT_ENTRIES: Final = 8192
 _SINGLESHOT = Struct("<QII")  # timeout_abs_ns, flags, pad
 _REGISTER_VCPU_INFO = Struct("<QII")  # mfn, offset, rsvd
-_ALL_WORDS = U64.pack((1 << 64) - 1)
+_ALL_WORDS = U64.pack(MASK64)
 
 # Each takes the calling vCPU, the vCPU it is about, and the argument.
 Operation = Callable[["Vcpu", "Vcpu", int], int]
@@ -225,7 +227,7 @@ def _load_traps(vcpu: Vcpu, context: VcpuContext) -> None:
     vcpu.failsafe_masks_events = bool(context.flags & vcpu_context.VGCF_failsafe_disables_events)
     vcpu.syscall_masks_events = bool(context.flags & vcpu_context.VGCF_syscall_disables_events)
     for number in (0, 1, 2, 3):
-        if context.debugreg[number] < 0x0000_8000_0000_0000:
+        if context.debugreg[number] < LOWER_HALF_END:
             vcpu.debug[number] = vcpu.state.debug[number] = context.debugreg[number]
 
 

@@ -30,6 +30,7 @@ from xenolith.abi.x86 import (
     EFLAGS_RESERVED_ONE,
     EFLAGS_VM,
     REGISTER_WORDS,
+    XSAVE_EXTENDED,
 )
 
 TRAP_SYSCALL: Final = 32
@@ -68,7 +69,7 @@ class CpuState:
     user: bool = False
     task_switched: bool = False  # CR0.TS: the next FPU instruction raises #NM
     debug: list[int] = field(default_factory=lambda: [0] * 8)  # DR0..DR7
-    xsave: bytearray = field(default_factory=lambda: bytearray(576))
+    xsave: bytearray = field(default_factory=lambda: bytearray(XSAVE_EXTENDED))
     xcr0: int = 3
     gdt_va: int = 0
     gdt_limit: int = 0xFFFF

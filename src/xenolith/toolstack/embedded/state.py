@@ -5,13 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from xenolith.toolstack.checkpoints import (
-    CheckpointedDomain,
-    Schedule,
-    check_complete,
-    checkpoints_in,
-    put_disks_back,
-)
+from xenolith.toolstack.checkpoints import CheckpointedDomain, Schedule, check_complete, checkpoints_in, put_disks_back
 from xenolith.toolstack.client import (
     AfterSave,
     Checkpoint,

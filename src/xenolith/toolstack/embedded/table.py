@@ -10,14 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from xenolith.hypervisor.control import NoSuchDomain
-from xenolith.toolstack.client import (
-    Closed,
-    DomainEvent,
-    DomainInfo,
-    DomainNotFound,
-    EventKind,
-    InvalidRequest,
-)
+from xenolith.toolstack.client import Closed, DomainEvent, DomainInfo, DomainNotFound, EventKind, InvalidRequest
 from xenolith.toolstack.clone_disks import CloneDisks, clones_directory
 from xenolith.toolstack.events import EventHub
 

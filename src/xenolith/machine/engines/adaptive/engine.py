@@ -43,6 +43,7 @@ from xenolith.abi.x86 import (
     VECTOR_NM,
     VECTOR_PF,
     VECTOR_UD,
+    XSAVE_EXTENDED,
 )
 from xenolith.machine import page_walk
 from xenolith.machine.engines.adaptive import extended
@@ -492,7 +493,7 @@ class AdaptiveCpu:
     def _store_from_unicorn(self, state: CpuState) -> None:
         """Unicorn's state, with what only KVM has of the extended state left as it was."""
         xcr0, image = self._state.xcr0, self._borrowed.image()
-        state.xsave = bytearray(extended.EXTENDED)
+        state.xsave = bytearray(XSAVE_EXTENDED)
         self._unicorn.store(state)
         state.xcr0, state.xsave = xcr0, bytearray(image)
 

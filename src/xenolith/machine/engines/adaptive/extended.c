@@ -69,7 +69,7 @@ static unsigned place(struct extended *x, unsigned i, bool compacted, unsigned *
 
 static unsigned end_of(struct extended *x, u64 present, bool compacted)
 {
-    unsigned end = EXTENDED;
+    unsigned end = XSAVE_EXTENDED;
     for (unsigned i = 0; i < x->components; i++)
         if (present >> x->number[i] & 1)
             place(x, i, compacted, &end);
@@ -105,7 +105,7 @@ static void store_legacy(struct extended *x, u8 *image)
 
 static void load_x87(struct extended *x, const u8 *image)
 {
-    static const u8 initial[EXTENDED] = {0x7f, 0x03};
+    static const u8 initial[XSAVE_EXTENDED] = {0x7f, 0x03};
     u8 *env = x->env;
     u16 status;
     if (!image)
@@ -141,7 +141,7 @@ static void load_sse(struct extended *x, const u8 *image)
 static bool save(struct extended *x, u64 va, u64 requested, bool compacted)
 {
     u64 used = (load64(x->image + XSAVE_HEADER) & ~(u64)(XSTATE_X87 | XSTATE_SSE)) | XSTATE_X87 | XSTATE_SSE, stored = compacted ? requested & used : requested;
-    unsigned end = EXTENDED;
+    unsigned end = XSAVE_EXTENDED;
     struct area area;
     u8 legacy[LEGACY_END];
     u64 header[2];
@@ -186,11 +186,11 @@ static bool restore(struct extended *x, u64 va, u64 requested)
 {
     struct area area;
     u64 header[8], given, layout, before = load64(x->image + XSAVE_HEADER);
-    unsigned end = EXTENDED;
+    unsigned end = XSAVE_EXTENDED;
     u64 used = 0; /* extended components with anything but zeros */
     u8 legacy[LEGACY_END];
     u32 mxcsr;
-    if (!find(x, &area, va, EXTENDED, false))
+    if (!find(x, &area, va, XSAVE_EXTENDED, false))
         return false;
     get(&area, XSAVE_HEADER, header, 64);
     given = header[0];
@@ -236,7 +236,7 @@ static bool restore(struct extended *x, u64 va, u64 requested)
         __builtin_memcpy(x->env + MXCSR, &mxcsr, 4);
         x->update_mxcsr_status(x->env);
     }
-    end = EXTENDED;
+    end = XSAVE_EXTENDED;
     for (unsigned i = 0; i < x->components; i++) {
         if (!(present >> x->number[i] & 1))
             continue;

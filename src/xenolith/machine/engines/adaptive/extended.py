@@ -28,6 +28,7 @@ from xenolith.abi.x86 import (
     PTE_P,
     PTE_RW,
     PTE_US,
+    XSAVE_EXTENDED,
     XSAVE_HEADER,
     XSTATE_AVX,
     XSTATE_SSE,
@@ -39,7 +40,6 @@ from xenolith.machine.engines.unicorn.layout import MXCSR_DEFINED
 from xenolith.machine.memory import MachineMemory
 
 LEGACY: Final = slice(0, 512)
-EXTENDED: Final = 576
 MXCSR: Final = slice(24, 32)  # with its mask
 X87_PARTS: Final = (slice(0, 24), slice(32, 160))
 SSE_PART: Final = slice(160, 416)
@@ -74,7 +74,7 @@ def components(xcr0: int, cpuid: Callable[[int, int], tuple[int, int, int, int]]
 
 def _placed(extended: list[Component], present: int, compacted: bool) -> Iterator[tuple[Component, int]]:
     """The components of `present`, each with where it lies in an image."""
-    offset = EXTENDED
+    offset = XSAVE_EXTENDED
     for component in extended:
         if not present >> component.number & 1:
             continue
@@ -85,7 +85,7 @@ def _placed(extended: list[Component], present: int, compacted: bool) -> Iterato
 
 
 def _end(extended: list[Component], present: int, compacted: bool) -> int:
-    return max((start + part.size for part, start in _placed(extended, present, compacted)), default=EXTENDED)
+    return max((start + part.size for part, start in _placed(extended, present, compacted)), default=XSAVE_EXTENDED)
 
 
 def bring_up_to_date(image: bytearray, store: Callable[[bytearray], None]) -> bytearray:
@@ -141,7 +141,7 @@ def restore(
 ) -> bool:
     """Carry out XRSTOR: from memory to `image`; unless `wide`, not if there are extended components but zeros."""
     requested &= xcr0
-    head = area.read(EXTENDED)
+    head = area.read(XSAVE_EXTENDED)
     if head is None:
         return False
     given, layout, *reserved = unpack_from("<8Q", head, XSAVE_HEADER)

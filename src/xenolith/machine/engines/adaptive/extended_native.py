@@ -70,9 +70,9 @@ def declarations() -> str:
         native.define(
             x86,
             "RAX RDX RIP PTE_P PTE_US PTE_D PTE_PSE PTE_ADDRESS "
-            "XSTATE_X87 XSTATE_SSE XSTATE_AVX XSAVE_HEADER INITIAL_MXCSR",
+            "XSTATE_X87 XSTATE_SSE XSTATE_AVX XSAVE_HEADER XSAVE_EXTENDED INITIAL_MXCSR",
         )
-        + native.define(extended, "EXTENDED COMPACTED MXCSR_DEFINED LOADABLE STORABLE")
+        + native.define(extended, "COMPACTED MXCSR_DEFINED LOADABLE STORABLE")
         + native.define(_PLACES, " ".join(vars(_PLACES)))
         + native.define(layout, "CR HFLAGS HF_TS HF_CS64 FPSTT FPUS FPUC FPTAGS FPREGS FPIP FPDP MXCSR XMM XMM_STRIDE")
         + native.declare("extended", Extended, _IN_C)

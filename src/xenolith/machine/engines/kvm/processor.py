@@ -15,6 +15,7 @@ from xenolith.abi.x86 import (
     CR4_PAE,
     CR4_SMAP,
     CR4_SMEP,
+    DR6_ONES,
     EFER_LMA,
     EFER_LME,
     EFER_NX,
@@ -27,6 +28,7 @@ from xenolith.abi.x86 import (
     EFLAGS_TF,
     MSR_STAR,
     MSR_TSC,
+    XSAVE_EXTENDED,
     XSAVE_HEADER,
     XSAVE_MXCSR,
     XSAVE_MXCSR_MASK,
@@ -50,11 +52,10 @@ _MSR_LSTAR: Final = 0xC000_0082
 _MSR_CSTAR: Final = 0xC000_0083
 _MSR_SFMASK: Final = 0xC000_0084
 _OLD_MXCSR_MASK: Final = 0xFFBF
-_HEADER: Final = slice(520, 576)  # behind that: which format, and what must be 0
+_HEADER: Final = slice(XSAVE_HEADER + 8, XSAVE_EXTENDED)  # behind that: which format, and what must be 0
 _READINGS: Final = 16
 _LOW_HALF: Final = 0xFFFF_FFFF  # all that DR6 and DR7 have
 _DR7_GD: Final = 1 << 13
-_DR6_INITIAL: Final = 0xFFFF_0FF0
 _DR7_INITIAL: Final = 0x400
 _SEGMENTS: Final = (api.SREGS_CS, api.SREGS_DS, api.SREGS_ES, api.SREGS_FS, api.SREGS_GS, api.SREGS_SS)
 
@@ -193,7 +194,7 @@ class DebugRegisters:
     def _write(self) -> None:
         *addresses, _, _, dr6, dr7 = self._values
         addresses = [address if _may_watch(address) else 0 for address in addresses]
-        dr6, dr7 = dr6 & _LOW_HALF or _DR6_INITIAL, dr7 & _LOW_HALF & ~_DR7_GD or _DR7_INITIAL
+        dr6, dr7 = dr6 & _LOW_HALF or DR6_ONES, dr7 & _LOW_HALF & ~_DR7_GD or _DR7_INITIAL
         registers = api.DEBUGREGS.pack(*addresses, dr6, dr7, 0)
         try:
             ioctl(self._fd, api.KVM_SET_DEBUGREGS, bytearray(registers))

@@ -12,7 +12,7 @@ from struct import pack_into, unpack_from
 from typing import Final
 
 from xenolith.abi.x86 import CPUID_NULL_SELECTOR_CLEARS_BASE
-from xenolith.machine.cpuid import native_cpuid
+from xenolith.machine.cpuid import native_cpuid, xsave_size
 from xenolith.machine.engines.kvm import api
 from xenolith.machine.engines.kvm.api import ioctl
 from xenolith.machine.engines.kvm.traits import HostTraits
@@ -77,12 +77,7 @@ class VirtualMachine:
     @functools.cached_property
     def xsave_size(self) -> int:
         """Bytes of an XSAVE image in the standard format with every component of this host."""
-        size = 576
-        for component in range(2, 63):
-            if self.xcr0_mask >> component & 1:
-                length, offset, _, _ = self.host_cpuid(0xD, component)
-                size = max(size, offset + length)
-        return size
+        return xsave_size(self.xcr0_mask, self.host_cpuid)
 
     @functools.cached_property
     def supported_cpuid(self) -> CpuidTable:

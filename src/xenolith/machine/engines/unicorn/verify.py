@@ -49,6 +49,7 @@ from xenolith.abi.x86 import (
     VECTOR_NM,
     VECTOR_PF,
     VECTOR_UD,
+    XSAVE_EXTENDED,
 )
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, TRAP_SYSENTER, CpuState, EngineError
 from xenolith.machine.engines.unicorn import exit_check, layout, library, softmmu, vex, xsave
@@ -398,7 +399,7 @@ def _fpu(guest: Guest) -> None:
         place = layout.XMM + layout.XMM_STRIDE * number
         guest.instance.b[place : place + 16] = bytes([number + 1] * 16)
     guest.run([0])
-    image = bytearray(xsave.IMAGE_SIZE)
+    image = bytearray(XSAVE_EXTENDED)
     xsave.save(guest.instance.b, image)
     native = bytes(guest.memory.page(DATA)[:416])
     _expect("the FPU's state", bytes(image[:416]), native)

@@ -1,4 +1,4 @@
-"""The x87 and XSTATE_SSE state, between QEMU's own form and a standard XSAVE image (Intel SDM vol. 1, 10.5.1 and 13.4).
+"""The x87 and SSE state, between QEMU's own form and a standard XSAVE image (Intel SDM vol. 1, 10.5.1 and 13.4).
 
 An XSAVE image numbers x87 registers from the top of the stack, QEMU by physical register.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
-from xenolith.abi.x86 import INITIAL_MXCSR, XSAVE_HEADER, XSTATE_SSE, XSTATE_X87
+from xenolith.abi.x86 import INITIAL_MXCSR, XSAVE_EXTENDED, XSAVE_HEADER, XSTATE_SSE, XSTATE_X87
 from xenolith.machine.engines.unicorn import layout
-
-IMAGE_SIZE: Final = 576  # legacy area and header
 
 _CONTROL = Struct("<HHBxHQQII")  # FCW FSW FTW (abridged) FOP FIP FDP MXCSR MXCSR_MASK
 _ST: Final = 32
@@ -34,7 +32,7 @@ def save(env: memoryview, image: bytearray) -> None:
     fip = int.from_bytes(env[layout.FPIP : layout.FPIP + 8], "little")
     fdp = int.from_bytes(env[layout.FPDP : layout.FPDP + 8], "little")
     mxcsr = int.from_bytes(env[layout.MXCSR : layout.MXCSR + 4], "little")
-    image[:IMAGE_SIZE] = bytes(IMAGE_SIZE)
+    image[:XSAVE_EXTENDED] = bytes(XSAVE_EXTENDED)
     _CONTROL.pack_into(image, 0, control, status, tags, 0, fip, fdp, mxcsr, layout.MXCSR_DEFINED)
     physical = _X87.unpack_from(env, layout.FPREGS)
     _X87.pack_into(image, _ST, *physical[top:], *physical[:top])

@@ -66,6 +66,7 @@ from xenolith.abi.x86 import (
     VECTOR_PF,
     VECTOR_SS,
     VECTOR_UD,
+    XSAVE_EXTENDED,
     XSAVE_HEADER,
     is_canonical,
 )
@@ -134,7 +135,7 @@ class NativeUserCpu(UnicornCpu):
         """`force`: all user mode runs in stubs."""
         super().__init__(instance, memory)
         components = extended.components(host.components(), native_cpuid)
-        size = max((part.start + part.size for part in components), default=extended.EXTENDED)
+        size = max((part.start + part.size for part in components), default=XSAVE_EXTENDED)
         self.spaces = Spaces(memory)
         memory.written_elsewhere = "programs in processes of their own"
         self._state = ExtendedState(self, memory, components, size)
@@ -588,7 +589,7 @@ class NativeUserCpu(UnicornCpu):
         image[:] = now
         (used,) = unpack_from("<Q", image, XSAVE_HEADER)
         pack_into("<Q", image, XSAVE_HEADER, used & self._all)
-        image[XSAVE_HEADER + 8 : extended.EXTENDED] = bytes(extended.EXTENDED - XSAVE_HEADER - 8)
+        image[XSAVE_HEADER + 8 : XSAVE_EXTENDED] = bytes(XSAVE_EXTENDED - XSAVE_HEADER - 8)
         (mxcsr,) = unpack_from("<I", image, extended.MXCSR.start)
         pack_into("<I", image, extended.MXCSR.start, mxcsr & _MXCSR_MASK)
         self.load_extended(image)
