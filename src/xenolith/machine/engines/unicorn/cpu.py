@@ -13,60 +13,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 from xenolith.abi.layout import FLAT_RING3_CS64, FLAT_RING3_SS64
 from xenolith.abi.x86 import (
     CR0_TS,
     CS,
-    DR6_STEP,
     DS,
-    EFLAGS_TF,
     ES,
     FS,
     GS,
     MASK64,
-    OPCODE_RDPMC,
     PAGE_SHIFT,
     REGISTER_WORDS,
     RFLAGS,
     RIP,
     SEGMENT_BASE,
     SS,
-    VECTOR_DB,
-    VECTOR_GP,
     VECTOR_PF,
-    VECTOR_SS,
-    VECTOR_UD,
     advanced,
 )
 from xenolith.machine import page_walk, segments
-from xenolith.machine.engines import segment_loads
 from xenolith.machine.engines.native_state import EngineCalls
 from xenolith.machine.engines.protocol import (
-    TRAP_CPUID,
-    TRAP_SYSCALL,
-    TRAP_SYSENTER,
     CpuState,
     EngineError,
     ModeSwitchState,
     TrapHandler,
 )
-from xenolith.machine.engines.unicorn import layout, library, stubs, watchpoints, xsave
-from xenolith.machine.engines.unicorn.deliver import SERIALIZES, Hook
-from xenolith.machine.engines.unicorn.deliver import library as deliver_library
+from xenolith.machine.engines.unicorn import layout, stubs, watchpoints, xsave
+from xenolith.machine.engines.unicorn.callbacks import Callbacks
+from xenolith.machine.engines.unicorn.deliver import Hook
 from xenolith.machine.engines.unicorn.instance import CR0, Instance
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.native import buffer_address, function_address
-from xenolith.machine.operands import LONGEST_INSTRUCTION, GuestFault, GuestView, decode, is_stack_fault
+from xenolith.machine.operands import GuestFault, GuestView
 from xenolith.machine.tsc import scale
 
 GATE: Final = 0x8000_0000_0000_0000  # not canonical: fetching there faults at once, see `run`
 LDT_DESCRIPTOR: Final = layout.DESC_P | 2 << 8  # present, of type LDT
-INT1: Final = b"\xf1"
-CPUID: Final = b"\x0f\xa2"
-NO_FAR_TRANSFER: Final = (b"", b"\x0f", b"\x62", b"\xc4", b"\xc5", INT1)  # first bytes of other undefined opcodes
 
 _CR0: Final = layout.CR // 8
 _CR3: Final = _CR0 + 3
@@ -124,11 +109,9 @@ class UnicornCpu:
         self._hook.get_rflags, self._hook.set_rflags = map(function_address, (self.get_rflags, self.set_rflags))
         self.modes: ModeSwitchState | None = None
         self._vcpu = 0  # address of the vCPU that native code may handle traps of; 0: none
-        self._handler: TrapHandler = _no_handler
-        self._failure: BaseException | None = None
         self._kicked = False
         self._inside = False  # a stop is heard now
-        self._add_hooks()
+        self._callbacks = Callbacks(self, instance, self._hook, self._watcher, self._code)
         instance.seal()
         self._calls = EngineCalls(
             buffer_address(self.regs),
@@ -280,21 +263,21 @@ class UnicornCpu:
 
     def _execute(self, on_trap: TrapHandler) -> None:
         """The same, but a kick stays known."""
-        start = self.regs[RIP]
+        start, callbacks = self.regs[RIP], self._callbacks
 
         def entered(vector: int, error_code: int, address: int) -> bool:
             self.regs[RIP] = start
-            self._handler = on_trap
+            callbacks.handler = on_trap
             self._hook.vcpu = self._vcpu
             self._inside = True
             return not self._kicked
 
-        self._handler = entered
+        callbacks.handler = entered
         self._hook.vcpu = 0
         error = self._lib.emu_start(self._instance.uc, GATE, 0, 0, 0)
         self._inside = False
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        if callbacks.failure is not None:
+            failure, callbacks.failure = callbacks.failure, None
             self._kicked = False
             raise failure
         if error:
@@ -374,124 +357,10 @@ class UnicornCpu:
             view.release()
         self._instance.close()
 
-    def _add_hooks(self) -> None:
-        """Have every trap call `_handler`; what it raises leaves `run`."""
-
-        regs = self.regs
-
-        def deliver(vector: int, error_code: int, address: int) -> bool:
-            self._hook.far_transfers = 0
-            try:
-                return self._handler(vector, error_code, address)
-            except BaseException as failure:
-                self._failure = failure
-                return False
-
-        # RIP after a system call that began single-stepping, or a SYSENTER that ended it: Unicorn reports a step there.
-        step_from = -1
-
-        def system_call(vector: int, error_code: int, address: int) -> bool:
-            nonlocal step_from
-            stepped = regs[RFLAGS] & EFLAGS_TF  # this bit, unlike the status flags, is always current
-            more = deliver(vector, error_code, address)
-            if regs[RFLAGS] & EFLAGS_TF or (stepped and vector == TRAP_SYSENTER):
-                step_from = regs[RIP]
-            return more
-
-        def interrupt(vector: int, error_code: int, address: int) -> bool:
-            nonlocal step_from
-            if self._hook.watches:
-                dr6 = self._watcher.trap(vector, self._q[_DR + 6])
-                if vector == VECTOR_DB:
-                    if dr6 is None:
-                        self._q[_DR + 6] &= ~DR6_STEP
-                        return True
-                    address = self._q[_DR + 6] = dr6
-            if vector == VECTOR_DB and step_from == regs[RIP]:
-                step_from = -1
-                return True
-            if vector == VECTOR_GP and not error_code and self._is_stack_fault():
-                vector = VECTOR_SS  # to QEMU, all addresses that are not canonical are the same
-            return deliver(vector, error_code, address)
-
-        def invalid(vector: int, error_code: int, address: int) -> bool:
-            if vector == VECTOR_UD:
-                code = self._code(2) or self._code(1) or b""
-                if code[:1] not in NO_FAR_TRANSFER:
-                    try:
-                        done = segment_loads.carry_out(self)
-                    except GuestFault as fault:
-                        return deliver(fault.vector, fault.error_code, fault.address)
-                    if done is not None:
-                        segment_loads.note_far_transfer(self)
-                        self._hook.far_transfers += 1
-                        self._hook.serializes |= self._hook.far_transfers > SERIALIZES
-                        return not done.steps or deliver(*segment_loads.STEPPED)
-                if code == OPCODE_RDPMC:  # this and the next Unicorn takes for invalid
-                    return deliver(VECTOR_GP, 0, 0)
-                if code[:1] == INT1:
-                    self.regs[RIP] = advanced(self.regs[RIP], 1)
-                    return deliver(VECTOR_DB, 0, self._q[_DR + 6])
-            return deliver(vector, error_code, address)
-
-        def cpuid(vector: int, error_code: int, address: int) -> bool:
-            prefixes = 0
-            while self._code(2, prefixes) != CPUID and prefixes < LONGEST_INSTRUCTION:
-                prefixes += 1
-            self.regs[RIP] = advanced(self.regs[RIP], prefixes + len(CPUID))
-            return deliver(vector, error_code, address)
-
-        hook = partial(self._instance.hook, at=ctypes.addressof(self._hook))
-
-        def called(handler: TrapHandler) -> Any:
-            """A callback that notes whether the guest single-steps what comes next."""
-
-            def noting(vector: int, error_code: int, address: int) -> bool:
-                more = handler(vector, error_code, address)
-                if self._hook.watches:
-                    self._hook.steps = bool(regs[RFLAGS] & EFLAGS_TF)
-                return more
-
-            return library.TrapCallback(handler if native is not None else noting)
-
-        native = deliver_library()
-        callback, interrupt_callback = called(system_call), called(interrupt)
-        invalid_callback, cpuid_callback = called(invalid), called(cpuid)
-        self._python_callbacks = callback, interrupt_callback, invalid_callback, cpuid_callback
-        addresses = map(function_address, self._python_callbacks)
-        self._hook.system_call, self._hook.interrupt, self._hook.invalid, self._hook.cpuid = addresses
-        if native is not None:
-            callback, interrupt_callback = native.deliver_system_call, native.deliver_interrupt
-            invalid_callback, cpuid_callback = native.deliver_invalid, native.deliver_cpuid
-            if self._instance.softmmu is not None:
-                self._instance.softmmu.system_call = function_address(callback)
-                self._instance.softmmu.hook = ctypes.addressof(self._hook)
-        hook(library.UC_HOOK_INTR, stubs.INTERRUPT, deliver=interrupt_callback, deliver_cpuid=cpuid_callback)
-        hook(library.UC_HOOK_INSN_INVALID, stubs.INVALID, deliver_invalid=invalid_callback)
-        for instruction, trap in (
-            (library.UC_X86_INS_SYSCALL, TRAP_SYSCALL),
-            (library.UC_X86_INS_SYSENTER, TRAP_SYSENTER),
-        ):
-            hook(library.UC_HOOK_INSN, stubs.SYSTEM_CALL, instruction, trap, deliver=callback)
-        for instruction, trap in (
-            (library.UC_X86_INS_CPUID, TRAP_CPUID),
-            (library.UC_X86_INS_IN, VECTOR_GP),
-            (library.UC_X86_INS_OUT, VECTOR_GP),
-        ):
-            hook(library.UC_HOOK_INSN, stubs.RAISE_FAULT, instruction, trap)
-
     def _code(self, size: int, offset: int = 0) -> bytes | None:
         """Bytes of the instruction at RIP."""
         linear = self.regs[RIP] + self.regs[CS + SEGMENT_BASE] + offset & MASK64
         return page_walk.read(self._memory, self._q[_CR3] >> PAGE_SHIFT, linear, size)
-
-    def _is_stack_fault(self) -> bool:
-        """Whether the #GP of the instruction at RIP is a #SS."""
-        rip, wide = self.regs[RIP], self.runs_64_bit_code
-        try:
-            return wide and is_stack_fault(self.regs, decode(self.view.fetch(rip), rip, wide), wide)
-        except GuestFault:
-            return False
 
     def _watch(self) -> None:
         """Have the breakpoints on data that are armed now noticed."""
@@ -582,7 +451,3 @@ class UnicornCpu:
             if not code & layout.DESC_B or any(regs[register + SEGMENT_BASE] for register in (ES, SS, DS)):
                 hflags |= layout.HF_ADDSEG
         self._d[_HFLAGS] = hflags
-
-
-def _no_handler(vector: int, error_code: int, address: int) -> bool:
-    raise EngineError(f"trap {vector} outside run")
