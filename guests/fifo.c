@@ -1,11 +1,13 @@
 /*
  * Event channels, the FIFO ABI: event words, queues by priority, the control block, what becomes of pending events when
- * the ABI changes; and a guest that writes nonsense into all of it (public event_channel.h).
+ * the ABI changes; and a guest that writes nonsense into all of it (public event_channel.h), with `others=N` on so many
+ * vCPUs more at once.
  */
 #include "events.h"
 
 #include "paging.h"
 #include "traps.h"
+#include "vcpus.h"
 
 #define EVTCHNOP_init_control 11
 #define EVTCHNOP_expand_array 12
@@ -214,12 +216,56 @@ static u32 random_word(void)
     return random_state >> 3 ^ random_state << 13;
 }
 
+static u32 event_ports[3];
+static volatile u64 enough, ended;
+static struct vcpu_context context;
+static u8 stacks[3][4096] __attribute__((aligned(16)));
+
+/* What the other vCPUs do: words change while ring 0 links ports behind them. */
+void storm(u64 vcpu);
+__asm__(".text\nstorm_entry: cld\n call storm\n ud2\n");
+extern u8 storm_entry[];
+
+void storm(u64 vcpu)
+{
+    u64 state = vcpu * 0x9e3779b97f4a7c15ul;
+    while (!enough) {
+        state = state * 6364136223846793005ul + 1442695040888963407ul;
+        u32 port = event_ports[(state >> 33) % 3], word = (u32)(state >> 32);
+        switch (state >> 61) {
+        case 0: words[port] = word; break;
+        case 1: __atomic_fetch_xor(&words[port], LINKED, __ATOMIC_SEQ_CST); break;
+        case 2: __atomic_fetch_xor(&words[port], MASKED, __ATOMIC_SEQ_CST); break;
+        case 3: __atomic_fetch_xor(&words[port], BUSY, __ATOMIC_SEQ_CST); break;
+        case 4: control.ready = word; break;
+        case 5: evtchn_unmask_op(port); break;
+        case 6: evtchn_send(port); break;
+        default: set_priority(port, word % QUEUES); break;
+        }
+    }
+    __atomic_fetch_add(&ended, 1, __ATOMIC_SEQ_CST);
+    vcpu_op(VCPUOP_down, (long)vcpu, NULL);
+}
+
+static void start_others(u64 others)
+{
+    for (u64 vcpu = 1; vcpu <= others; vcpu++) {
+        vcpu_context_fill(&context, (u64)storm_entry, stacks[vcpu - 1] + sizeof *stacks);
+        context.regs.rdi = vcpu;
+        check_eq("  initialise a vCPU", vcpu_op(VCPUOP_initialise, (long)vcpu, &context), 0);
+        check_eq("  up", vcpu_op(VCPUOP_up, (long)vcpu, NULL), 0);
+    }
+}
+
 /* Words, heads and flags that no sane guest writes, while events are raised: only our own events may suffer. */
 static void nonsense(u32 a, u32 b, u32 c, u64 rounds)
 {
     u32 ports[3] = {a, b, c};
+    u64 others = option_value("others", 0);
     long refused = 0;
     print("# nonsense\n");
+    memcpy(event_ports, ports, sizeof ports);
+    start_others(others);
     for (u64 round = 0; round < rounds; round++) {
         u32 port = ports[random_word() % 3], word = random_word();
         switch (random_word() % 6) {
@@ -244,6 +290,9 @@ static void nonsense(u32 a, u32 b, u32 c, u64 rounds)
         }
         refused |= evtchn_send(port);
     }
+    enough = 1;
+    if (others)
+        check(wait_until(&ended, others), "  the other vCPUs come to an end");
     check_eq("  every call was answered", refused, 0);
     for (u32 i = 0; i < 1024; i++)
         words[i] = i == a || i == b || i == c ? 0 : MASKED;

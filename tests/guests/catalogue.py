@@ -91,6 +91,7 @@ CATALOGUE: tuple[Guest, ...] = (
     checks("privileged"),
     checks("events"),
     checks("fifo"),
+    checks("fifo-smp", "fifo.elf", cmdline="others=3 rounds=1000", vcpus=4),
     checks("nmi"),
     checks("multicall"),
     checks("version"),
