@@ -6,7 +6,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 SANITIZED := tests/machine/test_native.py tests/machine/test_extended.py tests/machine/kvm/test_run.py \
-    tests/hypervisor/test_ring0.py tests/hypervisor/test_grants.py tests/dom0/test_block.py tests/guests
+    tests/machine/native_user tests/hypervisor/test_ring0.py tests/hypervisor/test_grants.py tests/dom0/test_block.py tests/guests
 
 .PHONY: help demo test quick test-kvm sanitize lint docs bench clean
 

@@ -18,15 +18,15 @@ that it was of and by all that are to begin as copies of it.  What none of them 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from heapq import heappop, heappush
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -115,16 +115,30 @@ def _memory_object(frames: int) -> int:
     return descriptor
 
 
+def _contents(fd: int) -> Iterator[tuple[int, int]]:
+    """Where a memory object may hold anything but zeros: start and end of each part, bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing from here on
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
 class Image:
     """A sealed memory object: what a domain's frames held at one moment. Close it when no more copies are wanted.
 
     What it holds is charged once, as long as there is anybody who maps it.
     """
 
-    def __init__(self, fd: int, frames: int, charge: int, budget: MemoryBudget | None) -> None:
+    def __init__(self, fd: int, frames: int, charge: int, budget: MemoryBudget | None, is_shared: bool = True) -> None:
         """`charge` frames of the budget are its from now on."""
         self.fd = fd
         self.frames = frames
+        self.is_shared = is_shared
+        """Memories that begin with it map it; if not, they get a copy: private pages are no other process's to map."""
         self._charge = charge
         self._budget = budget
         self._users = 1
@@ -217,6 +231,14 @@ class BuddyAllocator:
         heappush(self._heaps[order], start)
 
 
+class OtherWriters(Protocol):
+    """Who else stores to a memory, through mappings of other processes."""
+
+    def written(self) -> npt.NDArray[np.bool_]:
+        """Of each frame, whether they may have written to it since the last call, which any thread may make."""
+        raise NotImplementedError
+
+
 class MachineMemory:
     """`frames` frames of zeroed memory, the allocator of the free ones, and room for `aliases` frames of others.
 
@@ -230,16 +252,15 @@ class MachineMemory:
     def __init__(
         self, frames: int, budget: MemoryBudget | None = None, aliases: int = 0, image: Image | None = None
     ) -> None:
-        """With an image the memory begins as a private copy of it."""
+        """With an image the memory begins as a private copy of it, or a copy in a memory object of its own."""
         self.frames = frames
         self.span = frames + aliases
         self.size = self.span << PAGE_SHIFT
-        self.private = image is not None
+        self.private = image is not None and image.is_shared
         """Its frames are not (all) in the memory object, which is an image."""
-        self.written_elsewhere = ""
-        """Who else stores to it, through mappings of other processes; empty: nobody."""
-        self._image = image.retain() if image is not None else None
-        self.fd = _memory_object(frames) if image is None else os.dup(image.fd)
+        self.other_writers: OtherWriters | None = None
+        self._image = image.retain() if image is not None and self.private else None
+        self.fd = _memory_object(frames) if self._image is None else os.dup(self._image.fd)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         self._close_fd.atexit = False
         # One mapping of Python's, which lives as long as any view of it: at first all of it is private and empty.
@@ -252,6 +273,10 @@ class MachineMemory:
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype=np.uint64)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._map_at(0, frames, mmap.MAP_PRIVATE if self.private else mmap.MAP_SHARED, self.fd, 0)
+        if image is not None and not self.private:
+            for start, end in _contents(image.fd):
+                while start < end:
+                    start += os.preadv(image.fd, [self.b[start:end]], start)
         self._budget = budget
         self._used = 0  # frames that were allocated
         self._lent = 0  # by the budget: those, or what a private memory is charged for
@@ -410,13 +435,7 @@ class MachineMemory:
     def populated(self) -> npt.NDArray[np.bool_]:
         """Of each frame, whether it may hold anything but zeros."""
         found = np.zeros(self.frames, dtype=bool)
-        end = 0
-        while True:
-            try:
-                start = os.lseek(self.fd, end, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing from here on
-                break
-            end = os.lseek(self.fd, start, os.SEEK_HOLE)
+        for start, end in _contents(self.fd):
             found[start >> PAGE_SHIFT : -(-end >> PAGE_SHIFT)] = True
         if self.private:
             found |= (self._pagemap() & np.uint64(_PAGEMAP_PRESENT | _PAGEMAP_SWAPPED)) != 0
@@ -443,12 +462,10 @@ class MachineMemory:
         """An image of these frames as they are now. Nothing may write to the memory meanwhile.
 
         The first time the memory object itself becomes the image, and this memory a private copy of it; after that an
-        image is a copy.  Raises OSError where the frames cannot be sealed: somebody else maps one writable, and
-        OutOfMemory.
+        image is a copy, and if other processes map this memory, so is each memory that is made of it.  Raises OSError
+        where the frames cannot be sealed: somebody else maps one writable, and OutOfMemory.
         """
-        if self.written_elsewhere:
-            raise OSError(errno.EBUSY, f"{self.written_elsewhere} map it")
-        if self.private:
+        if self.private or self.other_writers is not None:
             return self._copied_image(mfns)
         holds = min(int(np.count_nonzero(self.populated())), self._lent)
         self._map_at(0, self.frames, mmap.MAP_PRIVATE, self.fd, 0)
@@ -480,7 +497,7 @@ class MachineMemory:
             if self._budget is not None:
                 self._budget.give_back(len(wanted))
             raise
-        return Image(fd, self.frames, len(wanted), self._budget)
+        return Image(fd, self.frames, len(wanted), self._budget, is_shared=self.other_writers is None)
 
     # --- frames of others ------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 The host's kernel write-protects the mapping, and lifts that by itself at the first write to a page (Linux 6.7,
 UFFD_FEATURE_WP_ASYNC): a microsecond or two, for whoever writes: guest code on either engine, native code, Python,
 read(2).  One ioctl tells what was written and protects it again, so that nothing is missed between two questions.
+Processes that have mappings of their own (`MachineMemory.other_writers`) are asked.
 
 A page that was given back to the host is not reported: whoever keeps copies compares `MachineMemory.populated`.
 """
@@ -50,8 +51,6 @@ class WriteTracking:
 
     def __init__(self, memory: MachineMemory) -> None:
         """Raises NotTracked."""
-        if memory.written_elsewhere:
-            raise NotTracked(f"{memory.written_elsewhere} write to its memory")
         self._memory = memory
         self._start = memory.address
         self._end = memory.address + (memory.frames << PAGE_SHIFT)
@@ -79,6 +78,8 @@ class WriteTracking:
         Raises NotTracked.
         """
         found, self._pending = self._pending, np.zeros(self._memory.frames, dtype=bool)
+        if self._memory.other_writers is not None:
+            found = found | self._memory.other_writers.written()
         start, first = self._start, self._start >> PAGE_SHIFT
         while start < self._end:
             request = bytearray(

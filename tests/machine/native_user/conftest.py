@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from bare import BareMachine
-from stubs import Hostile
+from stubs import Hostile, Unhandled
 
+from xenolith.machine import native
 from xenolith.machine.engines.unicorn.user import host
 
 
@@ -17,11 +18,15 @@ def _stubs_work() -> None:
         pytest.skip(f"no stub processes here: {reason}")
 
 
-@pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[BareMachine]:
-    """A machine whose guest-user mode runs in stubs."""
+@pytest.fixture(params=["python", "native"])
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BareMachine]:
+    """A machine whose guest-user mode runs in stubs, by Python's loop, or by run.c, which leaves traps to it."""
     monkeypatch.setenv(host.SETTING, host.FORCE)
     made = BareMachine("unicorn")
+    if request.param == "native":
+        if reason := native.missing():
+            pytest.skip(f"no native code here: {reason}")
+        made.engine.cpu(0).attach(Unhandled())
     yield made
     made.close()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from xenolith.machine.engines.native_state import NOT_HANDLED, ModeFields
 from xenolith.machine.engines.unicorn.user import code, stub
 from xenolith.machine.engines.unicorn.user.stub import Stub, map_pages
 from xenolith.machine.memory import MachineMemory
@@ -21,6 +23,42 @@ STACK = PROGRAM + (PAGES << 12)
 
 REGISTERS = ["r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx"]
 REGISTERS += ["rsp", "rip", "rflags"]
+
+
+HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64)
+
+
+class Unhandled(ModeFields):
+    """A vCPU whose native handler leaves every trap to Python's."""
+
+    def __init__(self) -> None:
+        self.traps = 0  # that it was asked about
+        self.address = ctypes.addressof(self)
+        self.flat_selectors: set[tuple[int, int]] = set()
+
+        def handler(_: int, vector: int, error_code: int, address: int) -> int:
+            self.traps += 1
+            return NOT_HANDLED
+
+        self._handler = HANDLER(handler)
+        self.native_handler = ctypes.cast(self._handler, ctypes.c_void_p).value or 0
+
+    @property
+    def timer_port(self) -> int:
+        return 0
+
+    @property
+    def syscalls(self) -> int:
+        return 0
+
+    def count_syscalls(self, count: int) -> None: ...
+
+    def count_ticks(self, count: int, length: int) -> None: ...
+
+    def set_timer_late(self, deadline: int) -> None: ...
+
+    def until(self, moment: int) -> int:
+        return 10**9
 
 
 class Hostile:
@@ -54,8 +92,7 @@ class Hostile:
         for name, value in {"rip": rip, "rsp": STACK, "rflags": 0x202, **registers}.items():
             q[at + REGISTERS.index(name)] = value & (1 << 64) - 1
         q[code.FLAGS // 8] = 0x202
-        number, *_ = self.stub.run(kicked)
-        return number
+        return self.stub.run(kicked)
 
     @property
     def tasks(self) -> list[int]:

@@ -127,7 +127,7 @@ RETURNS = code.GUEST_RETURNS - 2
 def test_a_program_that_blocks_signals_by_a_forged_frame_is_ended(
     hostile: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stub, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(stub, "ANSWER_PIECES", 4)
     program = hostile()
     program.run("0f 0b")
     program.place(bytes.fromhex("c6 04 25 00 10 40 00 01 eb fe"))  # mov byte [PROGRAM + 0x1000], 1; and for ever

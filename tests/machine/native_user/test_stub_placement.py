@@ -20,7 +20,7 @@ def placement(force: bool = False) -> Placement:
 def compute(where: Placement, ns: int) -> None:
     for _ in range(ns // MS):
         if not where.wants_stub(L4):
-            where.ran_on_unicorn(L4, ticks(MS), 0, MS)
+            where.ran_on_unicorn(L4, ticks(MS), 0, MS, ticks(MS))
 
 
 def test_a_program_that_computes_goes_to_a_stub() -> None:
@@ -35,14 +35,14 @@ def test_a_program_that_computes_goes_to_a_stub() -> None:
 def test_a_program_that_traps_stays_on_unicorn() -> None:
     where = placement()
     for _ in range(1000):
-        where.ran_on_unicorn(L4, ticks(MS), MS // TRAP_NS, MS)
+        where.ran_on_unicorn(L4, ticks(MS), MS // TRAP_NS, MS, ticks(MS))
     assert not where.wants_stub(L4)
 
 
 def test_a_program_that_begins_to_trap_goes_back_and_needs_more_patience_then() -> None:
     where = placement()
     compute(where, 2 * LEAST_PATIENCE)
-    for _ in range(2 * PATIENCE // TRAP_NS + 1):
+    for _ in range(-(-2 * PATIENCE // TRAP_NS)):
         assert where.wants_stub(L4)
         where.ran_in_stub(L4, ticks(2_000), False)  # of which nothing is its own
     assert not where.wants_stub(L4)
@@ -58,6 +58,16 @@ def test_a_program_that_computes_from_trap_to_trap_stays_in_its_stub() -> None:
     for _ in range(5000):
         where.ran_in_stub(L4, ticks(40_000), True)
     assert where.wants_stub(L4)
+
+
+def test_a_program_whose_tables_change_all_the_time_goes_back() -> None:
+    where = placement()
+    compute(where, 2 * LEAST_PATIENCE)
+    for _ in range(2 * PATIENCE // MS):
+        assert where.wants_stub(L4)
+        where.charge(L4, ticks(MS))
+    where.charge(L4, ticks(MS))
+    assert not where.wants_stub(L4)
 
 
 def test_what_was_known_of_an_address_space_ends_with_it() -> None:
@@ -78,10 +88,10 @@ def test_by_force_all_do() -> None:
 def test_time_in_which_others_had_the_processor_does_not_count() -> None:
     where = placement()
     for _ in range(100):
-        where.ran_on_unicorn(L4, ticks(20 * MS), 5, MS // 10)
+        where.ran_on_unicorn(L4, ticks(20 * MS), 5, MS // 10, ticks(20 * MS))
     assert not where.wants_stub(L4)
     compute(where, 2 * LEAST_PATIENCE)
     for number in range(2000):
         if where.wants_stub(L4):
-            where.ran_in_stub(L4, ticks(2_000 if number % 50 else 20 * MS), False)
+            where.ran_in_stub(L4, ticks(2_000 if number % 100 else 20 * MS), False)
     assert not where.wants_stub(L4)

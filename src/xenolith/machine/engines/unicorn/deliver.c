@@ -6,22 +6,38 @@ static bool in_user_mode(const struct hook *hook)
     return !(*(const u32 *)(hook->env + HFLAGS) & HF_KERNEL);
 }
 
+/* Whether translated code may have changed: a frame of it may have been written to where guest-user mode runs. */
+static bool code_may_have_changed(const struct hook *hook)
+{
+    u64 both = 0;
+    for (u64 i = 0; i + 8 <= hook->frames; i += 8)
+        both |= load64(hook->marked + i) & load64(hook->writable + i);
+    for (u64 i = hook->frames & ~7ull; i < hook->frames; i++)
+        both |= hook->marked[i] & hook->writable[i];
+    return both;
+}
+
 /* Whether guest code goes on here: not in guest-user mode of an address space that runs elsewhere, nor before code that
-   was changed there is known (user/cpu.py). */
+   was changed there is known (user/cpu.py).  Native code may run it elsewhere until guest-kernel mode goes on here. */
 static bool goes_on(struct hook *hook)
 {
     if (!hook->wanted || !in_user_mode(hook))
         return true;
     bool elsewhere = !hook->stays && hook->wanted[*(const u64 *)(hook->env + CR3) >> PAGE_SHIFT];
+    if (elsewhere && hook->run_user) {
+        if (hook->run_user(hook->user) == KERNEL)
+            return true;
+    } else if (!elsewhere && hook->distrusts && hook->frames)
+        hook->distrusts = code_may_have_changed(hook);
     if (!elsewhere && !hook->distrusts)
         return true;
     hook->to_user = true;
     return false;
 }
 
-/* Guest-user mode traps, and goes on: how long it has run, but for translation, and how often trapped, in the address
-   space where it was last. */
-static void leave_user_mode(struct hook *hook)
+/* Guest-user mode traps, and goes on: how long it has run, but for translation, and how often trapped (a page fault
+   counts more), in the address space where it was last. */
+static void leave_user_mode(struct hook *hook, u32 vector)
 {
     if (!hook->wanted || !in_user_mode(hook))
         return;
@@ -31,7 +47,7 @@ static void leave_user_mode(struct hook *hook)
         hook->user_ticks = hook->user_traps = 0;
     }
     hook->user_ticks += __builtin_ia32_rdtsc() - hook->user_since - (*hook->translating - hook->translated);
-    hook->user_traps++;
+    hook->user_traps += vector == VECTOR_PF ? EXCEPTION : 1;
 }
 
 static bool enter_user_mode(struct hook *hook)
@@ -51,14 +67,27 @@ static bool note_steps(struct hook *hook, bool more)
     return more;
 }
 
+/* What a program is not told of, see features.UNTOLD. */
+static void hide_features(struct hook *hook, u32 leaf)
+{
+    static const u8 places[] = {RAX, RBX, RCX, RDX};
+    for (u32 i = 0; i < hook->untold_count; i++)
+        for (int n = 0; n < 4 && hook->untold[i][0] == leaf; n++)
+            hook->regs[places[n]] &= ~(u64)hook->untold[i][1 + n];
+}
+
 static bool deliver(u32 vector, u64 error_code, u64 address, struct hook *hook, bool (*python)(u32, u64, u64))
 {
-    leave_user_mode(hook);
+    u32 leaf = (u32)hook->regs[RAX];
+    bool user = in_user_mode(hook);
+    leave_user_mode(hook, vector);
     hook->far_transfers = 0;
     if (hook->vcpu) {
         if (hook->stays && in_user_mode(hook))
             hook->stays = false;
         int answer = hook->handler(hook->vcpu, vector, error_code, address);
+        if (vector == TRAP_CPUID && user && answer != NOT_HANDLED)
+            hide_features(hook, leaf);
         if (answer == LOOK)
             return python(TRAP_NOTHING, 0, 0) && enter_user_mode(hook);
         if (answer != NOT_HANDLED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_bool, c_uint64
+from ctypes import c_bool, c_uint32, c_uint64
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -13,10 +13,14 @@ from xenolith.abi import x86
 from xenolith.machine import native, page_walk
 from xenolith.machine.engines import native_state, protocol, segment_loads
 from xenolith.machine.engines.unicorn import layout
+from xenolith.machine.engines.unicorn.user import shared
 from xenolith.machine.native import Fields
 
 SOURCE: Final = Path(__file__).with_name("deliver.c")
 HALVES: Final = (page_walk.SOURCE,)
+
+
+MOST_UNTOLD: Final = 8  # leaves of CPUID
 
 
 class Hook(ctypes.Structure):
@@ -44,8 +48,14 @@ class Hook(ctypes.Structure):
     user_since: int  # ... since when (TSC), ...
     user_ticks: int  # ... for how long on end, up to then, without translation, ...
     user_traps: int  # ... and with how many traps
+    run_user: int  # guest-user mode elsewhere, in native code (user/run.c), with `user` its argument; 0: it is Python's
+    user: int
+    marked: int  # of a byte for each frame of which there are translated blocks
+    writable: int  # of a byte for each frame that guest-user mode elsewhere may have written to
+    frames: int  # so many of both; 0: it is not known
     translating: int  # of the ticks that translation has taken so far
     translated: int  # what they were at `user_since`
+    untold_count: int  # of CPUID, what programs are not told of: leaf, then bits of EAX, EBX, ECX, EDX
     far_transfers: int  # since the last trap
     watch_hits: int  # the bits of DR6 for breakpoints on data that the instruction has met
     serializes: bool  # there were many in a row
@@ -77,10 +87,17 @@ class Hook(ctypes.Structure):
         ("user_since", c_uint64),
         ("user_ticks", c_uint64),
         ("user_traps", c_uint64),
+        ("run_user", c_uint64),
+        ("user", c_uint64),
+        ("marked", c_uint64),
+        ("writable", c_uint64),
+        ("frames", c_uint64),
         ("translating", c_uint64),
         ("translated", c_uint64),
         ("far_transfers", c_uint64),
         ("watch_hits", c_uint64),
+        ("untold", c_uint32 * 5 * MOST_UNTOLD),
+        ("untold_count", c_uint32),
         ("cpuid_is_pythons", c_bool),
         ("stays", c_bool),
         ("distrusts", c_bool),
@@ -105,6 +122,9 @@ _IN_C = {
     "get_rflags": "u64 (*{})(void)",
     "set_rflags": "void (*{})(u64 value)",
     "translating": "const u64 *{}",
+    "run_user": "u32 (*{})(u64 user)",
+    "marked": "const u8 *{}",
+    "writable": "const u8 *{}",
 }
 SERIALIZES: Final = 256  # far transfers without a trap in between: a kernel that uses IRET to serialize, as Linux does
 READ: Final = x86.PTE_P | x86.PTE_US | x86.PTE_A
@@ -114,15 +134,16 @@ def declarations() -> str:
     """Of everything that deliver.c uses."""
     return (
         native.define(native_state, "NOT_HANDLED LOOK")
-        + native.define(protocol, "TRAP_NOTHING")
+        + native.define(protocol, "TRAP_NOTHING TRAP_CPUID")
         + native.define(
             x86,
-            "VECTOR_DB VECTOR_UD DR6_STEP DR6_BREAKPOINTS PAGE_SHIFT PTE_ADDRESS PTE_PSE RIP RSP CS SS OPCODE_IRET "
-            "EFLAGS_TF EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_DEFINED",
+            "VECTOR_DB VECTOR_UD VECTOR_PF DR6_STEP DR6_BREAKPOINTS PAGE_SHIFT PTE_ADDRESS PTE_PSE RAX RBX RCX RDX RIP "
+            "RSP CS SS OPCODE_IRET EFLAGS_TF EFLAGS_NT EFLAGS_RF EFLAGS_VM EFLAGS_DEFINED",
         )
         + native.define(abi_layout, "FLAT_RING3_CS64 FLAT_RING3_SS64")
         + native.define(segment_loads, "KEPT_FLAGS")
         + native.define(layout, "HFLAGS HF_KERNEL HF_CS64 CR3 DR6")
+        + native.define(shared, "KERNEL EXCEPTION")
         + f"#define READ {READ}\n#define SERIALIZES {SERIALIZES}\n"
         + native.declare("hook", Hook, _IN_C)
     )

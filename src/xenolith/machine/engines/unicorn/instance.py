@@ -69,8 +69,8 @@ class Instance:
         self.b = _view(self.env, layout.ENV_SIZE)
         self.d, self.q = self.b.cast("I"), self.b.cast("Q")
         self._checksums = np.zeros(memory.span, dtype=np.uint64)  # of frames that were executable
-        self._marked = np.zeros(memory.span, dtype=np.uint8)  # frames with code: stores are noticed
-        self.code_frames: int = self._marked.ctypes.data
+        self.marked = np.zeros(memory.span, dtype=np.uint8)  # frames with code: stores are noticed
+        self.code_frames: int = self.marked.ctypes.data
         self._l4_of_tlb = np.zeros(2, dtype=np.uint64)  # whose translations the TLBs of kernel and user mode hold
         self._addresses = {
             "uc": self.uc,
@@ -79,7 +79,7 @@ class Instance:
             "memory": memory.address,
             "checksums": self._checksums.ctypes.data,
             "l4_of_tlb": self._l4_of_tlb.ctypes.data,
-            "marked": self._marked.ctypes.data,
+            "marked": self.marked.ctypes.data,
             "memory_size": memory.size,
             "notdirty_return": self._notdirty_return(),
             "emu_stop": lib.address("uc_emu_stop"),
@@ -93,7 +93,7 @@ class Instance:
             "invalidate": lib.address("tb_invalidate_phys_range_x86_64"),
         }
         self._unverified = np.zeros(memory.span, dtype=np.uint8)  # see softmmu.Softmmu
-        arrays = (array.ctypes.data for array in (self._marked, self._checksums, self._unverified))
+        arrays = (array.ctypes.data for array in (self.marked, self._checksums, self._unverified))
         self.softmmu = softmmu.attach(lib, self.env, memory, *arrays)
         self._limit_first_code()
         self._code = CodePage()
@@ -128,7 +128,7 @@ class Instance:
         root = c_uint64.from_address(tree).value
         size, shift, levels = (ctypes.c_int32 * 3).from_address(tree + 16)
         found: list[int] = []
-        for first in range(0, self._marked.size, PAGES_IN_LEAF):
+        for first in range(0, self.marked.size, PAGES_IN_LEAF):
             table = c_uint64.from_address(root + 8 * (first >> shift & size - 1)).value
             for level in range(levels - 1, -1, -1):
                 if table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from ctypes import addressof
 from typing import Final
 
 from iced_x86 import Instruction, Mnemonic
@@ -100,6 +101,16 @@ class ExtendedState:
         self._cpu.words[_CR4] &= ~CR4_OSXSAVE
         if self._native is not None:
             self._native.use(self.image, value)
+
+    @property
+    def native_fields(self) -> int | None:
+        """Address of the Extended that native code works on, if there is such."""
+        return None if self._native is None else addressof(self._native.fields)
+
+    @property
+    def handled(self) -> int:
+        """How many instructions native code has carried out."""
+        return 0 if self._native is None else self._native.fields.handled
 
     def rest(self) -> None:
         """Unicorn executes them by itself."""

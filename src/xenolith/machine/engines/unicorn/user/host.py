@@ -99,9 +99,9 @@ def _shortest(made: Stub, start: int, signal: int, end: int) -> int:
     for _ in range(_ROUNDS):
         q[frame + stub.RIP // 8] = start
         q[code.FLAGS // 8] = q[frame + stub.FLAGS // 8] = _FLAGS
-        number, _, _, stopped = made.run(lambda: False)
+        number = made.run(lambda: False)
         rip = q[frame + stub.RIP // 8]
         if (number, rip) != (signal, end):
             raise EngineError(f"code in a stub process ends as signal {number} at {rip:#x}, not {signal} at {end:#x}")
-        shortest = min(shortest, stopped - q[code.RESUMED // 8])
+        shortest = min(shortest, made.stopped - q[code.RESUMED // 8])
     return shortest

@@ -16,21 +16,21 @@ from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from xenolith.abi.x86 import PAGE_SHIFT, PTE_A, PTE_ADDRESS, PTE_D, PTE_NX, PTE_P, PTE_RW, PTE_US
 from xenolith.machine import page_walk
 from xenolith.machine.engines.unicorn.code_page import CodePage
 from xenolith.machine.engines.unicorn.stubs import encode
 from xenolith.machine.engines.unicorn.user import code
+from xenolith.machine.engines.unicorn.user.shared import MOST_STUBS, PER_WINDOW, WINDOWS, SpaceFields
 from xenolith.machine.engines.unicorn.user.stub import FLUSH, Command, Stub, StubDied, map_pages, unmap
 from xenolith.machine.memory import MachineMemory
 
-MOST_STUBS: Final = 16  # of a domain
 MOST_REGIONS: Final = 50_000  # mappings of a stub: the host's limit is 65,530 (vm.max_map_count)
 AROUND: Final = 64  # entries of an L1 table that are looked at together
 MOST_REPORTS: Final = 4095
 READ, WRITE, EXECUTE = 1, 2, 4
-_PER_TABLE: Final = 512
 _LEVELS: Final = 4
 
 # entry_changed(index, old, new, context): if a stub uses the table, put the index on the list; count it if that is
@@ -64,6 +64,10 @@ class Outcome(Enum):
     CANNOT = auto()  # the guest may access it, but not from a stub
 
 
+Window = ctypes.Array[ctypes.c_uint64]
+"""What is mapped of the pages of an L1 table: each mfn << 3 | rights, or 0."""
+
+
 class Space:
     """A guest's address space in a stub."""
 
@@ -72,25 +76,42 @@ class Space:
         self.start = start
         """What the guest has here lies in the stub at 0: LOWER_HALF or UPPER_HALF."""
         self.stub = stub
-        self.pages: dict[int, int] = {}  # by page number: mfn << 3 | rights
+        self.windows: dict[int, Window] = {}  # by the number of the first page
         self.l1_tables: dict[int, set[int]] = {}  # by MFN: the page numbers that its entry 0 maps
         self.tables: set[int] = set()  # all of which an entry was used
         self.stale: set[int] = set()  # page numbers to unmap
         self.is_stale = False  # all of it
-        self.regions = 0  # at most
         self.used = 0
+        self.fields = SpaceFields(l4_mfn=l4_mfn, stub=ctypes.addressof(stub.fields))
+
+    @property
+    def regions(self) -> int:
+        """How many mappings the stub has, at most."""
+        return self.fields.regions
+
+    def window(self, base: int) -> Window:
+        """The one whose first page that is, to be found by native code."""
+        found = self.windows.get(base)
+        if found is None:
+            found = self.windows[base] = (ctypes.c_uint64 * PER_WINDOW)()
+        slot = base // PER_WINDOW % WINDOWS
+        self.fields.bases[slot], self.fields.windows[slot] = base, ctypes.addressof(found)
+        return found
 
     def forget(self, index: int) -> None:
         """This entry, a word of machine memory, has changed."""
-        table, slot = index >> 9, index % _PER_TABLE
+        table, slot = index >> 9, index % PER_WINDOW
+        self.fields.ready = False
         bases = self.l1_tables.get(table)
         if bases is None:
             self.is_stale = True
             return
         for base in bases:
-            for page in range(base, base + _PER_TABLE) if not slot else (base + slot,):
-                if self.pages.pop(page, 0):
-                    self.stale.add(page)
+            window = self.windows[base]
+            for place in range(PER_WINDOW) if not slot else (slot,):
+                if window[place]:
+                    window[place] = 0
+                    self.stale.add(base + place)
 
     def bring_up_to_date(self, more: list[Command]) -> bool:
         """Unmap what is stale, and carry out these. False: the host refuses. Raises StubDied."""
@@ -100,27 +121,35 @@ class Space:
                 unmap(start << PAGE_SHIFT, count << PAGE_SHIFT) for start, count in _runs(self.stale)
             ] + commands
             self.stale.clear()
-        self.regions += len(commands)
+        self.fields.regions += len(commands)
         return not commands or not self.stub.carry_out(commands)
 
     def clear(self) -> None:
         """Unmap everything. Raises StubDied."""
-        self.pages.clear()
+        ctypes.memset(self.fields.windows, 0, ctypes.sizeof(self.fields.windows))
+        self.windows.clear()
         self.stale.clear()
         self.l1_tables.clear()
-        self.is_stale, self.regions = False, 0
+        self.is_stale, self.fields.regions, self.fields.ready = False, 0, False
         self.stub.carry_out(FLUSH)
 
 
 class Spaces:
     """Those of a domain. For the thread that runs its vCPU, but for `entry_changed`."""
 
-    def __init__(self, memory: MachineMemory) -> None:
+    def __init__(self, memory: MachineMemory, listed: ctypes.Array[ctypes.c_uint64]) -> None:
+        """`listed` gets the addresses of the SpaceFields of the lower halves that there are."""
         self._memory = memory
+        self._listed = listed
         self._by_l4: dict[tuple[int, int], Space] = {}
         self._users: dict[int, set[Space]] = {}  # by table
         self._marks = np.zeros(memory.span, dtype=np.uint8)
         self._reports = (ctypes.c_uint64 * (1 + MOST_REPORTS))()
+        self.reports_address = ctypes.addressof(self._reports)
+        self._writable = np.zeros(memory.frames, dtype=np.uint8)  # frames that a stub may have written to
+        self.writable_address: int = self._writable.ctypes.data
+        self._written = np.zeros(memory.frames, dtype=np.uint8)  # likewise, since `written`
+        self.written_address: int = self._written.ctypes.data
         self._watched: set[int] = set()  # L4 tables whose end is to be known
         self.dead: set[int] = set()
         """Those that are no more, or whose entry 0 has changed; for whoever takes them out."""
@@ -139,6 +168,7 @@ class Spaces:
         space = self._by_l4.get((l4_mfn, start))
         if space is None:
             space = self._by_l4[l4_mfn, start] = Space(l4_mfn, start, self._stub())
+            self._list()
         self._clock += 1
         space.used = self._clock
         return space
@@ -151,6 +181,7 @@ class Spaces:
         space = min(self._by_l4.values(), key=lambda space: space.used)
         self._leave_tables(space)
         del self._by_l4[space.l4_mfn, space.start]
+        self._list()
         try:
             space.clear()
             space.stub.forget_registers()
@@ -163,6 +194,7 @@ class Spaces:
         place = space.l4_mfn, space.start
         if self._by_l4.get(place) is space:
             del self._by_l4[place]
+            self._list()
         self._leave_tables(space)
         space.stub.close()
 
@@ -170,6 +202,11 @@ class Spaces:
         """End all stubs."""
         for space in list(self._by_l4.values()):
             self.drop(space)
+
+    def _list(self) -> None:
+        found = [ctypes.addressof(space.fields) for (_, start), space in self._by_l4.items() if start == LOWER_HALF]
+        for place in range(len(self._listed)):
+            self._listed[place] = found[place] if place < len(found) else 0
 
     def __len__(self) -> int:
         return len(self._by_l4)
@@ -197,28 +234,43 @@ class Spaces:
         if not count:
             return
         if count >= MOST_REPORTS:
-            for space in self._by_l4.values():
-                space.is_stale = True
+            self.renew()
             self.dead |= self._watched
         else:
             for index in self._reports[1 : 1 + count]:
                 for space in self._users.get(index >> 9, ()):
                     space.forget(index)
-                if not index % _PER_TABLE and index >> 9 in self._watched:
+                if not index % PER_WINDOW and index >> 9 in self._watched:
                     self.dead.add(index >> 9)
         self._reports[0] = 0
         for table in self.dead & self._watched:
             self._watched.remove(table)
             self._marks[table] = table in self._users
 
+    def written(self) -> npt.NDArray[np.bool_]:
+        """Frames that stubs may have written to since the last call: those that were mapped writable.
+
+        From any thread, while no stub runs; `renew` has to be called before the next one does.
+        """
+        found: npt.NDArray[np.bool_] = self._written.astype(bool)
+        self._written[:] = 0
+        return found
+
+    def renew(self) -> None:
+        """All is to be mapped anew, as it is used."""
+        for space in self._by_l4.values():
+            space.is_stale, space.fields.ready = True, False
+
     def watch(self, l4_mfn: int) -> None:
         """Tell in `dead` when this L4 table is no more."""
         self._watched.add(l4_mfn)
         self._marks[l4_mfn] = 1
 
-    def prepare(self, space: Space) -> None:
-        """It is about to run: it maps nothing that the tables do not say. Raises StubDied."""
+    def prepare(self, space: Space) -> bool:
+        """It is about to run: it maps nothing that the tables do not say. Whether that took work. Raises StubDied."""
+        had_reports = self._reports[0] != 0
         self.take_reports()
+        worked = had_reports or space.is_stale or bool(space.stale)
         if space.is_stale or space.regions > MOST_REGIONS:
             self.flushes += 1
             self._leave_tables(space)
@@ -226,6 +278,19 @@ class Spaces:
         elif space.stale and not space.bring_up_to_date([]):
             self._leave_tables(space)
             space.clear()
+        space.fields.ready = True
+        return worked
+
+    def may_have_written(self, marked: npt.NDArray[np.uint8]) -> bool:
+        """Whether a stub may have written to one of the marked frames since the last call."""
+        if not (self._writable & marked[: len(self._writable)]).any():
+            return False
+        self._writable[:] = 0
+        for space in self._by_l4.values():
+            for window in space.windows.values():
+                values = np.ctypeslib.as_array(window)
+                self._writable[values[values & WRITE != 0] >> 3] = 1
+        return True
 
     # --- faults ---------------------------------------------------------------------------------------------
 
@@ -260,7 +325,8 @@ class Spaces:
             self._use_table(space, index >> 9)
         place = path[-1][0]
         self._use_table(space, place >> 9)
-        space.l1_tables.setdefault(place >> 9, set()).add(wanted & -_PER_TABLE)
+        space.l1_tables.setdefault(place >> 9, set()).add(wanted & -PER_WINDOW)
+        window = space.window(wanted & -PER_WINDOW)
         first = place & -AROUND
         page = wanted - (place - first)
         found = False
@@ -274,7 +340,7 @@ class Spaces:
                 if not entry & PTE_NX and upper & PTE_NX:
                     allowed |= EXECUTE
                 value = mfn << 3 | allowed
-                if space.pages.get(page) != value and mfn < self._memory.frames:
+                if window[page % PER_WINDOW] != value and mfn < self._memory.frames:
                     new.append((page, value))
                     found |= page == wanted
             page += 1
@@ -285,7 +351,10 @@ class Spaces:
             self._leave_tables(space)
             space.clear()
             return Outcome.CANNOT
-        space.pages.update(new)
+        for page, value in new:
+            window[page % PER_WINDOW] = value
+            if value & WRITE:
+                self._writable[value >> 3] = self._written[value >> 3] = 1
         space.stale.difference_update(page for page, _ in new)
         return Outcome.MAPPED
 

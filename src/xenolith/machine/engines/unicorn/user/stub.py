@@ -18,24 +18,28 @@ from typing import Final, NamedTuple
 
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.engines.unicorn.user import code
+from xenolith.machine.engines.unicorn.user.shared import FIXED, SOFTWARE_SIZE, StubFields
+from xenolith.machine.native import buffer_address
 
-_RECEIVE: Final = 0xC050_2100  # SECCOMP_IOCTL_NOTIF_RECV
-_SEND: Final = 0xC018_2101  # SECCOMP_IOCTL_NOTIF_SEND
+RECEIVE: Final = 0xC050_2100  # SECCOMP_IOCTL_NOTIF_RECV
+SEND: Final = 0xC018_2101  # SECCOMP_IOCTL_NOTIF_SEND
 _SET_FLAGS: Final = 0x4008_2104  # SECCOMP_IOCTL_NOTIF_SET_FLAGS, Linux 6.6
 _SYNC_WAKE_UP: Final = 1
 _NOTE = Struct("<QIIiIQ6Q")  # struct seccomp_notif: id pid flags, then seccomp_data: nr arch ip args
 _ANSWER = Struct("<QqiI")  # struct seccomp_notif_resp: id val error flags
-_SYS_TGKILL: Final = 234
-_BEGIN_SECONDS: Final = 10.0
+SYS_TGKILL: Final = 234
 _LEAST_FD: Final = 32  # above those that the stub gets
-_PIECE_MS: Final = 50  # after that somebody looks whether a kick was answered
-_ANSWER_SECONDS: Final = 2.0  # in which a kick is; a busy host may need long, and only its own domain waits
+POLLIN: Final = select.POLLIN
+PIECE_MS: Final = 50  # after that somebody looks whether a kick was answered
+ANSWER_PIECES: Final = 40  # in which a kick is; a busy host may need long, and only its own domain waits
+MAPPER_PIECES: Final = 200  # in which the mapper has answered, or a stub has begun
+_BEGIN_SECONDS: Final = MAPPER_PIECES * PIECE_MS / 1000
 
 _COMMAND = Struct("<6Q")
 
 # The signal frame (struct rt_sigframe; asm/ucontext.h, asm/sigcontext.h): offsets in bytes.
 STACK: Final = 24  # of struct ucontext: address, flags, size of the signal stack
-R8: Final = 48  # and, a word each, R9 to R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFLAGS
+R8: Final = FIXED  # and, a word each, R9 to R15 RDI RSI RBP RBX RDX RAX RCX RSP RIP EFLAGS
 RIP: Final = 176
 FLAGS: Final = 184
 CS: Final = 192  # u16
@@ -50,6 +54,20 @@ SIGNAL_ARCH: Final = 340  # u32, of a system call
 SOFTWARE: Final = 464  # in the image, up to 512: what the kernel says of it (struct _fpx_sw_bytes)
 _SOFTWARE = Struct("<IIQI")  # magic, size of all, components, size of the image
 MAGIC, MAGIC_AT_END = 0x4650_5853, 0x4650_5845
+HOST_CS64: Final = 0x33  # what the host's own 64-bit programs have
+ARCH_X86_64, ARCH_I386 = 0xC000_003E, 0x4000_0003  # at SIGNAL_ARCH
+VSYSCALL: Final = 0xFFFF_FFFF_FF60_0000 >> 12  # page number of system calls of another kind
+
+REASONS: Final = {
+    1: "the process has ended",
+    2: "a hand-over cannot be answered",
+    3: "guest code has forged a hand-over",
+    4: "guest code does not let itself be interrupted",
+    5: "it does not answer",
+    6: "the mapper has handed over where it should not",
+    7: "its hand-overs cannot be read",
+}
+"""By what run.c calls them: why a stub has to end."""
 
 _MAGIC_AT_END: Final = MAGIC_AT_END.to_bytes(4, "little")
 
@@ -94,6 +112,11 @@ def _executable() -> int:
     return fd
 
 
+def interrupt(pid: int, task: int) -> None:
+    """Send a task the signal that makes it hand over."""
+    _libc.syscall(SYS_TGKILL, pid, task, code.SIGKICK)
+
+
 class Stub:
     """A stub over a memory object. One thread at a time; but for `kick`.
 
@@ -112,13 +135,19 @@ class Stub:
         self.bytes[code.MESSAGE : code.MESSAGE + len(code.message())] = code.message()
         self._listener = self._pidfd = -1
         self._status = 0  # with which it has ended
-        self.pid = self._spawn(memory_fd)
-        self._pidfd = os.pidfd_open(self.pid)
+        self.fields = StubFields(mailbox=buffer_address(self._map))
+        self.fields.pid = self._spawn(memory_fd)
+        self.fields.pidfd = self._pidfd = os.pidfd_open(self.pid)
         try:
             self._meet()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        """0: it is no more."""
+        return self.fields.pid
 
     # --- its beginning ------------------------------------------------------------------------------------
 
@@ -155,7 +184,7 @@ class Stub:
             received = []
         if not received:
             raise EngineError(f"a stub process could not be set up: {self._why_ended()}")
-        self._listener = received[0]
+        self.fields.listener = self._listener = received[0]
         self._socket.close()
         with suppress(OSError):  # an older kernel
             fcntl.ioctl(self._listener, _SET_FLAGS, _SYNC_WAKE_UP)
@@ -171,20 +200,25 @@ class Stub:
             raise EngineError(f"a stub process could not be set up: {self._why_ended()}") from None
         if set(notes) != {code.GUEST_HANDS_OVER, code.MAPPER_HANDS_OVER}:
             raise EngineError("a stub process has handed over where it should not")
-        self._guest, self._mapper = notes[code.GUEST_HANDS_OVER], notes[code.MAPPER_HANDS_OVER]
-        self._frame_va = self._guest.arguments[1]
+        guest, mapper = notes[code.GUEST_HANDS_OVER], notes[code.MAPPER_HANDS_OVER]
+        self._frame_va = guest.arguments[1]
         self.frame = self._frame_va - code.MAILBOX
         image_va = self.words[(self.frame + FPSTATE) // 8]
         self.xsave = image_va - code.MAILBOX
         if not code.SIGNAL_STACK <= self.frame < self.xsave < code.MAILBOX_SIZE - 576 or self.xsave % 64:
             raise EngineError("this kernel's signal frames are not what Xenolith knows")
-        self._software = bytes(self.bytes[self.xsave + SOFTWARE : self.xsave + 512])
+        self._software = bytes(self.bytes[self.xsave + SOFTWARE : self.xsave + SOFTWARE + SOFTWARE_SIZE])
         magic, size, features, length = _SOFTWARE.unpack_from(self._software)
         if magic != MAGIC or self.xsave + size > code.MAILBOX_SIZE:
             raise EngineError("this kernel's signal frames have no XSAVE image")
         self.xsave_size, self.xsave_features = length, features
         self._fixed = bytes(self.bytes[self.frame : self.frame + R8])  # with the signal stack
         self._selectors = self.words[(self.frame + CS) // 8]
+        fields = self.fields
+        fields.guest, fields.mapper, fields.task = guest.number, mapper.number, guest.task
+        fields.frame_va, fields.selectors = self._frame_va, self._selectors
+        fields.frame, fields.xsave, fields.xsave_size = self.frame, self.xsave, length
+        fields.fixed[:], fields.software[:] = self._fixed, self._software
 
     def _why_ended(self) -> str:
         """Of a process that has ended by itself, or does so now: at which step."""
@@ -202,8 +236,8 @@ class Stub:
 
     # --- hand-over ------------------------------------------------------------------------------------------
 
-    def run(self, kicked: Kicked) -> tuple[int, int, int, int]:
-        """Let the guest's task go on until it hands over: the signal, FS base, GS base, time stamp counter.
+    def run(self, kicked: Kicked) -> int:
+        """Let the guest's task go on until it hands over: the signal; see also `stopped`.
 
         `kicked` tells whether somebody waits for its end.  Raises StubDied.
         """
@@ -212,16 +246,22 @@ class Stub:
         q[(frame + CS) // 8] = self._selectors
         q[(frame + SIGNAL_MASK) // 8] = 0
         q[(frame + FPSTATE) // 8] = code.MAILBOX + self.xsave
-        self.bytes[self.xsave + SOFTWARE : self.xsave + 512] = self._software
+        self.bytes[self.xsave + SOFTWARE : self.xsave + SOFTWARE + SOFTWARE_SIZE] = self._software
         end = self.xsave + self.xsave_size
         self.bytes[end : end + 4] = _MAGIC_AT_END
         q[code.FRAME // 8] = self._frame_va + 8
-        self._answer(self._guest)
-        self._guest = note = self._next(None, kicked)
+        self._answer(self.fields.guest)
+        note = self._next(None, kicked)
+        self.fields.guest, self.fields.task = note.number, note.task
         if note.ip != code.GUEST_HANDS_OVER or note.arguments[1] != self._frame_va:
             raise StubDied(self._end("guest code has forged a hand-over"))
-        signal_number, _, tsc_high, tsc_low, fs_base, gs_base = note.arguments
-        return signal_number, fs_base, gs_base, tsc_high << 32 | tsc_low
+        self.fields.arguments[:] = note.arguments
+        return int(note.arguments[0])
+
+    @property
+    def stopped(self) -> int:
+        """The time stamp counter at its last signal, but for the kernel's part."""
+        return int(self.fields.arguments[2]) << 32 | int(self.fields.arguments[3])
 
     def carry_out(self, commands: Sequence[Command]) -> int:
         """Have the mapper carry these out, until one fails: 0, or the errno. The guest's task stands still.
@@ -235,8 +275,9 @@ class Stub:
             for command in part:
                 place += code.COMMAND_SIZE
                 _COMMAND.pack_into(self.bytes, place, *command)
-            self._answer(self._mapper)
-            self._mapper = note = self._next(_BEGIN_SECONDS)
+            self._answer(self.fields.mapper)
+            note = self._next(_BEGIN_SECONDS)
+            self.fields.mapper = note.number
             self.bytes[code.MAILBOX_SIZE : place + code.COMMAND_SIZE] = bytes(
                 place + code.COMMAND_SIZE - code.MAILBOX_SIZE
             )
@@ -248,13 +289,13 @@ class Stub:
 
     def kick(self) -> None:
         """Have the guest's task hand over soon. From any thread, while the stub lives; it does so at its next `run`."""
-        _libc.syscall(_SYS_TGKILL, self.pid, self._guest.task, code.SIGKICK)
+        interrupt(self.pid, self.fields.task)
 
-    def _answer(self, note: Note) -> None:
+    def _answer(self, number: int) -> None:
         if not self.pid:
             raise StubDied("the process has ended")
         try:
-            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(note.number, 0, 0, 0))
+            fcntl.ioctl(self._listener, SEND, _ANSWER.pack(number, 0, 0, 0))
         except OSError as error:
             raise StubDied(self._end(f"a hand-over cannot be answered: {error.strerror}")) from error
 
@@ -262,7 +303,7 @@ class Stub:
         """Wait for a hand-over."""
         waited = 0
         while True:
-            found = dict(self._poll.poll(_PIECE_MS))
+            found = dict(self._poll.poll(PIECE_MS))
             if found.get(self._listener, 0) & select.POLLIN:
                 break
             if found:
@@ -271,15 +312,15 @@ class Stub:
             if kicked is not None:
                 if not kicked():
                     waited = 0
-                elif waited * _PIECE_MS > _ANSWER_SECONDS * 1000:
+                elif waited > ANSWER_PIECES:
                     raise StubDied(self._end("guest code does not let itself be interrupted"))
                 else:
                     self.kick()
-            if seconds is not None and waited * _PIECE_MS > seconds * 1000:
+            if seconds is not None and waited * PIECE_MS > seconds * 1000:
                 raise StubDied(self._end("it does not answer"))
         buffer = bytearray(_NOTE.size)
         try:
-            fcntl.ioctl(self._listener, _RECEIVE, buffer)
+            fcntl.ioctl(self._listener, RECEIVE, buffer)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return self._next(seconds, kicked)
@@ -293,6 +334,10 @@ class Stub:
 
     # --- its end --------------------------------------------------------------------------------------------
 
+    def died(self, reason: int) -> StubDied:
+        """What native code has found: see REASONS."""
+        return StubDied(self._end(REASONS[reason]))
+
     def _end(self, why: str) -> str:
         self.close()
         return why
@@ -304,7 +349,7 @@ class Stub:
                 os.kill(self.pid, signal.SIGKILL)
             with suppress(OSError):
                 _, self._status = os.waitpid(self.pid, 0)
-            self.pid = 0
+            self.fields.pid = 0
         self._forget()
 
     def _forget(self) -> None:
