@@ -562,7 +562,7 @@ def test_the_shell_completes_files_where_the_synopsis_names_one(xl: Xl) -> None:
 WITHOUT_EFFECT = {
     "cpu_weight": "512", "cap": "50",
     "channel": '["name=a,connection=pty"]',
-    "cpuid": '"host,tm=0"', "tsc_mode": '"always_emulate"', "max_grant_version": "1",
+    "cpuid": '"host,rdcl-no=1"', "tsc_mode": '"always_emulate"', "max_grant_version": "1",
     "seclabel": '"a:b:c"', "passthrough": '"enabled"',
     "driver_domain": "1", "e820_host": "1", "vpmu": "1", "period": "10",
 }  # fmt: skip

@@ -33,7 +33,7 @@ from xenolith.abi.x86 import (
     SS,
 )
 from xenolith.hypervisor import inspection, lifecycle, paging, time, view
-from xenolith.hypervisor.domain import UNLIMITED_WORK, Domain
+from xenolith.hypervisor.domain import UNLIMITED_WORK, CpuidChange, Domain
 from xenolith.hypervisor.domain_record.domain import domain_state
 from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, frame_record, frame_types
 from xenolith.hypervisor.domain_record.kinds import Plain, RecordError
@@ -667,6 +667,7 @@ __all__ = [
     "USUAL",
     "Arrival",
     "Control",
+    "CpuidChange",
     "CpupoolInfo",
     "DomainCreateError",
     "DomainInfo",

@@ -1,7 +1,11 @@
 """The CPUID policy: what processor a guest sees, as data (Xen: arch/x86/cpuid.c, arch-x86/cpuid.h).
 
 A guest sees what the engine can execute, less what a paravirtual guest has no use for or Xen keeps to
-itself, plus Xen's own leaves at 0x40000000.
+itself, plus Xen's own leaves at 0x40000000.  On top of that a domain has changes of its own (xl.cfg: cpuid), which give
+it no feature that guests cannot have here.
+
+FSGSBASE guests can have but get only when they are given it: a Linux that knows of it reads and writes
+MSR_KERNEL_GS_BASE at each switch of programs, two traps in the place of at most one hypercall.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from xenolith.abi.x86 import CPUID_NULL_SELECTOR_CLEARS_BASE, MASK32
 from xenolith.machine.cpuid import xsave_size
 
 if TYPE_CHECKING:
-    from xenolith.hypervisor.domain import Vcpu
+    from xenolith.hypervisor.domain import CpuidChange, Vcpu
 
 XEN_LEAVES: Final = 0x4000_0000
 LAST_SIMPLE: Final = 3  # of the leaves whose answer does not depend on ECX, where programs leave anything, ...
@@ -29,6 +33,7 @@ HIDDEN_1_ECX: Final = sum(1 << bit for bit in (2, 3, 4, 5, 6, 7, 8, 14, 15, 17, 
 OSXSAVE: Final = 1 << 27
 XSAVE: Final = 1 << 26
 HYPERVISOR: Final = 1 << 31
+FSGSBASE: Final = 1 << 0
 # 7.ebx: FSGSBASE(0) TSC_ADJUST(1) SGX(2) SMEP(7) INVPCID(10) PQM(12) MPX(14) PQE(15) SMAP(20) PT(25)
 HIDDEN_7_EBX: Final = sum(1 << bit for bit in (0, 1, 2, 7, 10, 12, 14, 15, 20, 25))
 # 7.ecx: UMIP(2) PKU(3) OSPKE(4) WAITPKG(5) CET_SS(7) LA57(16) RDPID(22) BUS_LOCK(24) ENQCMD(29) SGX_LC(30) PKS(31)
@@ -44,6 +49,24 @@ HIDDEN_80000001_ECX: Final = sum(1 << bit for bit in (2, 3, 9, 10, 12, 13, 15, 1
 XSAVE_FEATURES: Final = 0b0111  # D.1.eax: XSAVEOPT, XSAVEC, XGETBV1; XSAVES is for ring 0 only
 
 
+# What needs AVX: 1.ecx: FMA(12) AVX(28) F16C(29); 7.ebx: AVX2, AVX512*; 7.ecx: AVX512*, VAES, VPCLMULQDQ; 7.edx: AVX512
+AVX: Final = 1 << 28
+NEEDS_AVX_1_ECX: Final = sum(1 << bit for bit in (12, 28, 29))
+NEEDS_AVX_7: Final = (
+    0,
+    sum(1 << bit for bit in (5, 16, 17, 21, 26, 27, 28, 30, 31)),
+    sum(1 << bit for bit in (1, 6, 9, 10, 11, 12, 14)),
+    sum(1 << bit for bit in (2, 3, 8, 23)),
+)
+WITH_SUBLEAVES: Final = (4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18)
+# Registers (leaf, number) that tell of no features, and may say anything: names, versions, sizes
+DESCRIPTIONS: Final = frozenset(
+    [(leaf, register) for leaf in (0, 2, 4, *range(0x8000_0002, 0x8000_0007)) for register in range(4)]
+    + [(1, 0), (1, 1), (0x8000_0000, 0), (0x8000_0001, 0), (0x8000_0001, 1), (0x8000_0008, 0), (0x8000_0008, 2)]
+    + [(XEN_LEAVES, 0)]
+)
+
+
 def asked(leaf: int, ecx: int) -> tuple[int, int]:
     """Leaf and subleaf of a question."""
     simple = leaf <= LAST_SIMPLE or 0x8000_0000 <= leaf <= LAST_SIMPLE_EXTENDED
@@ -52,6 +75,52 @@ def asked(leaf: int, ecx: int) -> tuple[int, int]:
 
 def answer(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     """eax, ebx, ecx, edx for a guest's CPUID."""
+    found = _by_default(vcpu, leaf, subleaf)
+    if not vcpu.domain.cpuid_changes:
+        return found
+    registers = list(found)
+    for change in vcpu.domain.cpuid_changes:
+        if _concerns(change, leaf, subleaf):
+            registers[change.register] = _changed(vcpu, leaf, subleaf, registers[change.register], change)
+    if leaf == 1:
+        if not registers[2] & XSAVE:
+            registers[2] &= ~(OSXSAVE | NEEDS_AVX_1_ECX)
+        elif not registers[2] & AVX:
+            registers[2] &= ~NEEDS_AVX_1_ECX
+    elif leaf in (7, 0xD):
+        features = answer(vcpu, 1, 0)[2]
+        if leaf == 7 and not features & AVX:
+            registers = [word & ~lost for word, lost in zip(registers, NEEDS_AVX_7, strict=True)]
+        if leaf == 0xD and not features & XSAVE:
+            registers = [0, 0, 0, 0]
+    eax, ebx, ecx, edx = registers
+    return eax, ebx, ecx, edx
+
+
+def _concerns(change: CpuidChange, leaf: int, subleaf: int) -> bool:
+    if leaf != change.leaf:
+        return False
+    return subleaf == (change.subleaf or 0) if leaf in WITH_SUBLEAVES else not change.subleaf
+
+
+def _changed(vcpu: Vcpu, leaf: int, subleaf: int, word: int, change: CpuidChange) -> int:
+    engine = vcpu.domain.engine
+    hosts = engine.host_cpuid(leaf, subleaf)[change.register] if engine is not None else 0
+    wanted = change.ones | change.hosts & hosts
+    if (leaf, change.register) not in DESCRIPTIONS:
+        possible = word
+        if (leaf, subleaf, change.register) == (7, 0, 1):
+            possible |= hosts & FSGSBASE
+        wanted &= possible
+    return word & ~(change.zeros | change.hosts) | wanted
+
+
+def has_fsgsbase(vcpu: Vcpu) -> bool:
+    """Whether the guest was told of FSGSBASE, which it may enable then."""
+    return bool(answer(vcpu, 7, 0)[1] & FSGSBASE)
+
+
+def _by_default(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     if XEN_LEAVES <= leaf < XEN_LEAVES + 0x100:
         return _xen_leaf(vcpu, leaf - XEN_LEAVES, subleaf)
     engine = vcpu.domain.engine

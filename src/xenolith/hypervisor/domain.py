@@ -14,6 +14,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from ctypes import c_bool, c_uint8, c_uint32, c_uint64
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from xenolith.abi import layout
@@ -237,6 +238,21 @@ class Vcpu(VcpuFields):
         return f"d{self.domain.domid}v{self.vcpu_id}"
 
 
+@dataclass(frozen=True)
+class CpuidChange:
+    """Of one register (0: EAX ... 3: EDX) of CPUID: bits that are to be 0, 1, and the host's. No bit is in two of them.
+
+    `subleaf` None: the first, or whichever a leaf without subleaves is asked for.
+    """
+
+    leaf: int
+    subleaf: int | None
+    register: int
+    zeros: int
+    ones: int
+    hosts: int
+
+
 class EmergencyConsole:
     """What a domain wrote with console_io: the last LOG_BYTES bytes, and a hook that sees it all as it comes.
 
@@ -420,6 +436,10 @@ class Domain(DomainFields):
         self.executable_mapped: Callable[[int], None] | None = None  # see Cpu.executable_mapped
         # A present page-table entry changed: word index, old and new value. Entry 0: its whole table is no more.
         self.entry_changed: Callable[[int, int, int], None] | None = None
+
+        self.cpuid_changes: tuple[
+            CpuidChange, ...
+        ] = ()  # what it is told of the processor, if not what all domains are
 
         # Its part of the mechanisms, which lifecycle puts in place.
         self.hypercalls: list[Hypercall] = []  # by number

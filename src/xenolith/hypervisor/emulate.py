@@ -43,7 +43,7 @@ PIT_COUNTERS: Final = range(0x40, 0x43)
 PAT_RESET: Final = 0x0000_0501_0007_0406
 CR0_GUEST: Final = x86.CR0_PE | x86.CR0_MP | x86.CR0_ET | x86.CR0_NE | x86.CR0_WP | x86.CR0_AM | x86.CR0_PG
 CR4_BASE: Final = x86.CR4_PAE | x86.CR4_OSFXSR | x86.CR4_OSXMMEXCPT | x86.CR4_OSXSAVE
-CR4_GUEST: Final = x86.CR4_TSD | x86.CR4_DE | x86.CR4_OSXSAVE
+CR4_GUEST: Final = x86.CR4_TSD | x86.CR4_DE | x86.CR4_OSXSAVE | x86.CR4_FSGSBASE
 GUEST_EFER: Final = x86.EFER_SCE | x86.EFER_LME | x86.EFER_LMA | x86.EFER_NX
 FORCED_PREFIX: Final = b"\x0f\x0bxen"
 PREFIXES: Final = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
@@ -263,7 +263,7 @@ def write_cr(vcpu: Vcpu, cpu: Cpu, number: int, value: int) -> bool:
         cpu.flush_tlb()
         return True
     if number == 4:
-        vcpu.cr4 = value & CR4_GUEST
+        vcpu.cr4 = value & (CR4_GUEST if cpuid_policy.has_fsgsbase(vcpu) else CR4_GUEST & ~x86.CR4_FSGSBASE)
         return True
     return False
 

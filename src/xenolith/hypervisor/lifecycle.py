@@ -15,7 +15,7 @@ from xenolith.abi import layout
 from xenolith.abi.hypercalls import DOMID_FIRST_RESERVED
 from xenolith.abi.x86 import PAGE_SIZE, PTE_A, PTE_P, PTE_RW, PTE_US
 from xenolith.hypervisor import audit, descriptors, event_fifo, paging, ring0
-from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, Domain
+from xenolith.hypervisor.domain import MAX_VCPUS, UNLIMITED_WORK, CpuidChange, Domain
 from xenolith.hypervisor.domain_record.domain import clock_ahead, load_domain
 from xenolith.hypervisor.domain_record.frames import FrameRecord, FrameTypes, check_frames
 from xenolith.hypervisor.domain_record.kinds import Plain, Record, RecordError
@@ -49,6 +49,7 @@ class Limits:
     event_channel_port: int = DEFAULT_MAX_PORT  # the largest
     grant_frames: int = DEFAULT_MAX_FRAMES
     mappings: int = DEFAULT_MAX_MAPPINGS  # of other domains' grants, at a time
+    cpuid: tuple[CpuidChange, ...] = ()  # what it is told of the processor, if not what all domains are
 
     def check(self) -> None:
         """Raises DomainCreateError for what no domain can have."""
@@ -201,6 +202,7 @@ def _wire(domain: Domain, limits: Limits) -> None:
     """Give a domain its part of each mechanism, and native code where there is some."""
     domain.lock.take_word = ring0.lock_taker()
     domain.hypercalls = HYPERCALL_TABLE
+    domain.cpuid_changes = limits.cpuid
     domain.events = EventChannels(domain, limits.event_channel_port)
     domain.grants = GrantTable(domain, limits.grant_frames, limits.mappings)
     for vcpu in domain.vcpus:

@@ -24,6 +24,7 @@ from xenolith.abi.x86 import MASK64
 from xenolith.machine.clock import Clock, RealClock
 from xenolith.machine.machine_code import function
 
+_CLOCKS: Final = Path("/sys/devices/system/clocksource/clocksource0/available_clocksource")
 MEASURE_NS = 15_000_000  # shortest time over which the frequency is measured: 100 ns of error are 7 ppm
 
 read_tsc: Final[Callable[[], int]] = function(
@@ -69,11 +70,18 @@ def is_stable() -> bool:
     """Whether the host's counter ticks at one rate, never stops, and the host's kernel finds it usable as a clock."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
-        clocks = Path("/sys/devices/system/clocksource/clocksource0/available_clocksource").read_text().split()
     except OSError:
         return False
     flags = next((line.split(":", 1)[1].split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
-    return {"constant_tsc", "nonstop_tsc"} <= set(flags) and "tsc" in clocks
+    return {"constant_tsc", "nonstop_tsc"} <= set(flags) and is_usable()
+
+
+def is_usable() -> bool:
+    """Whether the host's kernel finds the counter usable as a clock. It may change its mind while it runs."""
+    try:
+        return "tsc" in _CLOCKS.read_text().split()
+    except OSError:
+        return False
 
 
 class Scale(NamedTuple):

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import xenolith
+from xenolith.machine.engines.kvm import host
 from xenolith.machine.engines.kvm.cpu import KvmCpu
+from xenolith.machine.engines.kvm.traits import Counter
 from xenolith.machine.engines.protocol import EngineError, TrapHandler
 
 SHUTDOWN_CRASH = 3
@@ -38,3 +40,12 @@ def test_an_entry_that_kvm_refuses_ends_its_domain_alone(monkeypatch: pytest.Mon
         assert (first.info.shutdown_reason, second.info.shutdown_reason) == (SHUTDOWN_CRASH, 0)
         assert "engine cannot go on: KVM_RUN failed: Invalid argument" in machine.client.dmesg()
         assert len(refused) > 1
+
+
+@pytest.mark.parametrize("counter", [Counter.OFFSET, Counter.WRITTEN])
+def test_a_host_whose_own_counter_is_no_clock_is_refused(monkeypatch: pytest.MonkeyPatch, counter: Counter) -> None:
+    """KVM gives guests another one then, by the kernel's time, whatever offset was set."""
+    monkeypatch.setattr(host, "_counter", lambda machine: counter)
+    monkeypatch.setattr(host, "is_usable", lambda: False)
+    with pytest.raises(EngineError, match="time stamp counter unusable"):
+        host.host_traits.__wrapped__()

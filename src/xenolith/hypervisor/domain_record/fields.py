@@ -253,6 +253,7 @@ TABLES: Final[dict[type, dict[str, Kind | Fate]]] = {
         "watchdogs": BY_HAND,
         "emergency_console": HOST,
         "cpupool": HOST,
+        "cpuid_changes": HOST,  # the toolstack's, with the configuration
     },
     EventChannels: {
         "domain": HOST,

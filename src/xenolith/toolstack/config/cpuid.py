@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from xenolith.hypervisor.control import CpuidChange
 from xenolith.toolstack.config.grammar import ConfigFile
 
 # One paragraph per register: `leaf[/subleaf].register bit[+length]:name ...`
@@ -97,6 +98,20 @@ class CpuidPolicy:
                 return known
         self.msrs.append(MsrPolicy(index))
         return self.msrs[-1]
+
+
+def changes(policy: CpuidPolicy) -> tuple[CpuidChange, ...]:
+    """The same for the hypervisor. What is said of MSRs is not among it."""
+    return tuple(
+        CpuidChange(
+            leaf.leaf,
+            leaf.subleaf,
+            REGISTERS.index(register),
+            *(sum(1 << bit for bit, given in enumerate(reversed(bits)) if given in kind) for kind in ("0", "1", "ks")),
+        )
+        for leaf in policy.leaves
+        for register, bits in leaf.policy.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ class DomainConfig:
             "max_grant_version": (self.max_grant_version is not None, "all domains may use the same versions"),
             "tsc_mode": (self.tsc_mode not in (TscMode.DEFAULT, TscMode.NATIVE), "guests read the processor's counter"),
             "e820_host": (bool(self.e820_host), "a domain's memory is one range"),
-            "cpuid": (bool(self.cpuid.leaves), "all domains see the same processor"),
+            "cpuid": (bool(self.cpuid.msrs), "no MSR tells of features"),
             "msr_relaxed": (bool(self.msr_relaxed), "MSRs that are not known fault"),
             "vpmu": (bool(self.vpmu), "guests get no performance counters"),
             "channel": (bool(self.channels), "a domain has one console"),

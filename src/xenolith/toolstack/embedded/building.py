@@ -20,6 +20,7 @@ from xenolith.hypervisor.control import USUAL, DomainCreateError, Limits, Record
 from xenolith.toolstack import devices, networks
 from xenolith.toolstack.client import InvalidRequest, NotSupported, OnProgress, Progress, ToolstackError
 from xenolith.toolstack.clones import Parent, configuration, freeze_parent
+from xenolith.toolstack.config import cpuid
 from xenolith.toolstack.config.domain import DomainConfig
 from xenolith.toolstack.embedded.table import DomainTable, Record
 
@@ -162,4 +163,4 @@ def _limits(config: DomainConfig) -> Limits:
         given["grant_frames"] = config.max_grant_frames
     if config.max_maptrack_frames is not None:
         given["mappings"] = config.max_maptrack_frames * MAPPINGS_PER_MAPTRACK_FRAME
-    return replace(USUAL, **given)
+    return replace(USUAL, cpuid=cpuid.changes(config.cpuid), **given)

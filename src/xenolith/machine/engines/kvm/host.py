@@ -40,7 +40,7 @@ from xenolith.machine.engines.kvm.engine import KvmEngine
 from xenolith.machine.engines.kvm.traits import CAUTIOUS, Counter, HostTraits
 from xenolith.machine.engines.protocol import TRAP_NOTHING, TRAP_SYSCALL, CpuState, EngineError
 from xenolith.machine.memory import MachineMemory
-from xenolith.machine.tsc import read_tsc
+from xenolith.machine.tsc import is_usable, read_tsc
 
 _FRAMES: Final = 512
 _CODE: Final = 0x40_0000
@@ -180,6 +180,11 @@ def host_traits() -> HostTraits:
         )
     finally:
         machine.close()
+    if traits.counter is not Counter.NATIVE and not is_usable():
+        raise EngineError(
+            "the host's kernel has found its time stamp counter unusable as a clock (see `dmesg`), and then KVM gives "
+            "guests one that goes its own way: their time would be wrong"
+        )
     if not traits.smep and traits.emulates_guest_code:
         raise _fail("it has no SMEP, and its instruction emulator takes a SYSCALL of the guest's to CPL 0")
     traits = dataclasses.replace(traits, ticks=traits.has_fast_path and _ticks(traits))
