@@ -570,6 +570,15 @@ def test_a_breakpoint_stops_before_its_instruction(bare: BareMachine) -> None:
     assert run_to_trap(cpu)[0] == TRAP_SYSCALL
 
 
+@pytest.mark.parametrize("code", ["0f ae 17", "0f ae 0f"], ids=["ldmxcsr", "fxrstor"])
+def test_reserved_bits_of_mxcsr_are_refused(bare: BareMachine, code: str) -> None:
+    cpu = bare.start(code + SYSCALL)
+    bare.memory.page(bare.data[0])[:28] = bytes.fromhex("80 1f 04 80") * 7
+    cpu.regs[RDI] = DATA
+    assert run_to_trap(cpu) == (VECTOR_GP, 0, 0)
+    assert cpu.regs[RIP] == CODE
+
+
 def test_a_breakpoint_on_data_stops_behind_its_instruction(bare: BareMachine) -> None:
     traits = getattr(bare.engine, "traits", None)
     if traits is not None and not traits.has_breakpoints:

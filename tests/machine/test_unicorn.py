@@ -90,8 +90,9 @@ def test_a_listing_says_what_its_machine_code_does(name: str) -> None:
     """Each line disassembles to its own text."""
     listing = LISTINGS[name]
     addresses = {found: 0x7F00_0000_0000 + 0x1000 * i for i, found in enumerate(re.findall(r"{(\w+):8}", listing))}
-    if "{trap}" in listing:
-        addresses["trap"] = 0x77
+    for number in ("trap", "unaligned"):
+        if "{" + number in listing:
+            addresses[number] = 0x37
     code, labels = assemble(listing, stubs.NUMBERS | addresses)
     values = {**{key: number & 0xFFFF_FFFF for key, number in stubs.NUMBERS.items()}, **addresses}
     formatter = iced_x86.Formatter(iced_x86.FormatterSyntax.NASM)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from struct import unpack_from
 from typing import TYPE_CHECKING, Final
 
+from iced_x86 import CpuidFeature, OpKind
+
 from xenolith.abi.x86 import (
     EFLAGS_RF,
     R11,
@@ -22,6 +24,7 @@ from xenolith.abi.x86 import (
     VECTOR_UD,
     VECTORS_WITH_ERROR_CODE,
     advanced,
+    is_canonical,
 )
 from xenolith.machine.engines import segment_loads
 from xenolith.machine.engines.kvm import api, area, processor, run_page
@@ -35,7 +38,7 @@ from xenolith.machine.engines.protocol import (
     EngineError,
     TrapHandler,
 )
-from xenolith.machine.operands import GuestFault
+from xenolith.machine.operands import LONGEST_INSTRUCTION, GuestFault, decode
 
 if TYPE_CHECKING:
     from xenolith.machine.engines.kvm.cpu import KvmCpu
@@ -49,6 +52,16 @@ EFLAGS_OF: Final = 1 << 11
 _SYSCALL32: Final = area.SYSCALL32_STUB, area.SYSCALL32_STUB & 0xFFFF_FFFF
 _DIRECTION_IN: Final = 0
 _ERROR_IDT: Final = 2  # error code of a fault that INT n caused
+_FEATURES: Final = {  # that every processor with SMEP has
+    CpuidFeature.FXSR,
+    CpuidFeature.SSE,
+    CpuidFeature.SSE2,
+    CpuidFeature.SSE3,
+    CpuidFeature.SSSE3,
+    CpuidFeature.SSE4_1,
+    CpuidFeature.SSE4_2,
+    CpuidFeature.XSAVE,
+}
 _IO_BY_DX: Final = b"\xec\xed\xee\xef\x6c\x6d\x6e\x6f"
 
 
@@ -148,7 +161,20 @@ class Exits:
         if error_code and number in (VECTOR_BP, VECTOR_OF):
             regs[RIP] = advanced(regs[RIP], 2)
             return number, 0
-        return (VECTOR_GP, error_code) if error_code else (VECTOR_UD, 0)
+        return (VECTOR_GP, error_code) if error_code or self._was_refused() else (VECTOR_UD, 0)
+
+    def _was_refused(self) -> bool:
+        """Whether the processor has the instruction at RIP: then KVM's emulator made nothing of its #GP.
+
+        That was for reserved bits in MXCSR, or an operand that is not aligned.
+        """
+        rip, wide = self._regs[RIP], self._segments.is_flat
+        if not wide or not is_canonical(self._regs[RSP]):
+            return False
+        instruction = decode(self._cpu.fetch(LONGEST_INSTRUCTION), rip, wide)
+        features = set(instruction.cpuid_features())
+        accesses = OpKind.MEMORY in (instruction.op0_kind, instruction.op1_kind)
+        return accesses and bool(features) and features <= _FEATURES
 
     def _software_interrupt(self) -> int:
         """The error code of the #GP that the INT n at RIP raises, 0 if it is none: some emulated processors err."""

@@ -49,12 +49,14 @@ def install(lib: Library) -> CodePage:
     if native is not None:
         addresses["gen_call"] = native.address("gen_call")
     page = CodePage()
-    for name, listing, helper in (
-        ("checked_ldmxcsr", stubs.CHECKED_LDMXCSR, "ldmxcsr"),
-        ("checked_fxrstor", stubs.CHECKED_FXRSTOR, "fxrstor"),
-        ("checked_xrstor", stubs.CHECKED_XRSTOR, "xrstor"),
+    for name, listing, helper, alignment in (
+        ("checked_ldmxcsr", stubs.CHECKED_LDMXCSR, "ldmxcsr", 1),
+        ("checked_fxrstor", stubs.CHECKED_FXRSTOR, "fxrstor", 16),
+        ("checked_xrstor", stubs.CHECKED_XRSTOR, "xrstor", 64),
     ):
-        addresses[name] = page.place(stubs.encode(listing, **addresses, restore=addresses[helper]))
+        addresses[name] = page.place(
+            stubs.encode(listing, **addresses, restore=addresses[helper], unaligned=alignment - 1)
+        )
     stub = page.place(stubs.encode(stubs.CALL_MADE, **addresses))
     exit_stub = page.place(stubs.encode(stubs.EXIT_MADE, **addresses))
     page.seal()

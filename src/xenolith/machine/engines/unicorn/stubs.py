@@ -568,8 +568,20 @@ CHECKED_LDMXCSR: Final = """
     ff e0                         jmp rax
 """
 
-# Likewise of helper_fxrstor(env, address) and helper_xrstor(env, address, components), for the MXCSR at that address
+# Likewise of helper_fxrstor(env, address) and helper_xrstor(env, address, components), for the MXCSR of that image,
+# which must be aligned; one that is not there is missed at its beginning
 CHECKED_FXRSTOR: Final = """
+    40 f6 c6 {unaligned:1}        test sil, unaligned
+    75 {.2:1}                     jne 2
+    57                            push rdi
+    56                            push rsi
+    52                            push rdx
+    48 8b 54 24 18                mov rdx, qword [rsp+0x18]
+    48 b8 {ldl_data_ra:8}         mov rax, ldl_data_ra
+    ff d0                         call rax
+    5a                            pop rdx
+    5e                            pop rsi
+    5f                            pop rdi
     57                            push rdi
     56                            push rsi
     52                            push rdx
