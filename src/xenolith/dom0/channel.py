@@ -76,6 +76,7 @@ class Channel:
         self._connection = ExitStack()
         self._closed = False
         self._held = False
+        self._told = False  # of a front-end that breaks the protocol
         self._watch: HostWatch | None = None
         self._look: Final[Callable[[int], None]] = thread.on_event(self._follow)
         if self._frontend_state() is not XenbusState.CONNECTED:
@@ -155,7 +156,9 @@ class Channel:
                 self._dom0.set_handler(port, self._thread.on_event(console.service))
                 self._connection = undo.pop_all()
         except (FrontendError, HypercallError) as error:
-            self._dom0.log(f"{self._name}: its ring cannot be reached: {error}")
+            if not self._told:  # a guest that goes on and on gets no more of the log
+                self._dom0.log(f"{self._name}: its ring cannot be reached: {error}")
+                self._told = True
             self._switch(XenbusState.CLOSING)
             return
         self._console = console
