@@ -7,8 +7,10 @@ import random
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,6 +163,21 @@ def test_a_second_mount_begins_anew(front: Frontend) -> None:
     for _ in range(2):
         ring = front.begin()
         assert ring.ask(message(p9.TWALK, 1, walk(0, 1, "file")))[4] == p9.TWALK + 1
+
+
+def test_a_guest_that_begins_anew_all_the_time_waits(front: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each session has a server of its own, and starting those is the host's work."""
+    now = [time.monotonic() + 60]
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("xenolith.dom0.backends.p9.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for _ in range(4):
+        front.begin()
+    assert pauses == [0.0, 0.25, 0.25], "the first session has the server that was there"
 
 
 def test_what_was_written_is_there_when_the_device_goes(store: XenstoreService, folder: Path) -> None:

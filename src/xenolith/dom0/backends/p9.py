@@ -34,6 +34,7 @@ _MASK: Final = (1 << 32) - 1
 # Until a ring that had no room is looked at again: a guest need not tell when it has.
 _LEAST_PATIENCE_S: Final = 0.002
 _MOST_PATIENCE_S: Final = 0.1
+_PAUSE_S: Final = 0.25  # from the start of one server to that of the next: a guest that begins anew all the time waits
 _END_S: Final = 5.0  # that the server has for what is under way when the device goes
 
 
@@ -155,6 +156,7 @@ class P9Backend(Backend):
         self._ring_of: Final[dict[int, _Ring]] = {}  # where a tag came from
         self._timer: threading.Timer | None = None
         self._patience = _LEAST_PATIENCE_S
+        self._started_s = time.monotonic()
         self._server: Server | None = Server(spec.path, spec.writable)  # now, as its failure is to be told now
         self._relay = self._new_relay()
 
@@ -180,6 +182,8 @@ class P9Backend(Backend):
     def _serve_anew(self) -> None:
         """A server and a relay that nobody has used."""
         if self._server is None:
+            time.sleep(max(0.0, self._started_s + _PAUSE_S - time.monotonic()))
+            self._started_s = time.monotonic()
             self._server = Server(self.spec.path, self.spec.writable)
         self._relay = self._new_relay()
         self._server.start(self._answered)
