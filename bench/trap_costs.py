@@ -24,7 +24,7 @@ from typing import Any
 
 from xenolith.abi import hypercalls
 from xenolith.abi.x86 import RAX
-from xenolith.cli import main as command
+from xenolith.cli.entry import xenolith
 from xenolith.hypervisor import traps
 from xenolith.hypervisor.domain import Vcpu
 from xenolith.machine.engines.protocol import TRAP_CPUID, TRAP_SYSCALL, Cpu, TrapHandler
@@ -132,7 +132,7 @@ def main() -> None:
     traps.trap_handler = timed(traps.trap_handler)
     sys.argv = ["xenolith", "run", "--engine", arguments.engine, "--memory", "128", "--", "sh", "-c", WORK]
     try:
-        command.main()
+        xenolith()
     except SystemExit as end:
         if end.code:
             raise

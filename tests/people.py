@@ -38,7 +38,7 @@ class Person:
         )
 
     def xenolith(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-c", "from xenolith.cli.main import main; main()"]
+        program = [sys.executable, "-c", "from xenolith.cli.entry import xenolith; xenolith()"]
         environment = self.environment | {"XDG_STATE_HOME": str(self.directory / "state")}
         return subprocess.run(
             [*program, *arguments], cwd=self.directory, env=environment, capture_output=True, text=True, timeout=120

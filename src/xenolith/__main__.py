@@ -1,5 +1,5 @@
 """`python -m xenolith` is the `xenolith` command."""
 
-from xenolith.cli.main import main
+from xenolith.cli.entry import xenolith
 
-main()
+xenolith()

@@ -37,9 +37,9 @@ class MovedCpu(adaptive.AdaptiveCpu):
 cpus = []
 adaptive.AdaptiveCpu = MovedCpu
 sys.argv = ["xenolith", "run", "--engine", "adaptive", *sys.argv[1:]]
-from xenolith.cli.main import main
+from xenolith.cli.entry import xenolith
 try:
-    main()
+    xenolith()
 finally:
     print(cpus[0].moves, file=sys.stderr)
 """
@@ -82,9 +82,9 @@ class CountedCpu(adaptive.AdaptiveCpu):
 
 adaptive.AdaptiveCpu = CountedCpu
 sys.argv = ["xenolith", "run", *sys.argv[1:]]
-from xenolith.cli.main import main
+from xenolith.cli.entry import xenolith
 try:
-    main()
+    xenolith()
 finally:
     print(CountedCpu.on_kvm, file=sys.stderr)
 """

@@ -92,7 +92,7 @@ def test_sigterm_ends_the_daemon_and_leaves_no_socket(person: Person) -> None:
 def test_a_link_by_the_name_of_xl_is_xl(person: Person) -> None:
     """Its usage and statuses are xl's and not those of `xenolith`, whatever the program behind the link."""
     link = person.directory / "xl"
-    link.write_text(f"#!{sys.executable}\nfrom xenolith.cli.main import main\nmain()\n")
+    link.write_text(f"#!{sys.executable}\nfrom xenolith.cli.entry import xenolith\nxenolith()\n")
     link.chmod(0o755)
     person.configuration("hello", "hello.elf")
 

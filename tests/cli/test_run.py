@@ -93,7 +93,8 @@ def test_the_help_documents_every_exit_status() -> None:
 
 
 def test_asking_for_help_imports_no_engine() -> None:
-    code = "import sys, xenolith.cli.main as m\ntry: m.main()\nexcept SystemExit: pass\nprint(*sys.modules)"
+    begin = "import sys\nfrom xenolith.cli.entry import xenolith"
+    code = f"{begin}\ntry: xenolith()\nexcept SystemExit: pass\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert "Commands:" in done.stdout
     assert not {"numpy", "unicorn", "rich"} & set(done.stdout.split())

@@ -1,7 +1,7 @@
 """The `xenolith` and `xl` commands.
 
 Loading a command takes a moment, in which Ctrl-C must not show where Python was: it ends the program with the status
-that shells give to an interrupted one. Then `entry.run` takes over. Only modules that Python is born with are needed
+that shells give to an interrupted one. Then `process.run` takes over. Only modules that Python is born with are needed
 for that, so that it is in force at once.
 """
 

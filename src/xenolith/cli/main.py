@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Final, NoReturn
+from typing import Final
 
 import click
-
-from xenolith.cli import entry
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, of which nothing here needs one, let alone all
 
@@ -93,8 +91,3 @@ def help_(ctx: click.Context, subcommand: str | None) -> None:
         raise click.UsageError(f"No such command {subcommand!r}.", group)
     with click.Context(found, group, subcommand) as of_command:
         click.echo(found.get_help(of_command))
-
-
-def main() -> NoReturn:
-    """The entry point."""
-    entry.xenolith()

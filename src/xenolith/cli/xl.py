@@ -21,7 +21,6 @@ from typing import Final, NoReturn
 import click
 
 from xenolith.cli import (
-    entry,
     top,
     xl_block,
     xl_cpupool,
@@ -32,6 +31,7 @@ from xenolith.cli import (
     xl_relocate,
     xl_resources,
 )
+from xenolith.cli.process import run
 from xenolith.cli.xl_command import (
     Session,
     Toolstack,
@@ -172,4 +172,4 @@ xl = XlGroup()
 
 def main(*arguments: str) -> NoReturn:
     """The entry point of the command `xl`."""
-    entry.run("xl", lambda: xl, list(arguments) or None)
+    run("xl", lambda: xl, list(arguments) or None)
