@@ -26,10 +26,10 @@ def overlay_of(kept: str) -> Path:
     return path
 
 
-def test_a_guest_goes_on_from_any_checkpoint(engine_name: str, tmp_path: Path) -> None:
+def go_on_from_any_checkpoint(engine_name: str, tmp_path: Path, vcpus: int) -> None:
     create_overlay(tmp_path / "disk", None, 2048)
     source = DiskSource(path=tmp_path / "disk", format=DiskFormat.OVERLAY)
-    spec = counting(2, script=WITH_A_DISK, disks=[VbdSpec(number=51712, name="xvda", source=source)])
+    spec = counting(vcpus, script=WITH_A_DISK, disks=[VbdSpec(number=51712, name="xvda", source=source)])
     machine = Machine(300, engine_name)
     taken: list[Series] = []
     with machine.dom0 as dom0:
@@ -69,3 +69,7 @@ def test_a_guest_goes_on_from_any_checkpoint(engine_name: str, tmp_path: Path) -
             goal = said(again.console.scrollback.decode(), "d")[-1] + 10
             check(follow(again.console, f"d {goal}").partition("\n")[2], "ad", first=None)
             dom0.destroy(again)
+
+
+def test_a_guest_goes_on_from_any_checkpoint(engine_name: str, tmp_path: Path) -> None:
+    go_on_from_any_checkpoint(engine_name, tmp_path, 2)

@@ -14,7 +14,7 @@ from xenolith.dom0.disks import DiskSource
 pytestmark = pytest.mark.slow
 
 
-def relocate_again_and_again(engine_name: str, tmp_path: Path, vcpus: int) -> None:
+def relocate_again_and_again(engine_name: str, tmp_path: Path, vcpus: int, times: int = 6) -> None:
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     disk = VbdSpec(number=51712, name="xvda", source=DiskSource(path=tmp_path / "disk"))
     spec = counting(vcpus, script=WITH_A_DISK, disks=[disk])
@@ -25,7 +25,7 @@ def relocate_again_and_again(engine_name: str, tmp_path: Path, vcpus: int) -> No
         here.start(domain)
         follow(domain.console, "d 5")
         hosts = here, there
-        for _ in range(6):
+        for _ in range(times):
             domain, figures = relocate(*hosts, domain)
             print(figures)
             hosts = hosts[1], hosts[0]

@@ -8,28 +8,31 @@ import pytest
 
 from xenolith.machine.engines.unicorn.user import host
 
-from .test_checkpoint import test_a_guest_goes_on_from_any_checkpoint
-from .test_clone import test_parent_and_clones_go_on_each_for_itself
-from .test_live import relocate_again_and_again
-from .test_save import test_a_guest_goes_on_where_it_was_saved
-
-__all__ = [
-    "test_a_guest_goes_on_from_any_checkpoint",
-    "test_a_guest_goes_on_where_it_was_saved",
-    "test_parent_and_clones_go_on_each_for_itself",
-]
+from . import test_checkpoint, test_clone, test_live, test_save
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def engine_name(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Unicorn, with all user mode in stubs."""
+    """Unicorn, with all user mode in stubs, which domains with one vCPU have."""
     if reason := host.missing():
         pytest.skip(f"no stub processes here: {reason}")
     monkeypatch.setenv(host.SETTING, host.FORCE)
     return "unicorn"
 
 
-def test_a_guest_is_relocated_again_and_again(engine_name: str, tmp_path: Path) -> None:
-    relocate_again_and_again(engine_name, tmp_path, vcpus=1)
+def test_it_goes_on_where_it_was_saved(engine_name: str) -> None:
+    test_save.test_a_guest_goes_on_where_it_was_saved(engine_name, vcpus=1)
+
+
+def test_it_goes_on_from_any_checkpoint(engine_name: str, tmp_path: Path) -> None:
+    test_checkpoint.go_on_from_any_checkpoint(engine_name, tmp_path, vcpus=1)
+
+
+def test_it_and_its_clones_go_on_each_for_itself(engine_name: str) -> None:
+    test_clone.test_parent_and_clones_go_on_each_for_itself(engine_name, vcpus=1)
+
+
+def test_it_is_relocated_again_and_again(engine_name: str, tmp_path: Path) -> None:
+    test_live.relocate_again_and_again(engine_name, tmp_path, vcpus=1, times=3)

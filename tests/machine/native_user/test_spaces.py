@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from random import Random
 
+import bare
 import numpy as np
 import pytest
-from bare import CODE, DATA, BareMachine, Trap, run_to_trap
+from bare import ACCESS, CODE, DATA, BareMachine, Trap, run_to_trap
+from stubs import Unhandled
 
 from xenolith.abi.x86 import (
     L2_SHIFT,
@@ -33,9 +36,9 @@ from xenolith.abi.x86 import (
     RSI,
     VECTOR_PF,
 )
-from xenolith.machine import page_walk
+from xenolith.machine import native, page_walk
 from xenolith.machine.engines.protocol import TRAP_SYSCALL, Cpu
-from xenolith.machine.engines.unicorn.user import spaces
+from xenolith.machine.engines.unicorn.user import host, spaces
 from xenolith.machine.engines.unicorn.user.cpu import NativeUserCpu
 from xenolith.machine.memory import MachineMemory
 from xenolith.machine.write_tracking import NotTracked, WriteTracking
@@ -246,7 +249,7 @@ def test_a_program_that_goes_on_writing_is_followed(forced: BareMachine, trackin
     for _ in range(50):
         tracking.written()
         before = forced.memory.q[page << 9]
-        while forced.memory.q[page << 9] == before:
+        while forced.memory.q[page << 9] == before and thread.is_alive():
             pass
         assert tracking.written()[page]
     forced.memory.q[word] = 0
@@ -289,6 +292,36 @@ def test_a_page_that_is_mapped_after_a_fault_is_not_dirty_before_it_is_written_t
     cpu.regs[RIP], cpu.regs[RDI], cpu.regs[RAX] = CODE, va, 7
     assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
     assert forced.memory.q[mfn << 9] == 7
+
+
+@pytest.mark.parametrize("in_c", [False, True])
+def test_a_frame_of_another_domain_is_used_on_unicorn(monkeypatch: pytest.MonkeyPatch, in_c: bool) -> None:
+    """A stub has its own domain's memory object alone; between such accesses the program is back in it."""
+    if in_c and native.missing():
+        pytest.skip("no native code here")
+    monkeypatch.setenv(host.SETTING, host.FORCE)
+    monkeypatch.setattr(bare, "MachineMemory", partial(MachineMemory, aliases=4))
+    machine, granter = BareMachine("unicorn"), MachineMemory(16)
+    mfn = int(granter.allocate(1)[0])
+    alias = machine.memory.map_alias(granter, mfn, writable=True)
+    machine.set_entry(DATA + 0x1000, alias << PAGE_SHIFT | ACCESS, machine.user_l4)
+    # mov rax, [rdi]; syscall; mov [rsi + 8], rax; syscall; mov rax, [rsi]; mov [rdi], rax; syscall
+    cpu = machine.start("48 8b 07 0f 05 48 89 46 08 0f 05 48 8b 06 48 89 07 0f 05", user=True)
+    assert isinstance(cpu, NativeUserCpu)
+    if in_c:
+        cpu.attach(Unhandled())
+    cpu.regs[RDI], cpu.regs[RSI] = DATA, DATA + 0x1000
+    machine.memory.q[machine.data[1] << 9] = 11
+    granter.q[mfn << 9] = 22
+    for _ in range(3):
+        before = cpu.traps
+        assert run_to_trap(cpu) == (TRAP_SYSCALL, 0, 0)
+        assert cpu.traps > before
+    assert granter.q[(mfn << 9) + 1] == 11
+    assert machine.memory.q[machine.data[1] << 9] == 22
+    machine.memory.unmap_alias(alias)
+    machine.close()
+    granter.close()
 
 
 def test_an_l4_table_that_ends_is_noticed_though_its_stub_is_anothers(
