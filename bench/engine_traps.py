@@ -8,13 +8,13 @@ is negligible.  Prints nanoseconds of CPU time a trap, and the cost of each oper
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable
 
 from xenolith.abi.x86 import CS, PTE_P, PTE_RW, PTE_US, RCX, RFLAGS, RIP, RSP, SS
 from xenolith.machine.engines.protocol import Cpu, CpuState, Engine
+from xenolith.machine.engines.select import choose
 from xenolith.machine.memory import MachineMemory
 
 CODE = 0x40_0000
@@ -39,8 +39,7 @@ def machine(name: str) -> tuple[MachineMemory, Engine]:
     memory = MachineMemory(FRAMES)
     taken = set(memory.allocate(FRAMES // 2).tolist())  # ours are among these, and none of the engine's
     assert taken >= set(range(L4, USER_CODE + 4))
-    module = importlib.import_module(f"xenolith.machine.engines.{name}.engine")
-    engine: Engine = getattr(module, f"{name.capitalize()}Engine")(memory)
+    engine = choose(name).factory(memory)
     flags = PTE_P | PTE_RW | PTE_US
     for l4, frame in ((L4, CODE_FRAME), (USER_L4, USER_CODE)):
         base = L3 if l4 == L4 else USER_CODE + 1
