@@ -11,7 +11,8 @@ import pytest
 from xenolith.abi import netif
 from xenolith.abi.io_ring import REQ_PROD, RSP_PROD
 from xenolith.abi.xenbus import XenbusState as S
-from xenolith.dom0.backends.net import Rate
+from xenolith.dom0.backends.net import CONTENDED_SLOTS, Rate
+from xenolith.dom0.network import fair
 from xenolith.dom0.network.frame import TCP_ACK, TCP_PSH
 from xenolith.dom0.network.network import Network
 from xenolith.dom0.xenstore import XenstoreService
@@ -291,8 +292,9 @@ def test_random_entries(plug: Plug, seed: int) -> None:
         one.settle()
         entries += one.tx.words[RSP_PROD] - one.tx_consumed
         one.tx_consumed = one.tx_produced
-    two.offer_buffers(two.received())
-    two.rx_consumed = two.rx.words[RSP_PROD]
+    waiting = two.received()
+    two.rx_consumed += waiting
+    two.offer_buffers(waiting)
     three.send(three.datagram(two, b"alive"))
     while not two.receive()[0].endswith(b"alive"):
         two.offer_buffers(1)
@@ -373,3 +375,35 @@ def test_a_limited_interface_sends_all_the_same(plug: Plug) -> None:
     for at in range(50):
         one.send(one.datagram(two, at.to_bytes(2, "big") * 300))
     assert [two.receive()[0][-2:] for _ in range(50)] == [at.to_bytes(2, "big") for at in range(50)]
+
+
+def test_a_flood_waits_in_the_queue_and_not_in_the_ring(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair, "CONTENDED_SECONDS", 1e9)
+    flooder, other, two = plug(), plug(), plug()
+    other.send(other.datagram(two, b"first"))
+    other.responses(1)
+    two.receive()
+    for _ in range(150):
+        flooder.send(flooder.datagram(two))
+    flooder.responses(150)
+    two.device.ask(lambda: None)
+    assert two.received() <= CONTENDED_SLOTS
+    other.send(other.datagram(two, b"late"))
+    other.responses(1)
+    waited = 0
+    while two.receive()[0][-4:] != b"late":
+        two.offer_buffers(1)
+        waited += 1
+    assert waited < CONTENDED_SLOTS + 2 * fair.QUANTUM // fair.FRAME_BYTES
+    for _ in range(150 - waited):
+        two.offer_buffers(1)
+        two.receive()
+
+
+def test_nobody_is_kept_from_the_ring_who_is_alone(plug: Plug) -> None:
+    one, two = plug(), plug()
+    for _ in range(150):
+        one.send(one.datagram(two))
+    one.responses(150)
+    two.device.ask(lambda: None)
+    assert two.received() == 150

@@ -17,7 +17,11 @@ import pytest
 import xenolith
 import xenolith.aio
 from people import GUESTS, person_in
+from xenolith.toolstack.config.cpus import HostTopology
+from xenolith.toolstack.config.reader import parse_domain_config
+from xenolith.toolstack.config.vif import Nic
 from xenolith.toolstack.daemon.codec import decode, encode
+from xenolith.toolstack.devices import shared_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -128,6 +132,29 @@ def test_a_domain_is_renamed_and_found_by_name_and_by_number(machine: xenolith.M
     with pytest.raises(xenolith.DomainNotFound):
         machine.domain(77)
     domain.sysrq("h")
+
+
+def test_the_rules_of_all_interfaces_are_at_one_place(machine: xenolith.Machine) -> None:
+    config = hello("web")
+    config.nics = [Nic(0, rules="deny out; allow in tcp/80")]
+    web = machine.create(config)
+    machine.create(hello("alone"))
+    assert {name: [str(rule.text) for rule in rules[0]] for name, rules in machine.network.rules.items()} == {
+        "web": ["deny out", "allow in tcp/80"]
+    }
+    web.set_network_rules(0, "allow out")
+    assert [rule.text for rule in machine.network.rules["web"][0]] == ["allow out"]
+    assert machine.network.joined == []
+    assert list(machine.network.nets) == ["web"]
+
+
+def test_a_shared_folder_of_a_configuration_may_be_read_only() -> None:
+    shares = '"tag=T,path=/p,security_model=none,ro=1", "tag=U,path=/p,security_model=none"'
+    text = f'name="a"\nkernel="/k"\np9=[{shares}]\n'
+    config, _ = parse_domain_config(text, "a.cfg", HostTopology.of_this_machine())
+    assert [shared_folder(share, 0).writable for share in config.p9_shares] == [False, True]
+    with pytest.raises(xenolith.ToolstackError, match="ro=yes is neither 0 nor 1"):
+        parse_domain_config(text.replace("ro=1", "ro=yes"), "a.cfg", HostTopology.of_this_machine())
 
 
 def test_asyncio_waits_for_many_domains_and_may_be_cancelled() -> None:

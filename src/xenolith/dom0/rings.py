@@ -96,6 +96,10 @@ class ResponseWriter:
         fence()
         return (now - words[RSP_EVENT] & _MASK) < (now - before & _MASK)
 
+    def drained(self) -> bool:
+        """The front-end has looked at all responses, and waits for the next."""
+        return self._ring.words[RSP_EVENT] == (self._ring.pushed + 1 & _MASK)
+
 
 class RequestReader:
     """Takes requests, never more than there is room for responses."""

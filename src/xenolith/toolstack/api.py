@@ -14,7 +14,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -42,6 +42,7 @@ from xenolith.toolstack.client import (
     OnProgress,
     Outcome,
     ProcessStream,
+    RuleInfo,
     ShutdownRequest,
     Supervision,
     TemplateInfo,
@@ -415,6 +416,41 @@ class Events:
         self.close()
 
 
+class MachineNetwork:
+    """The network of a machine, to which all interfaces of its domains are attached."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    @property
+    def nets(self) -> dict[str, list[NetworkInfo]]:
+        """All interfaces, by the names of their domains."""
+        found = {}
+        for domain in self.client.domains():
+            with suppress(DomainNotFound):  # it went meanwhile
+                if nets := self.client.networks(domain.domid):
+                    found[domain.name] = nets
+        return found
+
+    @property
+    def rules(self) -> dict[str, dict[int, tuple[RuleInfo, ...]]]:
+        """The rules in force, with their counters, by the domain's name and the interface's number."""
+        return {name: {net.devid: net.rules for net in nets} for name, nets in self.nets.items()}
+
+    def join(self, to: str) -> None:
+        """Be one network with that of the daemon that listens at an address (unix:/PATH, tls:HOST:PORT)."""
+        self.client.join_network(to)
+
+    def leave(self) -> None:
+        """Be a network of this machine's domains alone again."""
+        self.client.join_network("")
+
+    @property
+    def joined(self) -> list[str]:
+        """The addresses of those that were joined."""
+        return self.client.joined_networks()
+
+
 class Machine:
     """A machine that runs domains. As a context manager it is closed in the end."""
 
@@ -428,6 +464,11 @@ class Machine:
     @property
     def host(self) -> HostInfo:
         return self.client.host()
+
+    @property
+    def network(self) -> MachineNetwork:
+        """Its firewall-router."""
+        return MachineNetwork(self.client)
 
     @property
     def xenstore(self) -> XenstoreClient:

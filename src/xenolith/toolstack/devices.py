@@ -66,7 +66,7 @@ def shared_folder(share: P9Share, number: int) -> ShareSpec:
         raise NotSupported(f"{share.tag}: security_model={share.security_model}; there is none, as with xl.")
     if not share.tag or not share.tag.isprintable():
         raise InvalidRequest(f"{share.tag!r} is no tag of a shared folder.")
-    return ShareSpec(number=number, tag=share.tag, path=Path(share.path))
+    return ShareSpec(number=number, tag=share.tag, path=Path(share.path), writable=share.writable)
 
 
 def _number(vdev: str) -> int:

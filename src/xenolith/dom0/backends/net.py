@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from xenolith.abi import netif
 from xenolith.abi.x86 import PAGE_SIZE
 from xenolith.dom0.bell import Bell
-from xenolith.dom0.network.fair import TURN_BYTES
+from xenolith.dom0.network.fair import FRAME_BYTES, TURN_BYTES
 from xenolith.dom0.network.frame import ETHERNET_HEADER, MTU, Frame, fill_checksum, mac_text, segments
 from xenolith.dom0.network.port import Publication
 from xenolith.dom0.rings import RequestReader, ResponseWriter, RingError, SharedRing
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 MAX_SLOTS: Final = netif.NETIF_NR_SLOTS_MIN
 FATAL_SLOTS: Final = 20  # more than any front-end ever used
 MAX_EXTRAS: Final = 4
+CONTENDED_SLOTS: Final = 64  # that a guest has not looked at yet, where several send to it
+LOOK_AGAIN_SECONDS: Final = 0.01
 RECEIVE_BYTES: Final = 512 << 10  # that go to the guest before its own requests are looked at again
 _REF_LIMIT: Final = 1 << 32
 _PORT_LIMIT: Final = 1 << 32
@@ -78,6 +80,33 @@ class Rate:
         self._credit -= size
 
 
+class _Alarm:
+    """Rings a bell later, once for any number of times that it is set before."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring: Final = ring
+        self._timer: threading.Timer | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return self._timer is not None
+
+    def set(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(seconds, self._go_off)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _go_off(self) -> None:
+        self._timer = None
+        self._ring()
+
+    def cancel(self) -> None:
+        if (timer := self._timer) is not None:
+            timer.cancel()
+            self._timer = None
+
+
 class _Ring:
     """One of the two rings, its event channel aside."""
 
@@ -111,9 +140,11 @@ class _Connection:
         ports = [single] if single else [nodes.number(f"event-channel-{way}", _PORT_LIMIT) for way in ("tx", "rx")]
         self._tx_waiting: Final[deque[bytes]] = deque()
         self._rx_waiting: Final[deque[bytes]] = deque()
+        self._most_offered = 0  # slots that it has in the ring when it has looked at all
         self._outgoing: Final[deque[Frame]] = deque()  # taken from the queue, and as this front-end can have them
-        self._timer: threading.Timer | None = None
         self._bell: Final = bell
+        self._credit_comes: Final = _Alarm(bell.ring)
+        self._look_again: Final = _Alarm(bell.ring)  # whether the guest has looked at what is in the ring
         with contextlib.ExitStack() as undo:
             try:
                 self._tx: Final = _Ring(self._dom0, self._domid, tx_ref, netif.TX_ENTRY_SIZE, undo)
@@ -123,7 +154,8 @@ class _Connection:
             except HypercallError as error:
                 raise FrontendError(f"its rings cannot be reached: {error}") from error
             self._tx.port, self._rx.port = bound[0], bound[-1]
-            undo.callback(self._stop_timer)
+            undo.callback(self._credit_comes.cancel)
+            undo.callback(self._look_again.cancel)
             self._undo: Final = undo.pop_all()
 
     def _bind(self, remote_port: int, undo: contextlib.ExitStack) -> int:
@@ -134,11 +166,6 @@ class _Connection:
 
     def close(self) -> None:
         self._undo.close()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def serve(self) -> bool:
         """Both ways; True where there is more to do of which no event will tell."""
@@ -159,27 +186,17 @@ class _Connection:
             with self._router.turns:
                 while waiting and credit > 0:
                     if rate is not None and (delay := rate.wait()):
-                        self._wake_in(delay)
+                        self._credit_comes.set(delay)
                         break
                     size = self._take_packet()
-                    credit -= size
+                    credit -= size + FRAME_BYTES
                     if rate is not None:
                         rate.spend(size)
             if self._tx.responses.push():
                 self._dom0.send(self._tx.port)
             if waiting:
-                return self._timer is None
+                return not self._credit_comes.is_set
         return self._tx.requests.rearm()
-
-    def _wake_in(self, seconds: float) -> None:
-        if self._timer is None:
-            self._timer = threading.Timer(seconds, self._ring_late)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def _ring_late(self) -> None:
-        self._timer = None
-        self._bell.ring()
 
     def _take_packet(self) -> int:
         """The next packet, to the router; the bytes that it counts for. Raises FrontendError."""
@@ -250,6 +267,7 @@ class _Connection:
         offered.extend(self._rx.requests.take())
         budget = RECEIVE_BYTES
         starving = False
+        kept = self._slots_to_keep() if queue.contended else 0
         while budget > 0:
             if not outgoing:
                 frame = queue.take()
@@ -258,7 +276,7 @@ class _Connection:
                 outgoing.extend(self._as_it_takes_them(frame))
             size = len(outgoing[0].data)
             slots = (size + PAGE_SIZE - 1) // PAGE_SIZE + bool(outgoing[0].gso_size)
-            if slots > len(offered):
+            if slots > len(offered) - kept:
                 starving = True
                 break
             self._give(outgoing.popleft())
@@ -266,8 +284,21 @@ class _Connection:
         if self._rx.responses.push():
             self._dom0.send(self._rx.port)
         if starving:
+            if kept:
+                self._look_again.set(LOOK_AGAIN_SECONDS)  # it may have, and offer fewer slots than before
             return self._rx.requests.rearm()
         return budget <= 0
+
+    def _slots_to_keep(self) -> int:
+        """So many of the slots that it offers are not filled now.
+
+        What is in the ring leaves in the order in which it came: a flood would make all others wait for 250 frames of
+        its own each time.  So frames wait in the queue, which is fair.
+        """
+        offered = len(self._rx_waiting)
+        if offered > self._most_offered or self._rx.responses.drained():
+            self._most_offered = offered
+        return max(self._most_offered - CONTENDED_SLOTS, 0)
 
     def _as_it_takes_them(self, frame: Frame) -> Iterator[Frame]:
         if frame.gso_size and not self._gso:

@@ -2,12 +2,14 @@
 
 Whoever floods must not take from others what is theirs.  Two places are contended: the router itself, which one thread
 at a time goes through (`Turns`), and each interface's way out, where the packets of several senders wait (`FairQueue`).
-Both count bytes, not packets.
+Both count bytes, and for each packet as many as could be moved in the time that it costs whatever its size: else a
+flood of small packets would take most of the time for its share of the bytes.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import Final
 
@@ -17,6 +19,9 @@ TURN_BYTES: Final = 128 << 10  # that an interface may send in one turn; at leas
 QUANTUM: Final = 64 << 10  # of each sender's bytes before the next one's; at least one frame
 LIMIT_BYTES: Final = 768 << 10  # of one sender's that wait for one receiver
 LIMIT_FRAMES: Final = 1024
+CONTENDED_SECONDS: Final = 0.1  # after which a sender of whom nothing came does not count
+MOST_SENDERS: Final = 64  # that are remembered
+FRAME_BYTES: Final = 8 << 10  # that a packet counts for beside its own
 
 
 class Turns:
@@ -67,11 +72,22 @@ class FairQueue:
         self._lock: Final = threading.Lock()
         self._senders: Final[dict[int, _Waiting]] = {}  # of those that have frames here
         self._round: Final[deque[_Waiting]] = deque()
+        self._heard: Final[dict[int, float]] = {}  # when something came last, by sender
+
+    @property
+    def contended(self) -> bool:
+        """Several senders have put frames here of late."""
+        with self._lock:
+            since = time.monotonic() - CONTENDED_SECONDS
+            return sum(heard > since for heard in self._heard.values()) > 1
 
     def put(self, sender: int, frame: Frame) -> bool:
         """Let a frame wait; False where its sender has too many here already."""
         size = len(frame.data)
         with self._lock:
+            if sender not in self._heard and len(self._heard) >= MOST_SENDERS:
+                del self._heard[next(iter(self._heard))]
+            self._heard[sender] = time.monotonic()
             waiting = self._senders.get(sender)
             if waiting is None:
                 waiting = self._senders[sender] = _Waiting(sender)
@@ -95,7 +111,7 @@ class FairQueue:
                     continue
                 frame = waiting.frames.popleft()
                 waiting.bytes -= len(frame.data)
-                waiting.credit -= len(frame.data)
+                waiting.credit -= len(frame.data) + FRAME_BYTES
                 if not waiting.frames:
                     self._round.popleft()
                     del self._senders[waiting.sender]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from xenolith.dom0.bell import Bell
-from xenolith.dom0.network.fair import TURN_BYTES
+from xenolith.dom0.network.fair import FRAME_BYTES, TURN_BYTES
 from xenolith.dom0.network.frame import Frame
 from xenolith.dom0.network.port import Publication, UplinkPort, VifPort
 
@@ -90,7 +90,7 @@ class Link(ABC):
             credit = TURN_BYTES
             with self.router.turns:
                 while at < len(frames) and credit > 0:
-                    credit -= len(frames[at])
+                    credit -= len(frames[at]) + FRAME_BYTES
                     self.router.receive(self.port, Frame(frames[at]))
                     at += 1
 

@@ -275,7 +275,11 @@ def _display(display: Display) -> dict[str, Json]:
 
 def _p9(share: P9Share) -> Json:
     return _given(
-        backend_domname=share.backend_domain, tag=share.tag, path=share.path, security_model=share.security_model
+        backend_domname=share.backend_domain,
+        tag=share.tag,
+        path=share.path,
+        security_model=share.security_model,
+        ro=None if share.writable else "True",
     )
 
 

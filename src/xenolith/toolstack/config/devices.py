@@ -34,6 +34,7 @@ class P9Share:
     path: str
     security_model: str
     backend_domain: str | None = None
+    writable: bool = True  # ours: ro=1 says no
 
 
 @dataclass(slots=True)
@@ -128,12 +129,15 @@ def parse_p9(file: ConfigFile, spec: str) -> P9Share:
         key, equals, value = word.lstrip(" ").partition("=")
         if not equals:
             break
-        if key not in ("tag", "path", "security_model", "backend"):
+        if key not in ("tag", "path", "security_model", "backend", "ro"):
             raise file.fail(f"Unknown string `{key}' in 9pfs spec")
         given[key] = value
     if not {"tag", "path", "security_model"} <= given.keys():
         raise file.fail("9pfs spec missing required field!")
-    return P9Share(given["tag"], given["path"], given["security_model"], given.get("backend"))
+    if given.get("ro", "0") not in ("0", "1"):
+        raise file.fail(f"9pfs spec: ro={given['ro']} is neither 0 nor 1")
+    writable = given.get("ro") != "1"
+    return P9Share(given["tag"], given["path"], given["security_model"], given.get("backend"), writable)
 
 
 def parse_vfb(spec: str, devid: int) -> VirtualFramebuffer:
