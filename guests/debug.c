@@ -1,6 +1,7 @@
 /*
  * Breakpoints on data: a write, a read, parts of a range, instructions that access memory twice, string instructions; in
- * the kernel and in a program.  And values that MXCSR cannot have.
+ * the kernel.  And values that MXCSR cannot have.  What is expected is the SDM's: Xen on QEMU's emulated processor does not get
+ * through this, whose breakpoints on data keep hitting within Xen.
  */
 #include "events.h"
 #include "traps.h"
