@@ -35,6 +35,27 @@ def test_a_command_that_does_not_read_its_input_is_not_held_up(xenolith_run: Run
     assert (done.stdout, done.returncode) == (DATA[:3], 5)
 
 
+def test_standard_error_comes_out_apart_byte_for_byte(xenolith_run: Run) -> None:
+    done = xenolith_run("--", "sh", "-c", "cat >&2; echo out; exit 4", stdin=DATA)
+    assert (done.stdout, done.stderr, done.returncode) == (b"out\n", DATA, 4)
+
+
+def test_standard_error_keeps_its_place_where_both_lead_to_the_same(engine_name: str) -> None:
+    line = [sys.executable, "-m", "xenolith", "run", "--engine", engine_name, "--", "sh", "-c"]
+    script = "for i in 1 2 3; do echo $i; echo error $i >&2; done"
+    done = subprocess.run(
+        [*line, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_SECONDS, check=True
+    )
+    assert done.stdout == b"".join(b"%d\nerror %d\n" % (number, number) for number in (1, 2, 3))
+
+
+def test_standard_error_that_cannot_be_written_ends_the_run(engine_name: str) -> None:
+    line = [sys.executable, "-m", "xenolith", "run", "--engine", engine_name, "--", "sh", "-c", "echo error >&2; cat"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, timeout=DEADLINE_SECONDS, check=False)
+    assert done.returncode == 118
+
+
 def test_input_from_a_file(engine_name: str, tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(DATA)
     line = [sys.executable, "-m", "xenolith", "run", "--engine", engine_name, "--", "sha256sum"]

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -180,7 +180,8 @@ def run(
 
     Without COMMAND its console is on the terminal; Ctrl-] leaves. With COMMAND (after --) the guest runs it, its output
     is printed alone, and its exit status is ours. COMMAND reads our standard input; where that and our output are a
-    terminal, it has a terminal, too. Its standard error comes out with its output.
+    terminal, it has a terminal, too. Its standard error comes out as ours; with its output, in order, where it has a
+    terminal or both of ours are the same.
     """
     if template is not None:
         _only_with_template()
@@ -206,10 +207,19 @@ def run(
         directory=directory,
         user=user,
         terminal=on_terminal,
+        errors_apart=_errors_apart(),
         size=terminal_size(1) if on_terminal else None,
         verbose=verbose,
     )
     sys.exit(_run(spec, timeout, stats))
+
+
+def _errors_apart() -> bool:
+    """Whether our standard error leads elsewhere than our output."""
+    try:
+        return not os.path.sameopenfile(1, 2)
+    except OSError:  # one of them is closed
+        return False
 
 
 _GO_WITH_TEMPLATE: Final = frozenset(("template", "environment", "directory", "user", "timeout", "command"))
@@ -255,6 +265,7 @@ def _run(spec: RunSpec, timeout: float | None, stats: bool) -> int:
                 0,
                 lambda data: write_all(1, data),
                 notes,
+                write_errors=lambda data: write_all(2, data),
                 escape=CTRL_RIGHT_BRACKET if spec.terminal else b"",
                 started=raw.enter if spec.terminal else lambda: None,
                 timeout=timeout,
@@ -266,7 +277,8 @@ def _run(spec: RunSpec, timeout: float | None, stats: bool) -> int:
     except OutputFailed as failure:
         if isinstance(failure.error, BrokenPipeError):
             return Status.SIGNALLED + signal.SIGPIPE
-        print(f"xenolith: standard {failure}", file=sys.stderr)
+        with suppress(OSError):  # it may be what cannot be written
+            print(f"xenolith: {failure}", file=sys.stderr)
         return Status.OUTPUT_FAILED
     _report(done)
     if stats:

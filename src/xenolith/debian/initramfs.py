@@ -143,7 +143,8 @@ class HostFile:
 class Command:
     """A command for /init to run between marks with this nonce; its environment adds to /init's.
 
-    It gets its input in chunks (`debian.framing`), or, with `terminal`, the console as its terminal.
+    It gets its input in chunks (`debian.framing`), or, with `terminal`, the console as its terminal. With
+    `errors_apart` its standard error is another console, /dev/hvc1, and there is no agent.
     """
 
     arguments: Sequence[str]
@@ -152,6 +153,7 @@ class Command:
     directory: str = "/root"
     user: str = ""
     terminal: bool = False
+    errors_apart: bool = False
 
 
 def build_initramfs(
@@ -254,7 +256,7 @@ while read -r source target kind options _; do
     done 2>/run/mount-said
     fail "$source cannot be mounted on $target: $(tail -n 1 /run/mount-said)"
 done </etc/fstab.disks
-if [ -e /sys/bus/xen/devices/console-1 ]; then /etc/agent /dev/hvc1 ${root:+/newroot} & fi
+if [ -e /sys/bus/xen/devices/console-1 ] && [ ! "$errors" ]; then /etc/agent /dev/hvc1 ${root:+/newroot} & fi
 shell='sh -l'
 if [ "$root" ]; then
     for directory in dev proc sys; do mkdir -p /newroot/$directory; mount -o bind /$directory /newroot/$directory; done
@@ -322,6 +324,7 @@ stty raw -echo
 printf '{separator}{nonce} begin%s\\n' "$sysrq"
 {run}
 status=$?
+{drained}
 kill -WINCH $linuxrc && read -r _ </run/no-ending
 stty raw -echo
 printf '{separator}{nonce} exit %d\\n' $status
@@ -336,6 +339,14 @@ while read -r count && [ "$count" -gt 0 ]; do
     dd bs="$count" count=1 iflag=fullblock 2>/dev/null || break
 done </dev/console >/run/stdin &
 ( {command} ) </run/stdin"""
+
+# Standard error on a console of its own, in the agent's place; with the output where the kernel has no such.
+_ERRORS_APART: Final = """\
+exec 4>&1
+[ -c /dev/hvc1 ] && exec 4>/dev/hvc1 && stty raw -echo <&4
+"""
+_ERRORS: Final = " 2>&4 4>&-"
+_ERRORS_DRAINED: Final = "stty sane <&4"
 
 _ON_TERMINAL: Final = """\
 stty sane
@@ -396,12 +407,16 @@ def _init(command: Command | None, environment: Mapping[str, str], size: tuple[i
         return os.fsencode(_ENVIRONMENT + _SETUP + _exports(environment) + follow + "\n" + _SHELL)
     if command.terminal:
         run = _ON_TERMINAL.replace("{size}", follow)
+    elif command.errors_apart:
+        run = _ERRORS_APART + _PIPED + _ERRORS
     else:
         run = _PIPED
     run = run.replace("{command}", '"$@" "$(cat /etc/command)"')
+    setup = "errors=apart\n" + _SETUP if command.errors_apart else _SETUP
     separator = f"\\{RECORD_SEPARATOR[0]:03o}"
     text = _COMMAND.replace("{separator}", separator).replace("{nonce}", command.nonce).replace("{run}", run)
-    return os.fsencode(_ENVIRONMENT + _SETUP + _who(command.user) + text)
+    text = text.replace("{drained}", _ERRORS_DRAINED if command.errors_apart else "")
+    return os.fsencode(_ENVIRONMENT + setup + _who(command.user) + text)
 
 
 # USER[:GROUP], by the names of the root; a user who is only a number need not be known there.

@@ -88,8 +88,11 @@ class Channel:
             if self._watch is None and not self._closed:
                 self._watch = self._store.watch(f"{self._frontend}/state", lambda path: self._look(0))
 
-    def open(self, timeout: float) -> Console | None:
-        """The console, once the front-end has connected, at most `timeout` seconds from now; None: it has not."""
+    def open(self, timeout: float | None) -> Console | None:
+        """The console, once the front-end has connected, at most `timeout` seconds from now; None: it has not.
+
+        Of a domain that has shut down it is the one that there was.
+        """
         self.attend()
         self._follow()
         with self._changed:
@@ -115,7 +118,9 @@ class Channel:
         with self._changed:
             self._closed = True
             watch, self._watch = self._watch, None
+            console = self._console
             self._disconnect()
+            self._console = console
             self._changed.notify_all()
         if watch is not None:
             watch.cancel()

@@ -35,7 +35,8 @@ from xenolith.debian.initramfs import (
 from xenolith.debian.modules import kernel_modules
 from xenolith.debian.packages import DEFAULT_KERNEL, GuestUnavailable, obtain
 from xenolith.debian.roots import RootError
-from xenolith.dom0.console import Console, ConsoleClosed, Overflow
+from xenolith.dom0.channel import Channel
+from xenolith.dom0.console import ConsoleClosed, Overflow
 from xenolith.dom0.disks import DiskSource
 from xenolith.dom0.image import ImageError, KernelImage, load_image
 from xenolith.dom0.power import power_on
@@ -79,7 +80,7 @@ class RunSpec:
     `root` is what the guest's root file system is made of (see `run_root`), copy-on-write; empty: our initramfs.
     `directory` is where the command starts: if not given, /root, or in a root what that says.
     `size` is that of the terminal, in rows and columns, where a person sees what the guest prints; with `terminal` the
-    command has it as its own.
+    command has it as its own.  With `errors_apart` its standard error does not come out with its output.
     """
 
     command: Sequence[str] = ()
@@ -100,6 +101,7 @@ class RunSpec:
     directory: str = ""
     user: str = ""
     terminal: bool = False
+    errors_apart: bool = False
     size: tuple[int, int] | None = None
     verbose: bool = False
 
@@ -215,15 +217,17 @@ def foreground(
     write: Callable[[bytes], object],
     notes: Notes | None = None,
     *,
+    write_errors: Callable[[bytes], object] | None = None,
     escape: bytes = b"",
     started: Callable[[], None] = lambda: None,
     timeout: float | None = None,
 ) -> Completed:
     """Make the domain and let it run until it, or a note that somebody puts into `notes`, ends the run.
 
-    `source` is a descriptor to read the input from and `write` takes the output; its OSErrors end the run. The
-    character `escape`, if any, ends it when it comes in. `started` is called when the command starts, or the domain
-    without one. Raises RunError when the domain cannot be made.
+    `source` is a descriptor to read the input from; `write` takes the output and `write_errors` the command's standard
+    error, where that is apart; their OSErrors end the run. The character `escape`, if any, ends it when it comes in.
+    `started` is called when the command starts, or the domain without one. Raises RunError when the domain cannot be
+    made.
     """
     notes = notes or SimpleQueue()
     began = time.monotonic()
@@ -231,9 +235,11 @@ def foreground(
     try:
         spec, root = with_root(spec)
         framing = CommandOutput(nonce) if spec.command else None
+        if write_errors is None or framing is None or spec.terminal:
+            spec = replace(spec, errors_apart=False)
         with power_on([spec.memory_mib], spec.engine, pcpus=max(2, spec.vcpus)) as dom0:
             domain = dom0.create(_domain_spec(spec, root, nonce))
-            streams = _Streams(domain.console, spec, framing, source, write, notes, escape, started)
+            streams = _Streams(domain, spec, framing, source, write, write_errors, notes, escape, started)
             note = _attended(dom0, domain, streams, notes, timeout)
             emergency = dom0.control.emergency_output(domain.domid)
             statistics = _statistics(dom0, domain, streams, began)
@@ -351,7 +357,7 @@ def _initramfs(spec: RunSpec, nonce: str) -> bytes:
     command = None
     if spec.command:
         directory = spec.directory or "/root"
-        command = Command(spec.command, nonce, spec.environment, directory, spec.user, spec.terminal)
+        command = Command(spec.command, nonce, spec.environment, directory, spec.user, spec.terminal, spec.errors_apart)
     return build_initramfs(
         guest.busybox,
         command=command,
@@ -379,16 +385,17 @@ class _Streams:
 
     def __init__(
         self,
-        console: Console,
+        domain: GuestDomain,
         spec: RunSpec,
         framing: CommandOutput | None,
         source: int,
         write: Callable[[bytes], object],
+        write_errors: Callable[[bytes], object] | None,
         notes: Notes,
         escape: bytes,
         started: Callable[[], None],
     ) -> None:
-        self.console = console
+        self.console = console = domain.console
         self.framing = framing
         self.first_output: float | None = None  # time.monotonic()
         self.command_began: float | None = None
@@ -404,10 +411,17 @@ class _Streams:
         self._input_ended = False
         self._stop, self._stopping = os.pipe()
         self._input = threading.Thread(target=self._carry_input, name="input", daemon=True)
+        self._errors: threading.Thread | None = None
+        if spec.errors_apart and domain.channel is not None and write_errors is not None:
+            self._errors = threading.Thread(
+                target=self._carry_errors, args=(domain.channel, write_errors), name="errors", daemon=True
+            )
 
     def start(self) -> None:
         """Begin to carry output, and input once somebody reads it."""
         threading.Thread(target=self._carry_output, name="output", daemon=True).start()
+        if self._errors is not None:
+            self._errors.start()
         if self.framing is None:
             self._begin()
 
@@ -434,7 +448,21 @@ class _Streams:
         except OSError as error:
             self._notes.put(_OutputFailed(error))
         else:
+            if self._errors is not None:
+                self._errors.join()
             self._notes.put(_ConsoleEnded())
+
+    def _carry_errors(self, channel: Channel, write: Callable[[bytes], object]) -> None:
+        """The command's standard error to ours, until its console ends."""
+        console = channel.open(None)
+        if console is None:
+            return
+        reader = console.open_reader(Overflow.WAIT)
+        try:
+            while data := reader.read():
+                write(data)
+        except OSError as error:
+            self._notes.put(_OutputFailed(error))
 
     def _filtered(self, data: bytes) -> bytes:
         """What is to be printed of the console's output."""
