@@ -310,7 +310,7 @@ def test_run_gives_a_command_a_disk(xenolith_run: Run, ext4: Path, access: str) 
     script = "mount /dev/xvda /mnt && touch /mnt/new; sync; ls -1 /mnt; umount /mnt"
     done = xenolith_run("--disk", f"{ext4},{access}", "--", "sh", "-c", script)
     if access == "ro":
-        assert b"Read-only file system" in done.stdout
+        assert b"Read-only file system" in done.stderr
         assert ext4.read_bytes() == before
     else:
         assert done.stdout == b"lost+found\nnew\n"
