@@ -240,6 +240,50 @@ def test_a_guest_can_write_anything_anywhere_and_another_still_gets_its_answers(
         assert honest.exchange(pack(Op.WRITE, b"data/x\0ok") + pack(Op.READ, b"data/x\0"))[1][3] == b"ok"
 
 
+def events_of_all_lengths(daemon: Xenstored, guest: Guest) -> list[bytes]:
+    """Have the guest hear of many changes at once, far more than its ring holds; their paths."""
+    dom0 = Client(daemon)
+    guest.exchange(pack(Op.WATCH, b"data\0t\0"))
+    names = [b"data/" + b"n" * (number % 60) + b"%d" % number for number in range(300)]
+    dom0.ok(Op.WRITE, b"/local/domain/1/data\0")
+    dom0.ok(Op.SET_PERMS, b"/local/domain/1/data\0n1\0")
+    guest.exchange(b"")
+    for name in names:
+        dom0.ok(Op.WRITE, b"/local/domain/1/" + name + b"\0")
+    return names
+
+
+def test_a_guest_that_says_only_that_its_ring_was_full_gets_everything(daemon: Xenstored) -> None:
+    """As Linux does: it sends no event after it has emptied a ring that was not full."""
+    guest = Guest(daemon, 1)
+    names = events_of_all_lengths(daemon, guest)
+    received = b""
+    full = True
+    while full:
+        guest.turn()
+        full = guest.get(xs_wire.RSP_PROD) - guest.get(xs_wire.RSP_CONS) == RING_SIZE
+        received += guest.take()
+    assert heard(unpack(received)) == names
+
+
+def test_a_guest_that_reads_while_its_ring_is_filled_gets_everything(
+    daemon: Xenstored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw a ring that was not full, so that no event of its comes; what was taken from it meanwhile must be used."""
+    guest = Guest(daemon, 1)
+    names = events_of_all_lengths(daemon, guest)
+    received: list[bytes] = []
+    sent = guest.ring.sent
+
+    def taken_at_once(count: int) -> None:
+        sent(count)
+        received.append(guest.take())
+
+    monkeypatch.setattr(guest.ring, "sent", taken_at_once)
+    guest.turn()
+    assert heard(unpack(b"".join(received))) == names
+
+
 _READS: Final = """
 import mmap, sys
 words = memoryview(mmap.mmap(int(sys.argv[1]), 4096)).cast("I")

@@ -185,15 +185,12 @@ class Connection(Caller):
 
     def output(self, limit: int) -> bytes:
         """Up to ``limit`` waiting bytes; they stay until :meth:`sent`."""
-        if not self._output:
-            return b""
-        first = self._output[0]
-        if self._sent_of_first or len(first) >= limit:
-            return first[self._sent_of_first : self._sent_of_first + limit]
+        skipped = self._sent_of_first
         chunks, room = [], limit
         for message in self._output:
-            chunks.append(message[:room])
-            room -= len(message)
+            chunks.append(message[skipped : skipped + room])
+            room -= len(chunks[-1])
+            skipped = 0
             if room <= 0:
                 break
         return b"".join(chunks)

@@ -26,6 +26,7 @@ from xenolith.abi import xs_wire
 from xenolith.abi.xs_wire import RING_SIZE, RingError
 from xenolith.dom0.xenstore.connection import Connection, ConnectionState
 from xenolith.dom0.xenstore.xenstored import Xenstored
+from xenolith.machine.atomic import fence
 
 _MASK: Final = 0xFFFFFFFF
 _FEATURES: Final = xs_wire.SERVER_FEATURE_RECONNECTION | xs_wire.SERVER_FEATURE_ERROR
@@ -156,21 +157,25 @@ class RingConnection(Connection):
         return True
 
     def _push(self, page: memoryview) -> bool:
-        if not self.failure and not self.output_waiting:
-            return False
-        used = (self._rsp_prod - self._get(page, xs_wire.RSP_CONS)) & _MASK
-        if used > RING_SIZE and not self.failure:
-            self.fail(RingError.RINGIDX)
+        """Fill the response ring. What finds no room waits for an event, and Linux sends one if the ring was full."""
         if self.failure:
             return self._show_failure(page)
-        chunk = self.output(RING_SIZE - used)
-        if not chunk:
-            return False
-        _copy_in(page, xs_wire.RSP_RING, self._rsp_prod, chunk)
-        self._rsp_prod = (self._rsp_prod + len(chunk)) & _MASK
-        self._put(page, xs_wire.RSP_PROD, self._rsp_prod)
-        self.sent(len(chunk))
-        return True
+        pushed = False
+        while self.output_waiting:
+            used = (self._rsp_prod - self._get(page, xs_wire.RSP_CONS)) & _MASK
+            if used > RING_SIZE:
+                self.fail(RingError.RINGIDX)
+                return self._show_failure(page)
+            chunk = self.output(RING_SIZE - used)
+            if not chunk:
+                break
+            _copy_in(page, xs_wire.RSP_RING, self._rsp_prod, chunk)
+            self._rsp_prod = (self._rsp_prod + len(chunk)) & _MASK
+            self._put(page, xs_wire.RSP_PROD, self._rsp_prod)
+            self.sent(len(chunk))
+            pushed = True
+            fence()  # it may have taken something meanwhile, and seen a ring that was not full
+        return pushed
 
     def _show_failure(self, page: memoryview) -> bool:
         if self._get(page, xs_wire.ERROR) == self.failure:
