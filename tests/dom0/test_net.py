@@ -340,8 +340,9 @@ def test_requests_and_grants_that_change_while_they_are_served(plug: Plug) -> No
         stop.set()
         meddler.join()
     three.send(three.datagram(two, b"alive"))
-    two.offer_buffers(two.received())
-    two.rx_consumed = two.rx.words[RSP_PROD]
+    seen = two.received()
+    two.rx_consumed += seen
+    two.offer_buffers(seen)  # which may be filled at once
     three.send(three.datagram(two, b"alive"))
     while not two.receive()[0].endswith(b"alive"):  # the others' packets come first, and fill the queue
         two.offer_buffers(1)
