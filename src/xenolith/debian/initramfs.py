@@ -316,7 +316,8 @@ poweroff -f
 
 # The kernel says nothing but of its crash. Marks are written, and input is taken, with the terminal passing every byte
 # as it is. The last stty waits until the terminal has sent everything (tcsetattr with TCSADRAIN), without which the
-# domain would power off with the end of the output still in the kernel.
+# domain would power off with the end of the output still in the kernel. An end of file is no answer of linuxrc's: it
+# may not have closed yet what it began with.
 _COMMAND: Final = """\
 echo 1 >/proc/sys/kernel/printk
 stty raw -echo
@@ -325,7 +326,7 @@ printf '{separator}{nonce} begin%s\\n' "$sysrq"
 {run}
 status=$?
 {drained}
-kill -WINCH $linuxrc && read -r _ </run/no-ending
+kill -WINCH $linuxrc && until read -r _ </run/no-ending; do :; done
 stty raw -echo
 printf '{separator}{nonce} exit %d\\n' $status
 stty sane
