@@ -63,7 +63,8 @@ def _run(name: str, load: Callable[[], click.Command | int], arguments: list[str
     except MemoryError:
         return _say(name, "the host does not give this command the memory that it needs (see `ulimit -v`)")
     except ImportError as error:
-        return _say(name, f"a part of this program cannot be loaded: {error}")
+        reason = str(error).strip().rpartition("\n")[2]  # numpy has a page of advice before it
+        return _say(name, f"a part of this program cannot be loaded: {reason}")
     except RuntimeError as error:
         if "new thread" not in str(error):
             raise
