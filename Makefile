@@ -37,13 +37,11 @@ test-kvm: $(READY)
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/guests -k "kvm and not prebuilt"
 
 # A sanitizer's report ends the process, and goes to standard error: pytest leaves that alone. Without the disks that
-# QEMU's programs serve: those inherit the preloaded library, and their coroutines hang under it. Nor the outer trace,
-# nor a domain destroyed while its disks work: there a thread calls address 0 by ctypes, under the sanitizer alone as far
-# as is known, and why is not.
+# QEMU's programs serve: those inherit the preloaded library, and their coroutines hang under it.
 sanitize: $(READY)
 	@XENOLITH_NATIVE=sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-	    $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --capture=sys -k "not qcow2 and not outer_trace and not destroyed_while_its_disks" $(SANITIZED)
+	    $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --capture=sys -k "not qcow2" $(SANITIZED)
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check .

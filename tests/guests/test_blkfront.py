@@ -114,6 +114,16 @@ def test_random_requests_from_a_guest_are_all_answered(
     assert "failed" not in ending.log
 
 
+def test_python_serves_disks_where_the_hypervisors_c_was_not_compiled(
+    machine: Callable[[int], Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The back-end's C, if it was, has nothing then to pin frames with."""
+    from xenolith.hypervisor import ring0
+
+    monkeypatch.setattr(ring0, "pin_addresses", lambda: (0, 0))
+    run(machine(64), "blkfront-abuse", disks(tmp_path, 1), "fuzz=300 seed=3")
+
+
 def test_a_domain_destroyed_while_its_disks_work_gives_all_back(
     machine: Callable[[int], Machine], tmp_path: Path
 ) -> None:

@@ -80,6 +80,16 @@ _Signatures = {
 }
 
 
+def test_that_native_code_was_off_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with it, in the same process, would have some of it and not the rest."""
+    ring0._loaded.cache_clear()
+    with monkeypatch.context() as off:
+        off.setenv("XENOLITH_NATIVE", "off")
+        assert ring0.lock_taker() is None
+    assert ring0.lock_taker() is not None
+    assert all(ring0.pin_addresses())
+
+
 class RecordingCpu(Cpu):
     """Executes nothing; remembers what ring 0 asked of it, by Python or by native code."""
 

@@ -55,7 +55,17 @@ if TYPE_CHECKING:
     from xenolith.hypervisor.hypervisor import Hypervisor
 
 
-__all__ = ["IS_PINNED", "MAX_PINS", "GrantBatch", "HypercallError", "MappedGrant", "Pins", "PythonDomain", "boot_dom0"]
+__all__ = [
+    "IS_PINNED",
+    "MAX_PINS",
+    "GrantBatch",
+    "HypercallError",
+    "MappedGrant",
+    "Pins",
+    "PythonDomain",
+    "boot_dom0",
+    "pins_natively",
+]
 
 
 class HypercallError(Exception):
@@ -90,6 +100,11 @@ class MappedGrant:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._mapper.unmap_grant(self)
+
+
+def pins_natively() -> bool:
+    """Whether a GrantBatch has `native_pin` and `native_unpin`."""
+    return all(ring0.pin_addresses())
 
 
 class GrantBatch:

@@ -156,7 +156,7 @@ def _loaded() -> tuple[ctypes.PyDLL | None, str]:
 
 
 def _library() -> ctypes.PyDLL | None:
-    return _loaded()[0]
+    return _loaded()[0] if native.missing() is None else None
 
 
 def missing() -> str | None:
@@ -165,7 +165,7 @@ def missing() -> str | None:
 
 
 def _address(name: str) -> int:
-    library = _library() if native.missing() is None else None
+    library = _library()
     return native.function_address(library[name]) if library else 0
 
 

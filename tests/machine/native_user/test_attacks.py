@@ -279,7 +279,8 @@ def test_an_outer_trace_shows_no_other_system_call(tmp_path: Path) -> None:
     calls: dict[int, list[str]] = {}
     for entry in log.read_text().splitlines():
         task, _, what = entry.partition(" ")
-        calls.setdefault(int(task), []).append(what.strip())
+        if not what.strip().startswith("<... "):  # the end of a call whose beginning has a line
+            calls.setdefault(int(task), []).append(what.strip())
     guests = [task for task, made in calls.items() if made and made[0].startswith("close_range(0, 4294967295")]
     assert guests
     for task, allowed in ((pid, {"getpid", "mmap", "munmap"}), (guests[0], {"getpid", "rt_sigreturn"})):

@@ -172,5 +172,8 @@ def _loaded() -> Callable[[int], int] | None:
 
 
 def function() -> Callable[[int], int] | None:
-    """`serve` of block.c, which takes the address of a Batch and answers IDLE to MORE; None without native code."""
-    return _loaded() if native.missing() is None else None
+    """`serve` of block.c, which takes the address of a Batch and answers IDLE to MORE.
+
+    None without native code, of the hypervisor's as well: `serve` has nothing else to pin frames with.
+    """
+    return _loaded() if native.missing() is None and python_domain.pins_natively() else None
