@@ -77,7 +77,10 @@ def booted(dom0: Dom0, spec: DomainSpec) -> GuestDomain:
     return domain
 
 
-def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain, live.Figures]:
+def relocate(
+    here: Dom0, there: Dom0, domain: GuestDomain, progress: Callable[[str], None] = lambda text: None
+) -> tuple[GuestDomain, live.Figures]:
+    """Move a domain from one machine of this process to another."""
     ours, theirs = socket.socketpair()
     arrived: list[GuestDomain] = []
 
@@ -93,7 +96,7 @@ def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain,
     thread = threading.Thread(target=receive)
     thread.start()
     with ours, ours.makefile("rb") as answers, ours.makefile("wb", buffering=1 << 20) as out:
-        figures = live.send(here, domain, out, answers, None, lambda text: None, lambda: None, ours.close)
+        figures = live.send(here, domain, out, answers, None, progress, lambda: None, ours.close)
     thread.join()
     here.destroy(domain)
     return arrived[0], figures

@@ -13,9 +13,18 @@ from xenolith.hypervisor import audit
 from xenolith.hypervisor.control import DomainInfo
 from xenolith.machine.engines.protocol import EngineError
 from xenolith.machine.engines.select import choose
+from xenolith.machine.engines.unicorn.user import host
 from xenolith.machine.memory import MachineMemory
 
 DEADLINE_SECONDS = 200
+
+
+def unicorn_with_stubs(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engine's name: Unicorn, with all user mode in stubs, which domains with one vCPU have."""
+    if reason := host.missing():
+        pytest.skip(f"no stub processes here: {reason}")
+    monkeypatch.setenv(host.SETTING, host.FORCE)
+    return "unicorn"
 
 
 @functools.cache

@@ -7,12 +7,10 @@ missing or come twice, wherever it is.
 from __future__ import annotations
 
 import re
-import socket
-import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
+from bench import relocation
 from machines import DEADLINE_SECONDS
 from xenolith.debian.initramfs import Command, build_initramfs, kernel_arguments
 from xenolith.debian.modules import kernel_modules
@@ -22,7 +20,6 @@ from xenolith.dom0.backends.net import VifSpec
 from xenolith.dom0.console import Console, Overflow
 from xenolith.dom0.image import load_image
 from xenolith.dom0.migration import live
-from xenolith.dom0.migration.restore import Receiver
 from xenolith.dom0.services import Dom0, DomainSpec, GuestDomain
 
 SCRIPT = """
@@ -87,26 +84,8 @@ def counting(
 
 
 def relocate(here: Dom0, there: Dom0, domain: GuestDomain) -> tuple[GuestDomain, live.Figures]:
-    spec: DomainSpec = replace(domain.spec, image=None)
-    ours, theirs = socket.socketpair()
-    arrived: list[GuestDomain] = []
-
-    def receive() -> None:
-        with theirs, theirs.makefile("rb") as source:
-            receiver = Receiver(there.control, source)
-            arrived.append(there.restore(spec, receiver.receive()))
-            theirs.sendall(live.READY)
-            receiver.wait_for_word()
-            there.start(arrived[0])
-            theirs.sendall(live.STARTED)
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    with ours, ours.makefile("rb") as answers, ours.makefile("wb") as out:
-        figures = live.send(here, domain, out, answers, None, print, lambda: None, ours.close)
-    thread.join()
-    here.destroy(domain)
-    return arrived[0], figures
+    """Move a domain from one machine to another; how it goes is printed."""
+    return relocation.relocate(here, there, domain, print)
 
 
 def follow(console: Console, until: str) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from machines import missing
-from xenolith.machine.engines.unicorn.user import host
+from machines import missing, unicorn_with_stubs
 
 from .conftest import Run
 
@@ -138,10 +137,7 @@ def expected_status(seed: str) -> int:
 def engine_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     engine = str(request.param)
     if engine == STUBS:
-        if reason := host.missing():
-            pytest.skip(f"no stub processes here: {reason}")
-        monkeypatch.setenv(host.SETTING, host.FORCE)
-        return "unicorn"
+        return unicorn_with_stubs(monkeypatch)
     if reason := missing(engine):
         pytest.skip(f"no {engine} engine here: {reason}")
     return engine

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from xenolith.machine.engines.unicorn.user import host
+from machines import unicorn_with_stubs
 
 from .catalogue import CATALOGUE, Guest
 
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def engine_name(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Unicorn, with all user mode in stubs."""
-    if reason := host.missing():
-        pytest.skip(f"no stub processes here: {reason}")
-    monkeypatch.setenv(host.SETTING, host.FORCE)
-    return "unicorn"
+    return unicorn_with_stubs(monkeypatch)
 
 
 @pytest.mark.parametrize("guest", [pytest.param(guest, id=guest.name) for guest in CATALOGUE])

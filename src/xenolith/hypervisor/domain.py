@@ -437,9 +437,8 @@ class Domain(DomainFields):
         # A present page-table entry changed: word index, old and new value. Entry 0: its whole table is no more.
         self.entry_changed: Callable[[int, int, int], None] | None = None
 
-        self.cpuid_changes: tuple[
-            CpuidChange, ...
-        ] = ()  # what it is told of the processor, if not what all domains are
+        # What it is told of the processor, if not what all domains are
+        self.cpuid_changes: tuple[CpuidChange, ...] = ()
 
         # Its part of the mechanisms, which lifecycle puts in place.
         self.hypercalls: list[Hypercall] = []  # by number

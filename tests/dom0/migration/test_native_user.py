@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xenolith.machine.engines.unicorn.user import host
+from machines import unicorn_with_stubs
 
 from . import test_checkpoint, test_clone, test_live, test_save
 
@@ -15,11 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def engine_name(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Unicorn, with all user mode in stubs, which domains with one vCPU have."""
-    if reason := host.missing():
-        pytest.skip(f"no stub processes here: {reason}")
-    monkeypatch.setenv(host.SETTING, host.FORCE)
-    return "unicorn"
+    return unicorn_with_stubs(monkeypatch)
 
 
 def test_it_goes_on_where_it_was_saved(engine_name: str) -> None:

@@ -554,12 +554,8 @@ CALL_MADE: Final = """
     c3                            ret
 """
 
-# In place of helper_ldmxcsr(env, value): #GP if the value has reserved bits, which that one lets pass
-CHECKED_LDMXCSR: Final = """
-    f7 c6 {not_mxcsr}             test esi, not_mxcsr
-    75 {.1:1}                     jne 1
-    48 b8 {ldmxcsr:8}             mov rax, ldmxcsr
-    ff e0                         jmp rax
+# The end of a check that has failed: #GP
+_FAILED: Final = """
 1:
     48 8b 0c 24                   mov rcx, qword [rsp]
     31 d2                         xor edx, edx
@@ -568,42 +564,53 @@ CHECKED_LDMXCSR: Final = """
     ff e0                         jmp rax
 """
 
+# In place of helper_ldmxcsr(env, value): #GP if the value has reserved bits, which that one lets pass
+CHECKED_LDMXCSR: Final = (
+    """
+    f7 c6 {not_mxcsr}             test esi, not_mxcsr
+    75 {.1:1}                     jne 1
+    48 b8 {ldmxcsr:8}             mov rax, ldmxcsr
+    ff e0                         jmp rax
+"""
+    + _FAILED
+)
+
+# Read the 32-bit word at `address`, or behind it: between these two it may be moved on
+_SAVED: Final = """
+    57                            push rdi
+    56                            push rsi
+    52                            push rdx
+    48 8b 54 24 18                mov rdx, qword [rsp+0x18]
+"""
+_READ: Final = """
+    48 b8 {ldl_data_ra:8}         mov rax, ldl_data_ra
+    ff d0                         call rax
+    5a                            pop rdx
+    5e                            pop rsi
+    5f                            pop rdi
+"""
+_TO_MXCSR: Final = """
+    48 83 c6 18                   add rsi, 0x18
+"""
+
 # Likewise of helper_fxrstor(env, address) and helper_xrstor(env, address, components), for the MXCSR of that image,
 # which must be aligned; one that is not there is missed at its beginning
-CHECKED_FXRSTOR: Final = """
+CHECKED_FXRSTOR: Final = (
+    """
     40 f6 c6 {unaligned:1}        test sil, unaligned
     75 {.2:1}                     jne 2
-    57                            push rdi
-    56                            push rsi
-    52                            push rdx
-    48 8b 54 24 18                mov rdx, qword [rsp+0x18]
-    48 b8 {ldl_data_ra:8}         mov rax, ldl_data_ra
-    ff d0                         call rax
-    5a                            pop rdx
-    5e                            pop rsi
-    5f                            pop rdi
-    57                            push rdi
-    56                            push rsi
-    52                            push rdx
-    48 8b 54 24 18                mov rdx, qword [rsp+0x18]
-    48 83 c6 18                   add rsi, 0x18
-    48 b8 {ldl_data_ra:8}         mov rax, ldl_data_ra
-    ff d0                         call rax
-    5a                            pop rdx
-    5e                            pop rsi
-    5f                            pop rdi
+"""
+    + (_SAVED + _READ)
+    + (_SAVED + _TO_MXCSR + _READ)
+    + """
     a9 {not_mxcsr}                test eax, not_mxcsr
     75 {.1:1}                     jne 1
 2:
     48 b8 {restore:8}             mov rax, restore
     ff e0                         jmp rax
-1:
-    48 8b 0c 24                   mov rcx, qword [rsp]
-    31 d2                         xor edx, edx
-    be 0d 00 00 00                mov esi, 0xd
-    48 b8 {raise_exception_ra:8}  mov rax, raise_exception_ra
-    ff e0                         jmp rax
 """
+    + _FAILED
+)
 # The latter is undefined with CR4.OSXSAVE clear, whatever lies there.
 CHECKED_XRSTOR: Final = (
     """

@@ -32,6 +32,8 @@ from iced_x86 import Decoder, EncodingKind, Instruction, OpKind, Register, Regis
 
 from xenolith.abi.x86 import (
     CR0_TS,
+    DR6_ONES,
+    DR6_STEP,
     DS,
     EFLAGS_ID,
     EFLAGS_IF,
@@ -111,15 +113,12 @@ _USER_MODE: Final = layout.HF_CS64  # of hflags, and without HF_KERNEL and HF_TS
 _MODES: Final = layout.HF_CS64 | layout.HF_KERNEL | layout.HF_TS
 _FPU: Final = slice(shared.FPU_START, shared.FPU_START + shared.FPU_SIZE)
 _KEPT_BY_HANDLER: Final = EFLAGS_NT | EFLAGS_ID  # what a return from a signal does not load
-_DR6_STEP: Final = 0xFFFF_4FF0
-_DR6_NOTHING: Final = 0xFFFF_0FF0
 _TRACED: Final = 2  # si_code TRAP_TRACE
 _OF_KERNEL: Final = 0x80  # si_code SI_KERNEL
 _URETPROBE: Final = 335
 _INT_80: Final = 0x80 << 3 | 2  # the error code of an INT 0x80 without a gate
 _VECTORS: Final = frozenset((0, 1, 3, 4, 5, 6, 11, 12, 13, 14, 16, 17, 19))  # that programs raise
 _OF_SELECTORS: Final = (VECTOR_NP, VECTOR_SS, VECTOR_GP)
-_MXCSR_MASK: Final = 0xFFFF
 _UD2, _XSETBV = b"\x0f\x0b", b"\x0f\x01\xd1"
 _FRAME_ORDER: Final = (RDI, RSI, RBP, RBX, RDX, RAX, RCX, RSP, RIP)  # in the signal frame, after R8 to R15
 
@@ -701,7 +700,7 @@ class NativeUserCpu(UnicornCpu):
             return VECTOR_PF, error_code & (PFEC_WRITE | PFEC_INSN) | PFEC_USER, q[frame + stub.CR2 // 8]
         if vector == VECTOR_DB:
             traced = unpack_from("<i", running.bytes, running.frame + stub.SIGNAL_CODE)[0] == _TRACED
-            self._q[_DR6] = _DR6_STEP if traced else _DR6_NOTHING
+            self._q[_DR6] = DR6_ONES | DR6_STEP if traced else DR6_ONES
             return VECTOR_DB, 0, self._q[_DR6]
         return vector, error_code & 0xFFFF, 0
 
@@ -725,7 +724,7 @@ class NativeUserCpu(UnicornCpu):
         pack_into("<Q", image, XSAVE_HEADER, used & self._all)
         image[XSAVE_HEADER + 8 : XSAVE_EXTENDED] = bytes(XSAVE_EXTENDED - XSAVE_HEADER - 8)
         (mxcsr,) = unpack_from("<I", image, extended.MXCSR.start)
-        pack_into("<I", image, extended.MXCSR.start, mxcsr & _MXCSR_MASK)
+        pack_into("<I", image, extended.MXCSR.start, mxcsr & layout.MXCSR_DEFINED)
         self.load_extended(image)
         self._note_converted()
 
